@@ -1,0 +1,275 @@
+"""The configuration file: what is accepted, and that every mistake is reported, once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vswitch.config import ConfigFileError, load, parse, port_settings, uplink_settings
+from vswitch.errors import ConfigError
+from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+
+GOOD = """
+[switch]
+name = "lab-1"
+control = "run/control.sock"
+workers = 2
+cpus = [0, 1]
+polling = "busy"
+idle_us = 0
+mac_aging_s = 0
+fdb_size = 16
+log_level = "debug"
+
+[[port]]
+name = "vm1"
+socket = "run/vm1.sock"
+owner = "root"
+group = "0"
+permissions = "0660"
+queues = 4
+mtu = 9000
+
+[[port]]
+name = "vm2"
+socket = "/run/vm2.sock"
+mode = "client"
+
+[uplink]
+type = "tap"
+name = "vswitch0"
+bridge = "br0"
+"""
+
+
+def lines(text: str, file: Path | str = "p.toml") -> list[str]:
+    with pytest.raises(ConfigFileError) as caught:
+        parse(text, file=file)
+    message = caught.value.message.split("\n")
+    assert all(line.startswith(f"{file}: ") for line in message)
+    return [line.removeprefix(f"{file}: ") for line in message]
+
+
+def port(**values: object) -> str:
+    keys = {"name": '"vm1"', "socket": '"/run/vm1"', **values}
+    return "[[port]]\n" + "".join(f"{k} = {v}\n" for k, v in keys.items() if v is not None)
+
+
+def test_everything_that_can_be_set_is_read(tmp_path: Path) -> None:
+    settings = parse(GOOD, file=tmp_path / "ports.toml")
+    assert settings.switch == SwitchSettings(
+        name="lab-1",
+        control=tmp_path / "run/control.sock",
+        workers=2,
+        cpus=[0, 1],
+        polling="busy",
+        idle_us=0,
+        mac_aging_s=0,
+        fdb_size=16,
+        log_level="debug",
+    )
+    assert settings.ports[0].socket == tmp_path / "run/vm1.sock"
+    assert settings.ports[0].permission_bits == 0o660
+    assert settings.ports[1] == PortSettings(
+        name="vm2", socket=Path("/run/vm2.sock"), mode="client"
+    )
+    assert settings.uplinks == [UplinkSettings(name="vswitch0", bridge="br0")]
+
+
+def test_an_empty_file_is_a_switch_without_ports() -> None:
+    assert parse("") == Settings()
+
+
+def test_several_uplinks_are_an_array() -> None:
+    settings = parse('[[uplink]]\nname = "a"\n[[uplink]]\nname = "b"\n')
+    assert [uplink.name for uplink in settings.uplinks] == ["a", "b"]
+
+
+def test_relative_sockets_resolve_against_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(port(socket='"vm1.sock"'))
+    cwd = Path.cwd()
+    os.chdir("/")
+    try:
+        assert load(file).ports[0].socket == tmp_path / "vm1.sock"
+    finally:
+        os.chdir(cwd)
+
+
+def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
+    text = """
+    prots = 3
+    [switch]
+    name = ""
+    workers = 2
+    cpus = [1]
+    polling = "fast"
+    [[port]]
+    name = "vm1"
+    socket = "/run/vm1.sock"
+    mod = "client"
+    [[port]]
+    name = "vm1"
+    socket = "/run//vm1.sock"
+    queues = 0
+    [[port]]
+    socket = "/run/vm3.sock"
+    mode = "cleint"
+    mtu = "1500"
+    [[uplink]]
+    name = "vswitch0"
+    type = "veth"
+    """
+    assert lines(text) == [
+        'prots: unknown key (did you mean "port"?)',
+        'switch.name: must not be empty (got "")',
+        "switch.cpus: must name one CPU per worker: 1 for workers = 2 (got [1])",
+        'switch.polling: must be "adaptive", "busy" or "sleep" (got "fast")',
+        'port[1].mod: unknown key (did you mean "mode"?)',
+        "port[2].queues: must be at least 1 (got 0)",
+        "port[3].name: is missing",
+        'port[3].mode: must be "server" or "client" (got "cleint")',
+        'port[3].mtu: must be a whole number without quotes (got "1500")',
+        'uplink "vswitch0".type: must be "tap" (got "veth")',
+        'port[2].name: is already the name of port[1] (got "vm1")',
+        'port[2].socket: is already the socket of port "vm1" (got "/run//vm1.sock")',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[switch]\nworkers = 0", "switch.workers: must be at least 1 (got 0)"),
+        ("[switch]\nworkers = true", "switch.workers: must be a whole number without quotes (got "),
+        ("[switch]\nworkers = 1.0", "switch.workers: must be a whole number without quotes (got "),
+        (
+            "[switch]\nworkers = 2\ncpus = [1, 1]",
+            "switch.cpus: names a CPU twice (got [1, 1])",
+        ),
+        ("[switch]\ncpus = [-1]", "switch.cpus[1]: must be a CPU number from 0 to 1023 (got -1)"),
+        ("[switch]\nlog_level = 'loud'", 'switch.log_level: must be "debug", "info", "warning" or'),
+        ("switch = 3", "switch: must be one table, [switch] (got 3)"),
+        ("port = [1]", "port: must be tables, [[port]] (got [1])"),
+        ("uplink = 'tap'", 'uplink: must be tables, [[uplink]] (got "tap")'),
+        ("[uplnik]\nname='a'", 'uplnik: unknown key (did you mean "uplink"?)'),
+        ("frobnicate = 1", "frobnicate: unknown key (known are switch, port, uplink)"),
+        (port(queues=129), 'port "vm1".queues: must be at most 128 (got 129)'),
+        (port(mtu=67), 'port "vm1".mtu: must be at least 68 (got 67)'),
+        (port(mtu=65536), 'port "vm1".mtu: must be at most 65535 (got 65536)'),
+        (port(name="3"), "port[1].name: must be text in quotes (got 3)"),
+        (port(name='"a b"'), "port \"a b\".name: may contain only letters, digits, '_', '.' and"),
+        (port(name=f'"{"n" * 33}"'), f'port "{"n" * 33}".name: has 33 characters, 32 are allowed'),
+        (port(name='"\\u0000"'), "port[1].name: may contain only letters"),
+        (port(socket='""'), 'port "vm1".socket: must not be empty (got "")'),
+        (port(socket="7"), 'port "vm1".socket: must be a path in quotes (got 7)'),
+        (port(socket='"/a\\u0000b"'), 'port "vm1".socket: contains a NUL byte (got "/a\\x00b")'),
+        (
+            port(socket=f'"/{"s" * 107}"'),
+            'port "vm1".socket: is 108 bytes long, a Unix socket path has at most 107 (got "/sss',
+        ),
+        (
+            port(socket=f'"/{"ü" * 54}"'),
+            'port "vm1".socket: is 109 bytes long, a Unix socket path has at most 107',
+        ),
+        (port(permissions="660"), 'port "vm1".permissions: must be text in quotes (got 660)'),
+        (
+            port(permissions='"0999"'),
+            'port "vm1".permissions: must be three octal digits in quotes such as "0660" (got',
+        ),
+        (port(permissions='"4755"'), 'port "vm1".permissions: must be three octal digits'),
+        (port(owner='"no.body"'), 'port "vm1".owner: no such user on this machine (got "no.body")'),
+        (port(group='"no.body"'), 'port "vm1".group: no such group on this machine'),
+        (
+            port(mode='"client"', group='"root"'),
+            'port "vm1".group: is for mode = "server" only: in client mode the frontend creates',
+        ),
+        (port() + port(name='"vm2"'), 'port "vm2".socket: is already the socket of port "vm1"'),
+        (
+            '[switch]\ncontrol = "/run/vm1"\n' + port(),
+            'port "vm1".socket: is already the socket of switch.control (got "/run/vm1")',
+        ),
+        (
+            port() + '[uplink]\nname = "vm1"',
+            'uplink "vm1".name: is already the name of port[1] (got',
+        ),
+        (
+            '[[uplink]]\nname = "a"\n[[uplink]]\nname = "a"',
+            "uplink[2].name: is already the name of uplink[1] (got",
+        ),
+        ('[uplink]\ntype = "tap"', "uplink[1].name: is missing"),
+        (
+            f'[uplink]\nname = "{"a" * 16}"',
+            f'uplink "{"a" * 16}".name: has 16 characters, an interface name has at most 15 (got',
+        ),
+        ('[uplink]\nname = "tap%d"', 'uplink "tap%d".name: may contain only letters'),
+        ('[uplink]\nname = ".."', 'uplink "..".name: is not a possible interface name (got "..")'),
+        (
+            '[uplink]\nname = "a"\nbridge = "a"',
+            'uplink "a".bridge: must be another interface than the uplink itself (got "a")',
+        ),
+        ("[switch\nname = 1", "line 1, column 8: Expected ']' at the end of a table declaration"),
+        ("x = ", "line 1: Invalid value at the end of the file"),
+        (
+            '[switch]\nname = "a"\nname = "b"\n',
+            "line 3, column 11: Cannot overwrite a value (got 'name = \"b\"')",
+        ),
+    ],
+)
+def test_one_mistake_is_one_line(text: str, line: str) -> None:
+    (found,) = lines(text)
+    assert found.startswith(line)
+
+
+def test_two_spellings_of_a_socket_are_one_socket(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    text = port(socket='"real/s"') + port(name='"vm2"', socket='"link/../real/./s"')
+    assert len(lines(text, tmp_path / "f")) == 1
+    text = port(socket='"real/s"') + port(name='"vm2"', socket='"link/s"')
+    assert len(lines(text, tmp_path / "f")) == 1
+
+
+def test_the_length_counts_the_resolved_path(tmp_path: Path) -> None:
+    (line,) = lines(port(socket=f'"{"s" * 100}"'), tmp_path / "f")
+    assert f"as '{tmp_path}/sss" in line
+    assert line.endswith('sss")')
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'[switch]\nname = "\xe9"\n'])
+def test_a_file_that_is_not_utf8(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(content)
+    line = content.count(b"\n", 0, max(content.find(b"\xe9"), 0)) + 1
+    with pytest.raises(ConfigFileError, match=f"{file}: line {line}: is not UTF-8 text"):
+        load(file)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none: cannot be read: No such file"):
+        load(tmp_path / "none")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+
+
+def test_values_given_at_run_time() -> None:
+    settings = port_settings({"name": "vm1", "socket": "s"}, base=Path("/x"))
+    assert settings.socket == Path("/x/s")
+    with pytest.raises(ConfigError) as caught:
+        port_settings({"name": "vm1", "socket": "s", "queues": 0, "color": 1})
+    assert caught.value.message.split("\n") == [
+        'port "vm1".socket: must be an absolute path (got "s")',
+        'port "vm1".queues: must be at least 1 (got 0)',
+        'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
+        "queues, mtu)",
+    ]
+    assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
+    with pytest.raises(ConfigError, match=r"uplink.name: is missing"):
+        uplink_settings({})
+
+
+def test_settings_made_in_code_are_checked_too() -> None:
+    one = PortSettings(name="a", socket=Path("/a"))
+    with pytest.raises(ValueError, match=r"port\[2\].name is already the name of port\[1\]"):
+        Settings(ports=[one, PortSettings(name="a", socket=Path("/b"))])
