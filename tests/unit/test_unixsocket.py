@@ -1,0 +1,307 @@
+"""Listening sockets: who may connect and from when on, and what may stand in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vswitch import unixsocket
+from vswitch.errors import SocketError
+from vswitch.unixsocket import InUseError, ListeningSocket, connect_error, unlink_if_ours
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., ListeningSocket]]:
+    made: list[ListeningSocket] = []
+
+    def function(path: Path | str, **options: object) -> ListeningSocket:
+        arguments: dict[str, object] = {"mode": None, "owner": None, "group": None, **options}
+        made.append(unixsocket.listen(path, **arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield function
+    for sock in made:
+        sock.close()
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """What `action` returns or raises, as text, in a child process without any rights."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            try:
+                text = repr(action())
+            except Exception as exc:
+                text = f"{type(exc).__name__}: {exc}"
+            os.write(writing, text.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
+def test_it_listens_and_leaves_nothing_else_behind(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    sock = listen(path, mode=0o600)
+    assert connects(path)
+    assert sock.getblocking() is False
+    assert not os.get_inheritable(sock.fileno())
+    assert sock.getsockname() == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    peer, _ = sock.accept()
+    peer.close()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777, 0o000])
+def test_permissions_do_not_depend_on_the_umask(tmp_path: Path, listen, mode: int) -> None:
+    path = tmp_path / "s"
+    before = os.umask(0o027)
+    try:
+        listen(path, mode=mode)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_without_a_mode_the_umask_decides(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    before = os.umask(0o027)
+    try:
+        listen(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+
+
+def test_owner_and_group(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    listen(path, mode=0o640, owner=str(NOBODY), group="1")
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (NOBODY, 1, 0o640)
+    with pytest.raises(SocketError, match=r'no such user "no\.body"'):
+        listen(tmp_path / "t", owner="no.body")
+    with pytest.raises(SocketError, match=r'no such group "no\.body"'):
+        listen(tmp_path / "t", group="no.body")
+
+
+def test_nobody_has_rights_before_the_owner_is_set(tmp_path: Path, listen, monkeypatch) -> None:
+    seen: list[tuple[str, int]] = []
+    chown, chmod = os.chown, Path.chmod
+
+    def note(name: str) -> None:
+        seen.append((name, stat.S_IMODE((tmp_path / "s").stat().st_mode)))
+
+    monkeypatch.setattr(os, "chown", lambda *a: (note("chown"), chown(*a)))
+    monkeypatch.setattr(Path, "chmod", lambda *a: (note("chmod"), chmod(*a)))
+    listen(tmp_path / "s", mode=0o660, owner=str(NOBODY))
+    assert seen == [("chown", 0), ("chmod", 0)]
+
+
+def test_a_failed_chown_leaves_no_socket(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents:
+        if parent != Path("/tmp") and str(parent).startswith("/tmp"):
+            parent.chmod(0o755)
+    text = as_nobody(
+        lambda: unixsocket.listen(tmp_path / "s", mode=0o600, owner="root", group=None)
+    )
+    assert f'cannot give {tmp_path}/s to user "root": uid {NOBODY} may not' in text
+    assert "hint: run as root" in text
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_path_in_use(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    first = listen(path)
+    with pytest.raises(InUseError, match=f"cannot listen on {path}: another process listens on it"):
+        listen(path)
+    peer, _ = first.accept()  # the probe
+    peer.close()
+    assert connects(path)
+
+
+def test_a_full_backlog_is_in_use(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    listen(path, backlog=0)
+    fillers = []
+    while True:
+        filler = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        fillers.append(filler)
+        if filler.connect_ex(str(path)) == errno.EAGAIN:
+            break
+    with pytest.raises(InUseError):
+        listen(path)
+    for filler in fillers:
+        filler.close()
+
+
+def test_a_datagram_socket_is_in_use(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(InUseError):
+            listen(path)
+    listen(path)
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    stale = listen(path, mode=0o600)
+    stale.close()
+    assert path.exists()
+    sock = listen(path, mode=0o600)
+    assert connects(path)
+    assert sock.file_id.ino == path.stat().st_ino
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_socket_that_replaced_the_stale_one_meanwhile_keeps_its_name(
+    tmp_path: Path, listen, monkeypatch
+) -> None:
+    path = tmp_path / "s"
+    listen(path).close()
+    check = unixsocket._check_nobody_listens
+    winners = []
+
+    def lose_the_race(probed: Path) -> None:
+        check(probed)
+        path.rename(tmp_path / "old")  # keeps the inode number taken
+        with socket.socket(socket.AF_UNIX) as winner:
+            winner.bind(str(path))
+            winner.listen()
+            winners.append(winner.dup())
+
+    monkeypatch.setattr(unixsocket, "_check_nobody_listens", lose_the_race)
+    with pytest.raises(InUseError):
+        listen(path)
+    assert connects(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "s"]
+    winners[0].close()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda p: p.write_text("precious"), "a regular file"),
+        (lambda p: p.mkdir(), "a directory"),
+        (lambda p: p.symlink_to("elsewhere"), "a symbolic link"),
+        (lambda p: os.mkfifo(p), "a pipe"),
+    ],
+)
+def test_another_file_is_left_alone(tmp_path: Path, listen, make, kind: str) -> None:
+    path = tmp_path / "s"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(SocketError, match=f"{path}: the path exists and is {kind}"):
+        listen(path)
+    assert path.lstat().st_ino == before.st_ino
+
+
+def test_paths_that_cannot_be(tmp_path: Path, listen) -> None:
+    with pytest.raises(SocketError, match=f"no such directory {tmp_path}/none") as caught:
+        listen(tmp_path / "none" / "s")
+    assert caught.value.hint == f"create it: mkdir -p {tmp_path}/none"
+    (tmp_path / "file").touch()
+    with pytest.raises(SocketError, match=f"{tmp_path}/file/s: "):
+        listen(tmp_path / "file" / "s")
+    with pytest.raises(SocketError, match=r"the path is 108 bytes long, .* at most 107"):
+        listen("/" + "s" * 107)
+
+
+def test_the_longest_path_works(listen, tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * (105 - len(str(tmp_path))))
+    directory.mkdir()
+    path = directory / "s"
+    assert len(str(path)) == 108
+    path = Path(str(directory)[:-1])
+    directory.rename(path)
+    path = path / "s"
+    assert len(str(path)) == 107
+    listen(path).close()
+    listen(path)
+    assert connects(path)
+
+
+def test_without_rights(tmp_path: Path) -> None:
+    text = as_nobody(lambda: unixsocket.listen("/root/s", mode=None, owner=None, group=None))
+    assert text.startswith(
+        f"SocketError: cannot listen on /root/s: permission denied to uid {NOBODY}"
+    )
+    text = as_nobody(lambda: unixsocket.listen("/etc/s", mode=None, owner=None, group=None))
+    assert f"permission denied to uid {NOBODY} in /etc" in text
+
+
+def test_unlink_only_what_is_ours(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+    first = listen(path)
+    path.rename(tmp_path / "moved")
+    second = listen(path)
+    assert not unlink_if_ours(path, first)
+    assert path.exists()
+    assert unlink_if_ours(path, second.file_id)
+    assert not path.exists()
+    assert not unlink_if_ours(path, second)
+
+
+def test_connect_errors_say_what_to_do(tmp_path: Path, listen) -> None:
+    path = tmp_path / "s"
+
+    def failure() -> OSError:
+        with socket.socket(socket.AF_UNIX) as sock:
+            number = sock.connect_ex(str(path))
+        return OSError(number, os.strerror(number))
+
+    missing = connect_error(path, failure())
+    assert missing.message == f"cannot connect to {path}: no such socket"
+    assert "start the frontend" in missing.hint
+    listen(path).close()
+    refused = connect_error(path, failure())
+    assert refused.message == f"cannot connect to {path}: nobody listens there"
+    assert "do both ends connect?" in refused.hint
+    assert "vswitch start" in connect_error(path, failure(), "control").hint
+    denied = connect_error(path, PermissionError(errno.EACCES, "Permission denied"))
+    assert "permission denied" in denied.message
+    assert denied.hint
+    assert "no answer in time" in str(connect_error(path, TimeoutError()))
+    assert "strange" in str(connect_error(path, OSError(errno.EIO, "strange")))
+
+
+def test_threads_keep_their_files_while_a_socket_is_made(tmp_path: Path, listen) -> None:
+    """The umask is narrowed for bind() only and restored whatever happens."""
+    before = os.umask(0o022)
+    os.umask(before)
+    with pytest.raises(SocketError):
+        listen(tmp_path / "none" / "s")
+    seen: list[int] = []
+
+    def look() -> None:
+        umask = os.umask(0o022)
+        os.umask(umask)
+        seen.append(umask)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
