@@ -1,0 +1,1 @@
+"""Uplinks: interfaces of the host that a switch is joined to."""
