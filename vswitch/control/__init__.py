@@ -1,0 +1,1 @@
+"""The control socket: MessagePack-RPC over a Unix socket, server and client."""

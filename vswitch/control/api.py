@@ -1,0 +1,207 @@
+"""What can be asked of a running switch: the interface behind the control socket and its values.
+
+`vswitch.switch.Switch` implements `SwitchApi`; the control server calls it and the client gets the
+same values back. Every result is made of what MessagePack can carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NotRequired, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    # The client imports this module and must start quickly, hence without pydantic.
+    from vswitch.settings import PortSettings, Settings, UplinkSettings
+
+PortKind = Literal["vhost-user", "tap"]
+PortState = Literal["listening", "connecting", "connected", "ready", "fault", "up", "down"]
+EventName = Literal[
+    "port-added",
+    "port-removed",
+    "port-connected",
+    "port-disconnected",
+    "port-ready",
+    "port-fault",
+    "mac-learned",
+    "mac-moved",
+    "mac-aged",
+    "uplink-added",
+    "uplink-removed",
+]
+
+
+class MemoryRegion(TypedDict):
+    """A region of guest memory as the frontend handed it over; addresses and sizes in bytes."""
+
+    gpa: int
+    size: int
+    uva: int
+    mmap_offset: int
+
+
+class RingInfo(TypedDict):
+    """A virtqueue: `size` counts entries, the indices run modulo 2**16."""
+
+    index: int
+    type: Literal["receiveq", "transmitq"]
+    size: int
+    started: bool
+    enabled: bool
+    avail_idx: int
+    used_idx: int
+    fault: str | None
+
+
+class PortInfo(TypedDict):
+    """A guest's port or an uplink.
+
+    `mtu` is in bytes, `connected_since` a Unix time in seconds, `error` why the port does not
+    forward, `warning` what is worth knowing although it does.
+    """
+
+    name: str
+    id: int
+    kind: PortKind
+    state: PortState
+    socket: str | None
+    mode: str | None
+    queues: int
+    mtu: int | None
+    features: int
+    feature_names: list[str]
+    protocol_features: int
+    protocol_feature_names: list[str]
+    peer_pid: int | None
+    connects: int
+    connected_since: float | None
+    error: str | None
+    warning: str | None
+    memory: list[MemoryRegion]
+    rings: list[RingInfo]
+
+
+class PortStats(TypedDict):
+    """Counters of a port since it was added.
+
+    Ingress is from the guest or TAP into the switch, egress the other way. `drops` has frames by
+    reason, only reasons that occurred. `kicks` are notifications received, `calls` notifications
+    sent, `stalls` the times a receiveq was found without room.
+    """
+
+    name: str
+    id: int
+    ingress_frames: int
+    ingress_bytes: int
+    egress_frames: int
+    egress_bytes: int
+    drops: dict[str, int]
+    kicks: int
+    calls: int
+    stalls: int
+
+
+class FdbEntry(TypedDict):
+    """A MAC address the switch knows; `vlan` 0 is untagged, `age_s` seconds since last seen."""
+
+    mac: str
+    vlan: int
+    port: str
+    static: bool
+    age_s: int
+
+
+class WorkerInfo(TypedDict):
+    """A poll thread and what it did since the start; `*_ns` are nanoseconds."""
+
+    id: int
+    cpu: int | None
+    rings: int
+    state: Literal["busy", "sleeping"]
+    loops: int
+    bursts: int
+    frames: int
+    sleeps: int
+    wakeups: int
+    busy_ns: int
+    idle_ns: int
+
+
+class Event(TypedDict):
+    """Something that happened at `time` (Unix time in seconds), to `port` if to one.
+
+    `mac` and `vlan` come with the `mac-*` events, `previous_port` with `mac-moved`, `reason` with
+    `port-fault` and `port-disconnected` where one is known.
+    """
+
+    event: EventName
+    time: float
+    port: str | None
+    mac: NotRequired[str]
+    vlan: NotRequired[int]
+    previous_port: NotRequired[str]
+    reason: NotRequired[str]
+
+
+class SwitchApi(Protocol):
+    """A running switch. Errors are VswitchError subclasses; nothing here blocks."""
+
+    @property
+    def settings(self) -> Settings:
+        """What runs now, ports and uplinks as added and removed; `save` writes it."""
+        ...
+
+    async def add_port(self, settings: PortSettings) -> PortInfo:
+        """Open a port. ExistsError if name or socket is in use, SocketError if it cannot be."""
+        ...
+
+    async def del_port(self, name: str) -> None:
+        """Close a port and forget its MAC addresses. NotFoundError; not for uplinks."""
+        ...
+
+    def ports(self) -> list[PortInfo]:
+        """All guests' ports and uplinks."""
+        ...
+
+    def port(self, name: str) -> PortInfo:
+        """One port or uplink. NotFoundError."""
+        ...
+
+    async def add_uplink(self, settings: UplinkSettings) -> PortInfo:
+        """Open an uplink. ExistsError, UplinkError."""
+        ...
+
+    async def del_uplink(self, name: str) -> None:
+        """Close an uplink. NotFoundError; not for guests' ports."""
+        ...
+
+    def stats(self, name: str | None = None) -> list[PortStats]:
+        """Counters of one port or of all. NotFoundError."""
+        ...
+
+    def fdb(self) -> list[FdbEntry]:
+        """All MAC addresses known."""
+        ...
+
+    def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
+        """Add a static entry, in place of a dynamic one. NotFoundError (port), ExistsError."""
+        ...
+
+    def fdb_del(self, mac: str, vlan: int = 0) -> None:
+        """Delete an entry, static or dynamic. NotFoundError."""
+        ...
+
+    def fdb_flush(self, port: str | None = None) -> int:
+        """Delete the dynamic entries, of one port or all; returns how many. NotFoundError."""
+        ...
+
+    def workers(self) -> list[WorkerInfo]:
+        """The poll threads."""
+        ...
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have `callback` called with every event, on the loop; returns what ends that."""
+        ...
+
+    async def close(self) -> None:
+        """Close all ports and uplinks and end the workers."""
+        ...
