@@ -15,21 +15,22 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
+
+def extension(name: str) -> Extension:
+    return Extension(
+        name,
+        [name.replace(".", "/") + ".pyx"],
+        depends=["vswitch/fastpath/atomics.h"],
+        include_dirs=["vswitch/fastpath"],
+        extra_compile_args=CFLAGS,
+    )
+
+
 EXTENSIONS = [
-    Extension(
-        "vswitch.fastpath.engine",
-        ["vswitch/fastpath/engine.pyx"],
-        depends=["vswitch/fastpath/atomics.h"],
-        include_dirs=["vswitch/fastpath"],
-        extra_compile_args=CFLAGS,
-    ),
-    Extension(
-        "vswitch.guest.driver",
-        ["vswitch/guest/driver.pyx"],
-        depends=["vswitch/fastpath/atomics.h"],
-        include_dirs=["vswitch/fastpath"],
-        extra_compile_args=CFLAGS,
-    ),
+    extension("vswitch.fastpath.engine"),
+    extension("vswitch.fastpath.mapping"),
+    extension("vswitch.fastpath.port"),
+    extension("vswitch.fastpath.table"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES))

@@ -1,0 +1,85 @@
+/* Memory order, cache hints and the few system calls of the fast path.
+ *
+ * Everything shared with a guest or with another thread is read and written through these helpers,
+ * so that the compiler can neither tear, repeat nor drop an access: a guest may change its memory
+ * between two reads of ours, hence what is checked must be a private copy made by exactly one read.
+ *
+ * A fence's comment, where it is used, names the fence on the other side that it pairs with.
+ */
+#ifndef VSWITCH_ATOMICS_H
+#define VSWITCH_ATOMICS_H
+
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#define VS_CACHE_LINE 64
+
+static inline uint16_t vs_load_acquire16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline uint32_t vs_load_acquire32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline uint64_t vs_load_acquire64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void *vs_load_acquire_ptr(void *const *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+
+static inline void vs_store_release16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void vs_store_release32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void vs_store_release64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void vs_store_release_ptr(void **p, void *v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+
+static inline uint8_t vs_load8(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint16_t vs_load16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint32_t vs_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint64_t vs_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline int vs_load_int(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
+static inline void vs_store8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void vs_store16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void vs_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void vs_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void vs_store_int(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+
+static inline void vs_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+static inline int vs_cas64(uint64_t *p, uint64_t expected, uint64_t desired) {
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+static inline void *vs_exchange_ptr(void **p, void *v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
+static inline int vs_cas_ptr(void **p, void *expected, void *desired) {
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/* A spin lock for the places that are not the common path. vs_trylock's acquire pairs with
+ * vs_unlock's release. */
+static inline int vs_trylock(uint32_t *lock) {
+    return __atomic_load_n(lock, __ATOMIC_RELAXED) == 0 && __atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE) == 0;
+}
+static inline void vs_unlock(uint32_t *lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
+
+static inline void vs_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static inline void vs_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+static inline void vs_prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+
+#define vs_likely(x) __builtin_expect(!!(x), 1)
+#define vs_unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Unaligned loads from switch-owned or guest memory, one access each. */
+static inline uint64_t vs_get64(const void *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static inline uint32_t vs_get32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+static inline uint16_t vs_get16(const void *p) { uint16_t v; memcpy(&v, p, 2); return v; }
+
+/* Keeps the compiler from reading a private copy's source again. */
+static inline void vs_compiler_barrier(void) { __asm__ __volatile__("" ::: "memory"); }
+
+static inline uint64_t vs_now_ns(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+#endif

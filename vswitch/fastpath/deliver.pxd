@@ -1,0 +1,250 @@
+"""Frames into a guest's receiveq: the one copy.
+
+VIRTIO 1.2, section 5.1.6.4 (device side). Frames arrive here in batches for one ring; the used index
+is published and the driver notified once a batch.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from vswitch.fastpath.atomics cimport (
+    vs_likely,
+    vs_load16,
+    vs_load32,
+    vs_pause,
+    vs_prefetch,
+    vs_prefetch_write,
+    vs_trylock,
+    vs_unlikely,
+    vs_unlock,
+)
+from vswitch.fastpath.events cimport post_event
+from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.types cimport (
+    BURST,
+    DROP_BUFFER_SMALL,
+    DROP_EGRESS_MTU,
+    DROP_NO_BUFFER,
+    DROP_RING_FAULT,
+    EVENT_RING_FAULT,
+    FAULT_EMPTY_BUFFER,
+    FAULT_HEAD,
+    MAX_CHAIN,
+    VNET_HDR_MAX,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    Counters,
+    Frame,
+    RingC,
+    Seg,
+    VringDesc,
+    WorkerC,
+)
+from vswitch.fastpath.virtqueue cimport (
+    notify_driver,
+    publish_used,
+    put_used,
+    read_desc,
+    ring_fault,
+    ring_room,
+    walk_chain,
+)
+
+
+cdef inline void put_header(char *to, const Frame *frame, uint8_t hdr_len, uint16_t buffers) noexcept nogil:
+    """struct virtio_net_hdr: ten bytes, and num_buffers where the driver knows it (5.1.6)."""
+    memcpy(to, frame.hdr, 10)
+    if hdr_len == 12:
+        memcpy(to + 10, &buffers, 2)
+
+
+cdef inline void copy_frame(WorkerC *w, char *to, const Frame *frame) noexcept nogil:
+    """The frame's pieces one after the other."""
+    cdef const Seg *seg
+    cdef uint32_t i
+    memcpy(to, frame.seg.ptr, frame.seg.len)
+    if vs_unlikely(frame.nseg > 1):
+        to += frame.seg.len
+        seg = &w.segs[frame.more]
+        for i in range(<uint32_t>frame.nseg - 1):
+            memcpy(to, seg[i].ptr, seg[i].len)
+            to += seg[i].len
+
+
+cdef inline void scatter(Seg *to, uint32_t *at, uint32_t *offset, const char *data, uint32_t length) noexcept nogil:
+    """Copy `data` to the pieces from `to[at]`, `offset` bytes in; both are moved on."""
+    cdef uint32_t part
+    while length:
+        part = to[at[0]].len - offset[0]
+        if part > length:
+            part = length
+        memcpy(to[at[0]].ptr + offset[0], data, part)
+        data += part
+        length -= part
+        offset[0] += part
+        if offset[0] == to[at[0]].len:
+            at[0] += 1
+            offset[0] = 0
+
+
+cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noexcept nogil:
+    """Deliver one frame into any shape of buffers.
+
+    First gathers chains until header and frame fit (one chain only without mergeable buffers), then
+    copies, then gives the chains back; nothing is taken from the ring when it does not work out.
+    Returns how many chains were used, or -1 - the drop reason.
+    """
+    cdef uint32_t need = frame.len + ring.hdr_len, left = need, n_segs = 0, chains = 0
+    cdef uint32_t i, at = 0, offset = 0, room
+    cdef int got
+    cdef uint16_t head
+    cdef VringDesc desc
+    cdef char hdr[VNET_HDR_MAX]
+    cdef const Seg *seg
+    while left:
+        if chains and not ring.mergeable:
+            return -1 - DROP_BUFFER_SMALL
+        if ring_room(ring, <uint16_t>(chains + 1)) < chains + 1:
+            return -1 - (DROP_RING_FAULT if ring.fault else DROP_NO_BUFFER)
+        if n_segs >= MAX_CHAIN:
+            return -1 - DROP_BUFFER_SMALL
+        head = vs_load16(ring.avail + 2 + (<uint16_t>(ring.last_avail + chains) & ring.mask))
+        if vs_unlikely(head >= ring.size):
+            ring_fault(ring, FAULT_HEAD, head, ring.size)
+            return -1 - DROP_RING_FAULT
+        read_desc(&desc, &ring.desc[head])
+        got = walk_chain(ring, head, &desc, VRING_DESC_F_WRITE, &w.rx_segs[n_segs], MAX_CHAIN)
+        if got < 0:
+            return -1 - DROP_RING_FAULT
+        room = 0
+        for i in range(<uint32_t>got):
+            # Saturates: no frame needs more, and 4 GiB buffers may not wrap the sum.
+            if w.rx_segs[n_segs + i].len >= left - room:
+                room = left
+                break
+            room += w.rx_segs[n_segs + i].len
+        if room == 0:
+            ring_fault(ring, FAULT_EMPTY_BUFFER, head, got)
+            return -1 - DROP_RING_FAULT
+        w.rx_heads[chains] = head
+        w.rx_lens[chains] = room
+        if room == left:
+            n_segs += i + 1
+        else:
+            n_segs += got
+        left -= room
+        chains += 1
+    put_header(hdr, frame, ring.hdr_len, <uint16_t>chains)
+    scatter(w.rx_segs, &at, &offset, hdr, ring.hdr_len)
+    scatter(w.rx_segs, &at, &offset, frame.seg.ptr, frame.seg.len)
+    seg = &w.segs[frame.more]
+    for i in range(<uint32_t>frame.nseg - 1):
+        scatter(w.rx_segs, &at, &offset, seg[i].ptr, seg[i].len)
+    for i in range(chains):
+        put_used(ring, w.rx_heads[i], w.rx_lens[i])
+    ring.last_avail += <uint16_t>chains
+    return chains
+
+
+cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexcept nogil:
+    """Read the next `n` receive buffers a stage ahead of the copies.
+
+    Only plain ones (a single writable descriptor in one region) get a host pointer. Returns how
+    many were read; fewer than `n` when the driver has not offered as many or the ring is at fault.
+    """
+    cdef uint16_t room = ring_room(ring, n), i, head
+    cdef uint64_t contiguous
+    cdef VringDesc *desc
+    if n > room:
+        n = room
+    for i in range(n):
+        head = vs_load16(ring.avail + 2 + (<uint16_t>(ring.last_avail + i) & ring.mask))
+        if vs_unlikely(head >= ring.size):
+            ring_fault(ring, FAULT_HEAD, head, ring.size)
+            n = i
+            break
+        w.rx_heads[i] = head
+        vs_prefetch(&ring.desc[head])
+    for i in range(n):
+        desc = &w.rx_desc[i]
+        read_desc(desc, &ring.desc[w.rx_heads[i]])
+        w.rx_host[i] = NULL
+        if vs_likely(
+            desc.flags & (VRING_DESC_F_WRITE | VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT)
+            == VRING_DESC_F_WRITE
+        ):
+            w.rx_host[i] = gpa_to_host(ring.mem, desc.addr, desc.len, &contiguous, &ring.region_hint)
+            if vs_likely(w.rx_host[i] != NULL):
+                desc.len = <uint32_t>contiguous
+                vs_prefetch_write(w.rx_host[i])
+                vs_prefetch_write(w.rx_host[i] + 64)
+    return n
+
+
+cdef inline void deliver_locked(
+    WorkerC *w, RingC *ring, const uint8_t *which, uint16_t n, Counters *counters
+) noexcept nogil:
+    cdef uint16_t ready, at = 0, i
+    cdef uint32_t need, max_len = vs_load32(&ring.port.max_len)
+    cdef uint64_t total = 0, delivered = 0
+    cdef const Frame *frame
+    cdef char *host
+    cdef int result
+    cdef uint16_t head
+    if vs_unlikely(ring.fault != 0):
+        counters.drops[DROP_RING_FAULT] += n
+        return
+    ready = prepare_buffers(w, ring, n)
+    for i in range(n):
+        frame = &w.frames[which[i]]
+        if vs_unlikely(frame.len > max_len):
+            counters.drops[DROP_EGRESS_MTU] += 1
+            continue
+        need = frame.len + ring.hdr_len
+        if vs_likely(at < ready and w.rx_host[at] != NULL and w.rx_desc[at].len >= need):
+            host = w.rx_host[at]
+            head = w.rx_heads[at]
+            put_header(host, frame, ring.hdr_len, 1)
+            copy_frame(w, host + ring.hdr_len, frame)
+            put_used(ring, head, need)
+            ring.last_avail += 1
+            at += 1
+        else:
+            # The prepared buffers are spent, or shaped otherwise. deliver_chains overwrites
+            # rx_heads, so what was prepared is void from here on.
+            ready = 0
+            result = deliver_chains(w, ring, frame)
+            if result < 0:
+                counters.drops[-1 - result] += 1
+                if -1 - result == DROP_NO_BUFFER:
+                    counters.stalls += 1
+                if vs_unlikely(ring.fault != 0):
+                    counters.drops[DROP_RING_FAULT] += n - i - 1
+                    break
+                continue
+        delivered += 1
+        total += frame.len
+    if delivered:
+        publish_used(ring)
+        counters.egress_frames += delivered
+        counters.egress_bytes += total
+        notify_driver(ring, counters)
+    if vs_unlikely(ring.fault != 0):
+        post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
+
+
+cdef inline void deliver(
+    WorkerC *w, RingC *ring, const uint8_t *which, uint16_t n, Counters *counters
+) noexcept nogil:
+    """Deliver the frames `w.frames[which[0..n-1]]` into one receiveq.
+
+    With one worker no other thread writes receiveqs and the lock is left alone.
+    """
+    if vs_likely(w.shared.n_workers == 1):
+        deliver_locked(w, ring, which, n, counters)
+        return
+    while not vs_trylock(&ring.lock):
+        vs_pause()
+    deliver_locked(w, ring, which, n, counters)
+    vs_unlock(&ring.lock)

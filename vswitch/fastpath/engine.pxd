@@ -1,0 +1,19 @@
+from vswitch.fastpath.table cimport Fdb
+from vswitch.fastpath.types cimport Shared, View, WorkerC
+
+
+cdef class Worker:
+    cdef WorkerC *c
+    cdef readonly int id
+    cdef _check(self)
+
+
+cdef class Engine:
+    cdef Shared *shared
+    cdef readonly Fdb fdb
+    cdef readonly list workers
+    cdef readonly dict ports   # by number
+    cdef list retired          # (ticket, view as an address, per-worker epochs or None)
+    cdef list injected         # addresses of Inject
+    cdef unsigned long long tickets
+    cdef View *_build(self) except NULL

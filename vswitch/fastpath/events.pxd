@@ -1,0 +1,36 @@
+"""What workers tell the main thread: a ring of small records a worker, and one eventfd."""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vswitch.fastpath.atomics cimport (
+    vs_load32,
+    vs_load_acquire32,
+    vs_store32,
+    vs_store_release32,
+)
+from vswitch.fastpath.types cimport EVENT_SLOTS, EventC, EventKind, WorkerC
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int fd, uint64_t value)
+
+
+cdef inline void post_event(
+    WorkerC *w, EventKind kind, uint16_t port, uint16_t other, uint64_t key
+) noexcept nogil:
+    """Tell the main thread; when it lags behind by EVENT_SLOTS the event is lost and counted."""
+    cdef uint32_t head = w.event_head
+    cdef EventC *event
+    # Acquire: the slot is free before it is written. Pairs with the release in Worker.take_events.
+    if head - vs_load_acquire32(&w.event_tail) >= EVENT_SLOTS:
+        w.events_lost += 1
+        return
+    event = &w.events[head & (EVENT_SLOTS - 1)]
+    event.kind = kind
+    event.port = port
+    event.other = other
+    event.key = key
+    # Release: the event before the index. Pairs with the acquire in Worker.take_events.
+    vs_store_release32(&w.event_head, head + 1)
+    if vs_load32(&w.event_armed):
+        vs_store32(&w.event_armed, 0)
+        eventfd_write(w.shared.event_fd, 1)

@@ -1,0 +1,332 @@
+"""A burst of frames from one port: where each goes, and the copies.
+
+Decisions are made on a private copy of the header bytes; the guest may rewrite its frame meanwhile,
+which changes what is copied but never where to.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from vswitch.fastpath.atomics cimport (
+    vs_get16,
+    vs_get32,
+    vs_get64,
+    vs_likely,
+    vs_load32,
+    vs_prefetch,
+    vs_unlikely,
+)
+from vswitch.fastpath.deliver cimport deliver
+from vswitch.fastpath.events cimport post_event
+from vswitch.fastpath.fdb cimport (
+    FDB_BUSY,
+    FDB_LEARNED,
+    FDB_MOVED,
+    FDB_NO_ROOM,
+    FdbResult,
+    fdb_learn,
+    fdb_lookup,
+)
+from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.tap cimport tap_send
+from vswitch.fastpath.types cimport (
+    DROP_BAD_SOURCE,
+    DROP_EGRESS_DOWN,
+    DROP_NO_DESTINATION,
+    DROP_OVERSIZE,
+    DROP_RUNT,
+    DROP_SAME_PORT,
+    ETH_HLEN,
+    EVENT_MAC_LEARNED,
+    EVENT_MAC_MOVED,
+    KIND_TAP,
+    MAX_CHAIN,
+    VNET_HDR_MAX,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    Counters,
+    FdbC,
+    Frame,
+    PortC,
+    PortView,
+    RingC,
+    Seg,
+    VringDesc,
+    View,
+    WorkerC,
+)
+from vswitch.fastpath.virtqueue cimport walk_chain
+
+cdef enum:
+    ETHERTYPE_VLAN_LE = 0x0081      # 0x8100 as loaded on a little-endian machine
+    ETHERTYPE_QINQ_LE = 0xA888      # 0x88a8
+    ETHERTYPE_IPV4_LE = 0x0008
+    ETHERTYPE_IPV6_LE = 0xDD86
+
+cdef extern from * nogil:
+    """
+    #define VS_MAC_MASK 0xFFFFFFFFFFFFULL
+    #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    #error "vswitch supports little-endian machines only"
+    #endif
+    """
+    const uint64_t VS_MAC_MASK
+
+cdef inline uint32_t gather_bytes(WorkerC *w, const Frame *frame, char *to, uint32_t length) noexcept nogil:
+    """The first bytes of a frame, whatever pieces it is in; returns how many there were."""
+    cdef uint32_t have = frame.seg.len, part, i
+    cdef const Seg *seg
+    if have >= length:
+        memcpy(to, frame.seg.ptr, length)
+        return length
+    memcpy(to, frame.seg.ptr, have)
+    for i in range(<uint32_t>frame.nseg - 1):
+        seg = &w.segs[frame.more + i]
+        part = length - have
+        if part > seg.len:
+            part = seg.len
+        memcpy(to + have, seg.ptr, part)
+        have += part
+        if have == length:
+            break
+    return have
+
+
+cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDesc *first) noexcept nogil:
+    """Fill in `frame` from the chain at `frame.head`; -1 after faulting the ring.
+
+    The virtio_net_hdr may share a descriptor with the frame, have one of its own or be spread over
+    several (5.1.6.6.1: any layout).
+    """
+    cdef uint64_t contiguous, total = 0
+    cdef uint32_t skip = ring.hdr_len, n, i
+    cdef int got
+    cdef Seg *segs
+    cdef char *host
+    frame.drop = 0
+    memset(frame.hdr, 0, VNET_HDR_MAX)
+    if vs_likely(
+        first.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE) == 0
+        and first.len > ring.hdr_len
+    ):
+        host = gpa_to_host(ring.mem, first.addr, first.len, &contiguous, &ring.region_hint)
+        if vs_likely(host != NULL and contiguous == first.len):
+            frame.seg.ptr = host + ring.hdr_len
+            frame.seg.len = first.len - ring.hdr_len
+            frame.len = frame.seg.len
+            frame.nseg = 1
+            frame.more = 0
+            return 0
+    segs = &w.segs[w.n_segs]
+    got = walk_chain(ring, frame.head, first, 0, segs, MAX_CHAIN)
+    if got < 0:
+        return -1
+    n = <uint32_t>got
+    while n and segs[0].len <= skip:
+        skip -= segs[0].len
+        segs += 1
+        n -= 1
+    if n == 0:
+        frame.seg.ptr = NULL
+        frame.len = 0
+        frame.seg.len = 0
+        frame.nseg = 0
+        frame.drop = DROP_RUNT + 1
+        return 0
+    segs[0].ptr += skip
+    segs[0].len -= skip
+    for i in range(n):
+        total += segs[i].len
+    frame.seg = segs[0]
+    frame.nseg = <uint16_t>n
+    frame.more = <uint16_t>(segs + 1 - w.segs)
+    frame.len = <uint32_t>total if total < 0xFFFFFFFFu else <uint32_t>0xFFFFFFFFu
+    w.n_segs = <uint32_t>(segs + n - w.segs)
+    return 0
+
+
+cdef inline uint32_t flow_hash(WorkerC *w, const Frame *frame) noexcept nogil:
+    """A hash that is equal for both directions of a flow.
+
+    IPv4 and IPv6 addresses and, for TCP and UDP that is not fragmented, ports; MAC addresses for
+    everything else.
+    """
+    cdef char data[64]
+    cdef uint32_t have = gather_bytes(w, frame, data, 64), at = ETH_HLEN, h, ihl
+    cdef uint16_t ethertype
+    cdef uint8_t proto
+    if have < ETH_HLEN:
+        return 0
+    ethertype = vs_get16(data + 12)
+    if ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE:
+        if have < at + 4:
+            return 0
+        ethertype = vs_get16(data + 16)
+        at += 4
+    if ethertype == ETHERTYPE_IPV4_LE and have >= at + 20:
+        h = vs_get32(data + at + 12) ^ vs_get32(data + at + 16)
+        proto = <uint8_t>data[at + 9]
+        ihl = 4 * (<uint32_t>data[at] & 0xF)
+        # More fragments or an offset: the ports are not in every piece.
+        if (proto == 6 or proto == 17) and not vs_get16(data + at + 6) & 0xFF3F and have >= at + ihl + 4:
+            h ^= <uint32_t>(vs_get16(data + at + ihl) ^ vs_get16(data + at + ihl + 2))
+        h ^= proto
+    elif ethertype == ETHERTYPE_IPV6_LE and have >= at + 40:
+        h = (
+            vs_get32(data + at + 8) ^ vs_get32(data + at + 12) ^ vs_get32(data + at + 16)
+            ^ vs_get32(data + at + 20) ^ vs_get32(data + at + 24) ^ vs_get32(data + at + 28)
+            ^ vs_get32(data + at + 32) ^ vs_get32(data + at + 36)
+        )
+        proto = <uint8_t>data[at + 6]
+        if (proto == 6 or proto == 17) and have >= at + 44:
+            h ^= <uint32_t>(vs_get16(data + at + 40) ^ vs_get16(data + at + 42))
+        h ^= proto
+    else:
+        h = vs_get32(data + 2) ^ vs_get32(data + 8) ^ vs_get16(data) ^ vs_get16(data + 6)
+    h *= <uint32_t>0x9E3779B1u
+    return h ^ (h >> 15)
+
+
+cdef inline void learn(
+    WorkerC *w, uint64_t key, PortC *port, RingC *ring, uint32_t tick
+) noexcept nogil:
+    cdef FdbC *fdb = w.shared.fdb
+    cdef int32_t old_port = -1
+    # Read before learning: a change that comes in between makes the note stale at once.
+    cdef uint32_t generation = vs_load32(&fdb.generation)
+    cdef FdbResult result = fdb_learn(fdb, key, port.id, tick, &old_port)
+    if result == FDB_BUSY:
+        return  # the next frame tries again
+    if (result == FDB_LEARNED or result == FDB_MOVED) and vs_load32(&w.shared.report_macs):
+        if result == FDB_LEARNED:
+            post_event(w, EVENT_MAC_LEARNED, port.id, 0, key)
+        else:
+            post_event(w, EVENT_MAC_MOVED, port.id, <uint16_t>old_port, key)
+    if ring != NULL:
+        ring.src_key = key
+        ring.src_tick = tick
+        # A move counts the generation up by one, which is our own doing.
+        ring.src_generation = generation + (1 if result == FDB_MOVED else 0)
+
+
+cdef inline void send_to(WorkerC *w, uint16_t port, uint8_t i) noexcept nogil:
+    """Put frame `i` on the list of an egress port."""
+    cdef uint16_t n = w.egress_n[port]
+    if n == 0:
+        w.touched[w.n_touched] = port
+        w.n_touched += 1
+    w.egress[port][n] = i
+    w.egress_n[port] = n + 1
+
+
+cdef inline void classify(
+    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
+) noexcept nogil:
+    """Decide where frame `i` goes. `ring` is NULL for what comes from a TAP."""
+    cdef Frame *frame = &w.frames[i]
+    cdef FdbC *fdb = w.shared.fdb
+    cdef char head[24]
+    cdef uint64_t dst, src, dst_key, src_key, vlan = 0
+    cdef uint32_t have, k, generation, tick
+    cdef uint16_t ethertype
+    cdef int32_t out
+    if vs_unlikely(frame.drop):
+        counters.drops[frame.drop - 1] += 1
+        return
+    if vs_unlikely(frame.len < ETH_HLEN):
+        counters.drops[DROP_RUNT] += 1
+        return
+    if vs_unlikely(frame.len > vs_load32(&port.max_len)):
+        counters.drops[DROP_OVERSIZE] += 1
+        return
+    have = gather_bytes(w, frame, head, 18)
+    dst = vs_get64(head) & VS_MAC_MASK
+    src = vs_get64(head + 6) & VS_MAC_MASK
+    if vs_unlikely(src & 1 or src == 0):
+        counters.drops[DROP_BAD_SOURCE] += 1
+        return
+    ethertype = vs_get16(head + 12)
+    if vs_unlikely(ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE) and have >= 18:
+        vlan = <uint64_t>((<uint8_t>head[14] & 0xF) << 8 | <uint8_t>head[15]) << 48
+    src_key = src | vlan
+    dst_key = dst | vlan
+    generation = vs_load32(&fdb.generation)
+    tick = vs_load32(&fdb.tick)
+    if vs_unlikely(
+        ring == NULL or ring.src_key != src_key or ring.src_tick != tick
+        or ring.src_generation != generation
+    ):
+        learn(w, src_key, port, ring, tick)
+    if not dst & 1:
+        if vs_likely(ring != NULL and ring.dst_key == dst_key and ring.dst_generation == generation):
+            out = ring.dst_port
+        else:
+            out = fdb_lookup(fdb, dst_key)
+            if ring != NULL and out >= 0:
+                ring.dst_key = dst_key
+                ring.dst_port = out
+                ring.dst_generation = generation
+        if vs_likely(out >= 0):
+            if vs_unlikely(out == port.id):
+                counters.drops[DROP_SAME_PORT] += 1
+            elif vs_unlikely(not view.ports[out].forwarding):
+                counters.drops[DROP_EGRESS_DOWN] += 1
+            else:
+                send_to(w, <uint16_t>out, i)
+            return
+    # Multicast, broadcast and unknown: to everyone else. The reserved groups 01:80:C2:00:00:0x are
+    # no exception; labs run LACP, LLDP, STP and 802.1X between guests.
+    have = 0
+    for k in range(view.n_flood):
+        if view.flood[k] != port.id:
+            send_to(w, view.flood[k], i)
+            have = 1
+    if vs_unlikely(not have):
+        counters.drops[DROP_NO_DESTINATION] += 1
+
+
+cdef inline void deliver_queues(
+    WorkerC *w, const PortView *to, const uint8_t *which, uint16_t n, Counters *counters
+) noexcept nogil:
+    """Spread frames over several receiveqs, each flow to one of them."""
+    cdef uint16_t i, q
+    for q in range(to.n_receiveqs):
+        w.queue_n[q] = 0
+    for i in range(n):
+        q = <uint16_t>(flow_hash(w, &w.frames[which[i]]) % to.n_receiveqs)
+        w.queue[q][w.queue_n[q]] = which[i]
+        w.queue_n[q] += 1
+    for q in range(to.n_receiveqs):
+        if w.queue_n[q]:
+            deliver(w, to.receiveqs[q], w.queue[q], w.queue_n[q], counters)
+
+
+cdef inline void forward_burst(
+    WorkerC *w, const View *view, PortC *port, RingC *ring, uint16_t n
+) noexcept nogil:
+    """Forward `w.frames[0..n-1]`, which came from `port`."""
+    cdef Counters *counters = &w.counters[port.id]
+    cdef uint64_t total = 0
+    cdef uint32_t i
+    cdef uint16_t id, count
+    cdef const PortView *to
+    for i in range(n):
+        vs_prefetch(w.frames[i].seg.ptr)
+        total += w.frames[i].len
+    counters.ingress_frames += n
+    counters.ingress_bytes += total
+    w.n_touched = 0
+    for i in range(n):
+        classify(w, view, port, ring, <uint8_t>i, counters)
+    for i in range(w.n_touched):
+        id = w.touched[i]
+        count = w.egress_n[id]
+        w.egress_n[id] = 0
+        to = &view.ports[id]
+        if to.port.kind == KIND_TAP:
+            tap_send(w, to.port, w.egress[id], count, &w.counters[id])
+        elif to.n_receiveqs == 1:
+            deliver(w, to.receiveqs[0], w.egress[id], count, &w.counters[id])
+        else:
+            deliver_queues(w, to, w.egress[id], count, &w.counters[id])

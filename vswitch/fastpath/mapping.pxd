@@ -1,0 +1,6 @@
+from vswitch.fastpath.types cimport MemTable
+
+
+cdef class Memory:
+    cdef MemTable *table
+    cdef readonly list regions

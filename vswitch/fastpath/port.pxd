@@ -1,0 +1,17 @@
+from vswitch.fastpath.mapping cimport Memory
+from vswitch.fastpath.types cimport PortC, RingC
+
+
+cdef class Ring:
+    cdef RingC *c
+    cdef readonly Port port
+    cdef Memory memory        # kept mapped for as long as the ring points into it
+    cdef readonly bint started
+    cdef readonly int worker  # which worker polls it (transmitqs)
+    cdef int kick_fd
+
+
+cdef class Port:
+    cdef PortC *c
+    cdef readonly str name
+    cdef readonly dict rings  # by vring index

@@ -1,0 +1,245 @@
+"""Ports and rings as the main thread sees them; workers see the C structures inside."""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from vswitch.fastpath.atomics cimport (
+    vs_load16,
+    vs_load32,
+    vs_load_acquire16,
+    vs_load_acquire32,
+    vs_store8,
+    vs_store32,
+    vs_store_int,
+)
+from vswitch.fastpath.mapping cimport Memory
+from vswitch.fastpath.memory cimport uva_to_host
+from vswitch.fastpath.types cimport (
+    FAULT_NONE,
+    KIND_TAP,
+    KIND_VHOST,
+    MAX_FRAME_LEN,
+    MAX_PORTS,
+    MAX_QUEUE_PAIRS,
+    PortC,
+    RingC,
+    VringDesc,
+    VringUsedElem,
+)
+from vswitch.fastpath.virtqueue cimport refuse_kicks
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "<string.h>" nogil:
+    void *memset(void *s, int c, size_t n)
+
+# One row a Fault, in the order of types.pxd: name and a text for value and detail.
+RING_FAULTS = (
+    ("", ""),
+    ("avail-index", "avail index {0} is more than the ring's size ahead of {1}"),
+    ("bad-head", "the avail ring names descriptor {0}, the ring has {1}"),
+    ("bad-next", "a descriptor's next is {0}, its table has {1} entries"),
+    ("chain-too-long", "a chain of {0} or more descriptors, its table has {1} entries"),
+    ("bad-address", "buffer address {0:#x}, length {1}, is outside the guest memory"),
+    ("bad-direction", "descriptor {1} has flags {0:#x}: wrong direction for this queue"),
+    ("indirect-length", "descriptor {1} points to an indirect table of {0} bytes"),
+    ("indirect-nested", "descriptor {1} has flags {0:#x}: an indirect table inside a chain"),
+    ("indirect-unoffered", "descriptor {1} has flags {0:#x}: indirect without negotiation"),
+    ("empty-buffer", "the receive chain at descriptor {0} has no room at all"),
+)
+
+
+class RingError(ValueError):
+    """A ring cannot be started; the text names the field and the value."""
+
+
+cdef class Ring:
+    """One virtqueue of a port: even indices are receiveqs, odd ones transmitqs (5.1.2).
+
+    Made stopped. `start` fills it in, Engine.publish then shows it to the workers. Changing a
+    started ring, other than through `set_call` and `enabled`, takes Engine.stop_ring first.
+    """
+
+    def __cinit__(self, Port port, int index):
+        if not 0 <= index < 2 * MAX_QUEUE_PAIRS:
+            raise ValueError(f"vring index {index} is not below {2 * MAX_QUEUE_PAIRS}")
+        self.c = <RingC *>aligned_alloc(64, (sizeof(RingC) + 63) // 64 * 64)
+        if self.c == NULL:
+            raise MemoryError
+        memset(self.c, 0, sizeof(RingC))
+        self.port = port
+        self.c.port = port.c
+        self.c.index = index
+        self.c.call_fd = -1
+        self.c.src_generation = 0
+        self.kick_fd = -1
+        self.worker = -1
+        port.rings[index] = self
+
+    def __dealloc__(self):
+        free(self.c)
+
+    def start(
+        self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
+        uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
+        uint16_t base, bint poll_only,
+    ):
+        """Point a stopped ring at its memory.
+
+        `size` counts entries; addresses are the frontend's; `hdr_len` is the virtio_net_hdr in
+        bytes; `base` is the avail index to go on from (SET_VRING_BASE). Where the used ring
+        disagrees with `base`, as after a crash of the last backend, the used ring is right: every
+        buffer taken before that and not given back is taken again, none is lost to the driver.
+        Returns the index it goes on from. Raises RingError.
+        """
+        cdef RingC *c = self.c
+        cdef char *desc
+        cdef char *avail
+        cdef char *used
+        if self.started:
+            raise RingError("the ring is running already")
+        if size == 0 or size > 32768 or size & (size - 1):
+            raise RingError(f"size {size} is not a power of two from 1 to 32768")
+        for name, value, align in (
+            ("descriptor table", desc_uva, 16), ("avail ring", avail_uva, 2), ("used ring", used_uva, 4),
+        ):
+            if value % align:
+                raise RingError(f"{name} address {value:#x} is not aligned to {align} bytes")
+        desc = uva_to_host(memory.table, desc_uva, 16 * <uint64_t>size)
+        avail = uva_to_host(memory.table, avail_uva, 6 + 2 * <uint64_t>size)
+        used = uva_to_host(memory.table, used_uva, 6 + 8 * <uint64_t>size)
+        for name, value, found in (
+            ("descriptor table", desc_uva, desc != NULL), ("avail ring", avail_uva, avail != NULL),
+            ("used ring", used_uva, used != NULL),
+        ):
+            if not found:
+                raise RingError(f"{name} address {value:#x} (size {size}) is outside the guest memory")
+        c.desc = <VringDesc *>desc
+        c.avail = <uint16_t *>avail
+        c.used_hdr = <uint16_t *>used
+        c.used = <VringUsedElem *>(used + 4)
+        c.used_event = <uint16_t *>(avail + 4 + 2 * size)
+        c.avail_event = <uint16_t *>(used + 4 + 8 * size)
+        c.mem = memory.table
+        c.size = size
+        c.mask = size - 1
+        c.hdr_len = hdr_len
+        c.event_idx = event_idx
+        c.indirect = indirect
+        c.mergeable = mergeable
+        c.poll_only = poll_only
+        c.lock = 0
+        c.last_used = vs_load_acquire16(c.used_hdr + 1)
+        c.last_avail = c.last_used
+        c.cached_avail = c.last_avail
+        c.signalled_valid = 0
+        c.region_hint = 0
+        c.empty_polls = 0
+        c.src_key = 0
+        c.dst_key = 0
+        c.fault_value = 0
+        c.fault_detail = 0
+        vs_store32(&c.fault, FAULT_NONE)
+        # Polling to begin with; a worker asks for kicks before it sleeps.
+        refuse_kicks(c)
+        self.memory = memory
+        self.started = True
+        return c.last_avail
+
+    def mark_stopped(self):
+        """Forget the memory; returns the index to go on from (GET_VRING_BASE).
+
+        Only after every worker has passed a quiescent point since the ring was unpublished.
+        """
+        self.started = False
+        self.memory = None
+        self.c.desc = NULL
+        self.c.mem = NULL
+        return self.c.last_avail
+
+    @property
+    def index(self):
+        return self.c.index
+
+    @property
+    def is_transmitq(self):
+        return bool(self.c.index & 1)
+
+    @property
+    def size(self):
+        return self.c.size
+
+    @property
+    def base(self):
+        """The avail index the ring would go on from, read without stopping it."""
+        return vs_load16(&self.c.last_avail)
+
+    @property
+    def used_idx(self):
+        return vs_load16(&self.c.last_used)
+
+    @property
+    def enabled(self):
+        return bool(self.c.enabled)
+
+    @enabled.setter
+    def enabled(self, bint value):
+        vs_store8(&self.c.enabled, value)
+
+    @property
+    def kick_fd(self):
+        """The kick eventfd a worker waits on, or -1."""
+        return self.kick_fd
+
+    def set_call(self, int fd):
+        """Signal `fd` from now on, -1 for none. The old one may be in use until quiescence."""
+        vs_store_int(&self.c.call_fd, fd)
+
+    @property
+    def fault(self):
+        """(name, text) of what the driver did wrong, or None."""
+        # Acquire: the value behind the fault; pairs with ring_fault.
+        cdef uint32_t number = vs_load_acquire32(&self.c.fault)
+        if number == FAULT_NONE:
+            return None
+        name, text = RING_FAULTS[number]
+        return name, text.format(self.c.fault_value, self.c.fault_detail)
+
+
+cdef class Port:
+    """A port of the fast path. Made by Engine.add_port, which gives it its number."""
+
+    def __cinit__(self, str name, int number, bint tap, int tap_fd=-1):
+        if not 0 <= number < MAX_PORTS:
+            raise ValueError(f"port number {number} is not below {MAX_PORTS}")
+        self.c = <PortC *>aligned_alloc(64, (sizeof(PortC) + 63) // 64 * 64)
+        if self.c == NULL:
+            raise MemoryError
+        memset(self.c, 0, sizeof(PortC))
+        self.name = name
+        self.rings = {}
+        self.c.id = number
+        self.c.kind = KIND_TAP if tap else KIND_VHOST
+        self.c.tap_fd = tap_fd
+        self.c.max_len = MAX_FRAME_LEN
+
+    def __dealloc__(self):
+        free(self.c)
+
+    @property
+    def id(self):
+        return self.c.id
+
+    @property
+    def is_tap(self):
+        return self.c.kind == KIND_TAP
+
+    @property
+    def max_len(self):
+        """Longest Ethernet frame taken or given, without FCS, in bytes."""
+        return vs_load32(&self.c.max_len)
+
+    @max_len.setter
+    def max_len(self, uint32_t value):
+        vs_store32(&self.c.max_len, min(value, <uint32_t>MAX_FRAME_LEN))

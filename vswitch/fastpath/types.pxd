@@ -1,0 +1,277 @@
+"""The structures that the main thread and the workers share, and who may touch what.
+
+"Main" is the thread that runs the event loop. Fields marked *main* change only while no worker can
+see the structure (before it is published, or after every worker has passed a quiescent point).
+Fields marked *worker* belong to the worker that owns the ring, or to whoever holds `lock`. Fields
+marked *atomic* may be read by anyone at any time through atomics.h.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    MAX_PORTS = 1024
+    MAX_WORKERS = 64
+    MAX_QUEUE_PAIRS = 128
+    BURST = 64             # frames taken from one ring before the next ring has its turn
+    MAX_CHAIN = 1023       # descriptors in a chain; vhost-net's limit, and fits IOV_MAX with a header
+    SEG_POOL = 4096        # segments of a burst beyond the first of each frame
+    MAX_REGIONS = 64       # memory regions of a port
+    ETH_HLEN = 14
+    MAX_FRAME_LEN = 65553  # 65535 bytes of payload, Ethernet header and one VLAN tag
+    VNET_HDR_MAX = 12
+    EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
+
+cdef enum:
+    VRING_DESC_F_NEXT = 1
+    VRING_DESC_F_WRITE = 2
+    VRING_DESC_F_INDIRECT = 4
+    VRING_AVAIL_F_NO_INTERRUPT = 1
+    VRING_USED_F_NO_NOTIFY = 1
+
+cdef struct VringDesc:     # VIRTIO 1.2, 2.7.5
+    uint64_t addr
+    uint32_t len
+    uint16_t flags
+    uint16_t next
+
+cdef struct VringUsedElem: # VIRTIO 1.2, 2.7.8
+    uint32_t id
+    uint32_t len
+
+cdef struct Region:
+    uint64_t gpa           # guest physical address of the first byte
+    uint64_t size          # bytes
+    uint64_t uva           # the same byte in the frontend's address space
+    char *host             # the same byte in ours
+    void *map_base         # what munmap() gets
+    uint64_t map_len
+
+cdef struct MemTable:      # main; immutable once made
+    uint32_t count
+    Region regions[MAX_REGIONS]
+
+# Why a frame went no further. The order is that of DROP_REASONS in engine.pyx.
+cdef enum:
+    DROP_RUNT
+    DROP_OVERSIZE
+    DROP_BAD_SOURCE
+    DROP_DISABLED
+    DROP_SAME_PORT
+    DROP_NO_DESTINATION
+    DROP_EGRESS_DOWN
+    DROP_RING_FAULT
+    DROP_NO_BUFFER
+    DROP_BUFFER_SMALL
+    DROP_EGRESS_MTU
+    DROP_TAP_BUSY
+    DROP_TAP_DOWN
+    DROP_TAP_ERROR
+    N_DROPS
+
+# What is wrong with a ring. The order is that of RING_FAULTS in engine.pyx.
+cdef enum Fault:
+    FAULT_NONE
+    FAULT_AVAIL_IDX        # value: avail.idx, detail: last avail index seen
+    FAULT_HEAD             # value: descriptor index in the avail ring
+    FAULT_NEXT             # value: next
+    FAULT_CHAIN_LEN        # value: descriptors walked
+    FAULT_ADDRESS          # value: gpa, detail: len
+    FAULT_DIRECTION        # value: flags
+    FAULT_INDIRECT_LEN     # value: len of the table
+    FAULT_INDIRECT_NESTED  # value: flags
+    FAULT_INDIRECT_UNOFFERED
+    FAULT_EMPTY_BUFFER     # a receiveq chain with no room, which would be taken for ever
+
+cdef struct Counters:      # one a worker and port; written by that worker only
+    uint64_t ingress_frames
+    uint64_t ingress_bytes
+    uint64_t egress_frames
+    uint64_t egress_bytes
+    uint64_t kicks
+    uint64_t calls
+    uint64_t stalls
+    uint64_t drops[N_DROPS]
+
+cdef enum PortKind:
+    KIND_VHOST
+    KIND_TAP
+
+cdef struct PortC:
+    uint16_t id            # main
+    uint8_t kind           # main
+    uint32_t max_len       # atomic; longest Ethernet frame without FCS, bytes
+    int tap_fd             # main
+    uint32_t tap_lost      # atomic; the interface was deleted under us
+
+cdef struct RingC:
+    # main
+    VringDesc *desc
+    uint16_t *avail        # flags, idx, ring[size], used_event
+    uint16_t *used_hdr     # flags, idx
+    VringUsedElem *used    # ring[size], avail_event
+    uint16_t *used_event
+    uint16_t *avail_event
+    MemTable *mem
+    PortC *port
+    uint16_t size
+    uint16_t mask
+    uint16_t index         # vring index: even receiveq, odd transmitq
+    uint8_t hdr_len        # 10 or 12
+    uint8_t event_idx
+    uint8_t indirect
+    uint8_t mergeable
+    uint8_t poll_only      # no kick eventfd: the worker may not sleep for long
+    # atomic
+    uint8_t enabled
+    uint32_t fault         # a Fault; nonzero stops the ring
+    int call_fd            # -1: the driver polls
+    # worker
+    uint64_t pad0[4]       # what follows is written at every burst: a cache line of its own
+    uint32_t lock          # receiveq only, and only with more than one worker
+    uint16_t last_avail    # next avail entry to take
+    uint16_t last_used     # next used entry to write
+    uint16_t cached_avail  # avail.idx as last read
+    uint16_t signalled     # used.idx at the last notification decision
+    uint8_t signalled_valid
+    uint8_t armed          # the driver will kick
+    uint16_t region_hint
+    uint32_t empty_polls
+    uint64_t fault_value
+    uint64_t fault_detail
+    uint64_t src_key       # last source learned from this ring ...
+    uint64_t dst_key       # last destination looked up ...
+    uint32_t src_tick
+    uint32_t src_generation
+    uint32_t dst_generation
+    int32_t dst_port       # ... and where it went
+
+cdef struct Seg:
+    char *ptr
+    uint32_t len
+
+cdef struct Frame:
+    Seg seg                # first piece of the Ethernet frame
+    uint32_t len           # whole Ethernet frame, bytes
+    uint16_t more          # pool index of the second piece
+    uint16_t nseg          # pieces
+    uint16_t head          # head descriptor, to be given back
+    uint8_t drop           # a Drop + 1 when the frame is not to be forwarded
+    uint8_t hdr[VNET_HDR_MAX]
+
+cdef struct PortView:
+    PortC *port
+    RingC **receiveqs      # enabled and started; NULL for a TAP
+    uint16_t n_receiveqs
+    uint8_t forwarding     # takes frames: has a receiveq, or is a TAP that is up
+    RingC **rings          # by vring index, NULL where there is none
+    uint16_t n_rings
+
+cdef struct WorkerView:
+    RingC **transmitqs
+    uint32_t n_transmitqs
+    PortC **taps
+    uint32_t n_taps
+    uint8_t poll_only
+
+cdef struct View:          # main; immutable once published
+    uint32_t n_workers
+    uint32_t n_flood
+    uint16_t *flood        # ids of the forwarding ports
+    PortView ports[MAX_PORTS]
+    WorkerView workers[MAX_WORKERS]
+
+cdef enum EventKind:
+    EVENT_MAC_LEARNED
+    EVENT_MAC_MOVED
+    EVENT_RING_FAULT
+    EVENT_TAP_LOST
+
+cdef struct EventC:
+    uint64_t key           # MAC and VLAN
+    uint32_t kind
+    uint16_t port
+    uint16_t other         # old port of a move, vring index of a fault
+
+cdef struct Inject:        # a frame made by the switch itself (RARP), handed to worker 0
+    Inject *next
+    uint32_t done          # atomic; set by the worker, after which main may free it
+    uint16_t port
+    uint32_t len
+    char data[64]
+
+cdef struct FdbEntryC:
+    uint64_t key           # atomic; MAC in wire order in the low 48 bits, VLAN above; 0 is empty
+    uint64_t val           # atomic; port | flags << 16 | tick << 32
+
+cdef struct FdbBucket:     # one cache line
+    FdbEntryC entries[4]
+
+cdef struct FdbC:
+    FdbBucket *buckets     # main
+    uint64_t mask
+    uint64_t seed
+    uint32_t limit         # most entries
+    uint32_t count         # under lock
+    uint32_t lock
+    uint32_t generation    # atomic; grows whenever an entry changes its port or goes
+    uint32_t tick          # atomic; seconds
+    uint64_t full          # under lock; addresses that found no place
+
+cdef struct Shared:        # one an engine
+    void *view             # atomic; View *
+    void *inject           # atomic; Inject *, newest first
+    uint64_t pad0[6]
+    FdbC *fdb              # main
+    uint64_t idle_ns       # main; UINT64_MAX: never sleep
+    uint32_t n_workers
+    uint32_t report_macs   # atomic; somebody wants to hear of learned and moved addresses
+    int event_fd
+
+cdef enum WorkerState:
+    STATE_STOPPED
+    STATE_RUNNING
+    STATE_SLEEPING
+
+cdef struct WorkerC:
+    # read by main
+    uint64_t epoch         # atomic; grows at each quiescent point
+    uint32_t state         # atomic; a WorkerState
+    uint32_t stop          # atomic; set by main
+    uint64_t loops
+    uint64_t bursts
+    uint64_t frames_total
+    uint64_t sleeps
+    uint64_t wakeups
+    uint64_t busy_ns
+    uint64_t idle_ns
+    uint64_t pad0[6]
+    Shared *shared
+    uint32_t id
+    int epoll_fd
+    int wake_fd
+    uint64_t mark_ns       # when the present busy or idle spell began
+    uint8_t busy
+    Counters *counters     # [MAX_PORTS]
+    # events for main: a ring with one writer (worker) and one reader (main)
+    EventC *events
+    uint32_t event_head    # atomic; written by the worker
+    uint32_t event_tail    # atomic; written by main
+    uint32_t events_lost   # atomic
+    uint32_t event_armed   # atomic; main wants to be woken
+    # scratch of one burst
+    uint16_t heads[BURST]
+    Frame frames[BURST]
+    Seg segs[SEG_POOL]
+    uint32_t n_segs
+    uint16_t touched[MAX_PORTS]
+    uint32_t n_touched
+    uint16_t egress_n[MAX_PORTS]
+    uint8_t egress[MAX_PORTS][BURST]
+    uint16_t queue_n[MAX_QUEUE_PAIRS]
+    uint8_t queue[MAX_QUEUE_PAIRS][BURST]
+    VringDesc rx_desc[BURST]
+    char *rx_host[BURST]   # where a plain receive buffer lies, NULL when it is not plain
+    Seg rx_segs[2 * MAX_CHAIN]
+    uint16_t rx_heads[2 * MAX_CHAIN]
+    uint32_t rx_lens[2 * MAX_CHAIN]
+    char *staging          # frames read from a TAP
