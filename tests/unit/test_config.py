@@ -11,6 +11,8 @@ from vswitch.config import ConfigFileError, load, parse, port_settings, uplink_s
 from vswitch.errors import ConfigError
 from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 
+CONFIG = Path(__file__).parents[2] / "config"
+
 GOOD = """
 [switch]
 name = "lab-1"
@@ -273,3 +275,24 @@ def test_settings_made_in_code_are_checked_too() -> None:
     one = PortSettings(name="a", socket=Path("/a"))
     with pytest.raises(ValueError, match=r"port\[2\].name is already the name of port\[1\]"):
         Settings(ports=[one, PortSettings(name="a", socket=Path("/b"))])
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG.glob("*.toml")), ids=lambda f: f.stem)
+def test_the_examples_are_valid(file: Path) -> None:
+    assert load(file).ports
+
+
+def test_the_commented_example_names_every_key() -> None:
+    text = (CONFIG / "ports.toml").read_text()
+    models = (SwitchSettings, PortSettings, UplinkSettings)
+    for key in {key for model in models for key in model.model_fields}:
+        assert f"\n{key} = " in text or f"\n# {key} = " in text, key
+    assert load(CONFIG / "ports.toml").switch == SwitchSettings()
+
+
+def test_the_demo_has_three_ports_and_a_tap() -> None:
+    settings = load(CONFIG / "demo.toml")
+    assert [p.name for p in settings.ports] == ["vm1", "vm2", "vm3"]
+    assert [u.name for u in settings.uplinks] == ["vswitch0"]
+    run = CONFIG / "run"
+    assert {p.socket.parent for p in settings.ports} == {run} == {settings.switch.control.parent}

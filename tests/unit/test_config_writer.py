@@ -1,0 +1,223 @@
+"""Saving: what is written means what was meant, keeps comments, and replaces a file in one step."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vswitch.config import load, parse
+from vswitch.config_writer import render, save
+from vswitch.errors import ConfigError
+from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+
+NAME = st.text("abcXYZ019_.-", min_size=1, max_size=32)
+INTERFACE = st.text("abc019_-", min_size=1, max_size=15)
+MTU = st.none() | st.integers(68, 65535)
+SOCKET = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=20,
+).map(lambda text: Path("/run") / text.replace("..", "x"))
+
+
+@st.composite
+def switches(draw: st.DrawFn) -> SwitchSettings:
+    workers = draw(st.integers(1, 4))
+    cpus = st.lists(st.integers(0, 1023), min_size=workers, max_size=workers, unique=True)
+    return SwitchSettings(
+        name=draw(NAME),
+        control=draw(st.none() | SOCKET.map(lambda path: Path("/control") / path.name)),
+        workers=workers,
+        cpus=draw(st.none() | cpus),
+        polling=draw(st.sampled_from(["adaptive", "busy", "sleep"])),
+        idle_us=draw(st.integers(0, 1_000_000)),
+        mac_aging_s=draw(st.sampled_from([0, 300, 1_000_000])),
+        fdb_size=draw(st.integers(16, 1_048_576)),
+        log_level=draw(st.sampled_from(["debug", "info", "warning", "error"])),
+    )
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> Settings:
+    names = draw(st.lists(NAME, unique=True, max_size=5))
+    sockets = draw(st.lists(SOCKET, unique=True, min_size=len(names), max_size=len(names)))
+    ports = []
+    for name, socket in zip(names, sockets, strict=True):
+        mode = draw(st.sampled_from(["server", "client"]))
+        server = mode == "server"
+        ports.append(
+            PortSettings(
+                name=name,
+                socket=socket,
+                mode=mode,
+                owner=draw(st.sampled_from([None, "root", "0"])) if server else None,
+                group=draw(st.sampled_from([None, "root"])) if server else None,
+                permissions=draw(st.sampled_from([None, "0660", "777"])) if server else None,
+                queues=draw(st.integers(1, 128)),
+                mtu=draw(MTU),
+            )
+        )
+    uplinks = draw(st.lists(INTERFACE, unique=True, max_size=3))
+    return Settings(
+        switch=draw(switches()),
+        ports=ports,
+        uplinks=[
+            UplinkSettings(name=name, mtu=draw(MTU), bridge=draw(st.sampled_from([None, "br.0"])))
+            for name in uplinks
+            if name not in names
+        ],
+    )
+
+
+@given(configurations())
+def test_what_is_written_is_read_back(configuration: Settings) -> None:
+    assert parse(render(configuration), file="/etc/ports.toml") == configuration
+
+
+@given(configurations(), configurations())
+@settings(max_examples=200)
+def test_a_file_is_brought_from_anything_to_anything(before: Settings, after: Settings) -> None:
+    text = render(after, render(before), file="/etc/ports.toml")
+    assert parse(text, file="/etc/ports.toml") == after
+
+
+COMMENTED = """\
+# my lab
+[switch]
+control = "run/c.sock"  # short
+
+# the router
+[[port]]
+name = "vm1"       # first
+socket = "run/vm1.sock"
+mode = "server"
+
+[uplink]
+# to the host
+name = "tap0"
+
+# the client
+[[port]]
+name = "vm2"
+socket = "/run/vm2.sock"
+queues = 2 # two
+"""
+
+
+def test_an_unchanged_file_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(COMMENTED)
+    save(load(file), file)
+    assert file.read_text() == COMMENTED
+
+
+def test_comments_and_relative_paths_stay(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(COMMENTED)
+    before = load(file)
+    after = before.model_copy(
+        update={
+            "ports": [
+                before.ports[0].model_copy(update={"mtu": 9000}),
+                before.ports[1].model_copy(update={"queues": 4}),
+                PortSettings(name="vm3", socket=Path("/run/vm3.sock")),
+            ]
+        }
+    )
+    save(after, file)
+    text = file.read_text()
+    assert load(file) == after
+    for kept in (
+        "# my lab",
+        'control = "run/c.sock"  # short',
+        'name = "vm1"       # first',
+        'socket = "run/vm1.sock"',
+        "# to the host",
+        "queues = 4 # two",
+    ):
+        assert kept in text
+    assert '[[port]]\nname = "vm3"\nsocket = "/run/vm3.sock"\nmode = "server"\n' in text
+
+
+def test_ports_and_uplinks_may_all_go(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(COMMENTED)
+    after = Settings(switch=load(file).switch)
+    save(after, file)
+    assert load(file) == after
+    assert 'control = "run/c.sock"  # short' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'port = [{name = "vm1", socket = "/run/vm1"}]\n',
+        '[port]\nname = "vm1"\nsocket = "/run/vm1"\n',
+        'switch.name = "x"\nport = [{name = "vm1", socket = "/run/vm1"}]\n',
+        '[uplink]\nname = "tap0"\n',
+        "",
+        "# nothing\n",
+    ],
+)
+def test_unusual_spellings_are_brought_to_mean_the_same(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(text)
+    after = Settings(
+        switch=SwitchSettings(workers=2),
+        ports=[PortSettings(name=f"vm{i}", socket=Path(f"/run/vm{i}")) for i in (1, 2)],
+        uplinks=[UplinkSettings(name="tap0", mtu=1400), UplinkSettings(name="tap1")],
+    )
+    save(after, file)
+    assert load(file) == after
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert save(Settings(), tmp_path / "new.toml") == tmp_path / "new.toml"
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.toml").stat().st_mode) == 0o640
+
+
+def test_permissions_and_links_stay(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text(COMMENTED)
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    save(Settings(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o600
+    assert load(tmp_path / "real") == Settings()
+
+
+def test_a_file_that_is_no_configuration_is_left_alone(tmp_path: Path) -> None:
+    for content in (b"[package]\nname = 'x'\n", b"= not toml", b"\xff\xfe"):
+        file = tmp_path / "f"
+        file.write_bytes(content)
+        with pytest.raises(ConfigError):
+            save(Settings(), file)
+        assert file.read_bytes() == content
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        save(Settings(), tmp_path)
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        save(Settings(), tmp_path / "none" / "f")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(COMMENTED)
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        save(Settings(), file)
+    assert file.read_text() == COMMENTED
+    assert [p.name for p in tmp_path.iterdir()] == ["ports.toml"]
