@@ -16,12 +16,20 @@ DIRECTIVES = {
 }
 
 
+HEADERS = {
+    "vswitch/fastpath": "vswitch/fastpath/atomics.h",
+    "vswitch/guest": "vswitch/guest/barriers.h",
+}
+
+
 def extension(name: str) -> Extension:
+    path = name.replace(".", "/")
+    folder = path.rpartition("/")[0]
     return Extension(
         name,
-        [name.replace(".", "/") + ".pyx"],
-        depends=["vswitch/fastpath/atomics.h"],
-        include_dirs=["vswitch/fastpath"],
+        [path + ".pyx"],
+        depends=[HEADERS[folder]],
+        include_dirs=[folder],
         extra_compile_args=CFLAGS,
     )
 
@@ -31,6 +39,8 @@ EXTENSIONS = [
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),
+    extension("vswitch.guest.driver"),
+    extension("vswitch.guest.mapping"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES))

@@ -1,0 +1,151 @@
+"""Guest memory: memfd regions as a hypervisor would announce them, and an allocator over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vswitch.guest.errors import GuestError
+from vswitch.guest.mapping import Mapping
+from vswitch.vhost_user import protocol
+
+PAGE_LEN = 4096
+_GIB = 1 << 30
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One row of the memory table; addresses and `size` (bytes) are multiples of the page size.
+
+    Regions with the same `file` share one memfd at different `mmap_offset`s, as QEMU's memory below
+    and above 4 GiB does. `uva` is what the frontend calls its own address of the region: the
+    protocol uses it for ring addresses only, so any number does that overlaps no other region.
+    """
+
+    gpa: int
+    size: int
+    uva: int
+    mmap_offset: int = 0
+    file: int = 0
+
+
+def plain_layout(total_len: int) -> list[Region]:
+    """One region from guest-physical address 0, like a small QEMU guest."""
+    return [Region(0, round_up(total_len, PAGE_LEN), 0x7F00_0000_0000)]
+
+
+def scattered_layout(count: int, total_len: int, largest_len: int) -> list[Region]:
+    """`count` regions (1 to 8) that together have room for `total_len` bytes.
+
+    They are laid out so that a translation that takes a short cut goes wrong: odd neighbours touch
+    in guest-physical space but not in their files, pairs are apart by holes, user addresses descend
+    while guest-physical ones ascend, files are shared and offsets in them differ from zero.
+    `largest_len` is the greatest single allocation in bytes.
+    """
+    if not 1 <= count <= protocol.MAX_FDS:
+        raise ValueError(f"{count} regions, must be 1 to {protocol.MAX_FDS}")
+    if count == 1:
+        return plain_layout(total_len)
+    size = round_up(total_len // count + largest_len + PAGE_LEN, PAGE_LEN)
+    regions = []
+    gpa = 0
+    for i in range(count):
+        if i == 2:
+            gpa = round_up(gpa, 4 * _GIB)
+        elif i and i % 2 == 0:
+            gpa += 16 * PAGE_LEN
+        uva = 0x7F80_0000_0000 - (i + 1) * round_up(2 * size, _GIB) + i * PAGE_LEN
+        file, place = i % 2, i // 2
+        regions.append(Region(gpa, size, uva, (place + file) * (size + 2 * PAGE_LEN), file))
+        gpa += size
+    return regions
+
+
+class GuestMemory:
+    """The memory of one software guest: memfds, our mapping of them, and a simple allocator.
+
+    Allocations spread over the regions (each goes where most room is left), so that the descriptors
+    of one chain lie in different regions when there are several. There is no free(): `reset()`
+    forgets all of them, as a guest's reboot does.
+    """
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        if not 1 <= len(regions) <= protocol.MAX_FDS:
+            raise ValueError(f"{len(regions)} regions, must be 1 to {protocol.MAX_FDS}")
+        self.regions = list(regions)
+        self._files: dict[int, int] = {}
+        try:
+            for region in self.regions:
+                fd = self._files.get(region.file)
+                if fd is None:
+                    fd = os.memfd_create(f"vswitch-guest-{region.file}", os.MFD_CLOEXEC)
+                    self._files[region.file] = fd
+                end = region.mmap_offset + region.size
+                if os.fstat(fd).st_size < end:
+                    os.ftruncate(fd, end)
+            self.mapping = Mapping([(r.gpa, r.size, self.fd(r), r.mmap_offset) for r in regions])
+        except BaseException:
+            self.close()
+            raise
+        self._used_len = [0] * len(self.regions)
+
+    def fd(self, region: Region) -> int:
+        """The memfd behind a region; stays ours."""
+        return self._files[region.file]
+
+    def table(self) -> tuple[list[protocol.MemRegion], list[int]]:
+        """What SET_MEM_TABLE says: the regions, and one file descriptor for each."""
+        rows = [protocol.MemRegion(r.gpa, r.size, r.uva, r.mmap_offset) for r in self.regions]
+        return rows, [self.fd(r) for r in self.regions]
+
+    def allocate(self, length: int, align: int = 64) -> int:
+        """Set `length` bytes aside and return their gpa. GuestError when no region has the room."""
+        order = sorted(
+            range(len(self.regions)), key=lambda i: self._used_len[i] - self.regions[i].size
+        )
+        for i in order:
+            region = self.regions[i]
+            start = round_up(region.gpa + self._used_len[i], align) - region.gpa
+            if start + length <= region.size:
+                self._used_len[i] = start + length
+                return region.gpa + start
+        raise GuestError(
+            f"no region of the guest's memory has {length} bytes left",
+            hint="give the guest larger regions, or fewer or smaller buffers",
+        )
+
+    def reset(self) -> None:
+        """Forget every allocation; the bytes stay as they are."""
+        self._used_len = [0] * len(self.regions)
+
+    def uva(self, gpa: int) -> int:
+        """The user address the memory table gives for a gpa. GuestError outside of all regions."""
+        for region in self.regions:
+            if region.gpa <= gpa < region.gpa + region.size:
+                return gpa - region.gpa + region.uva
+        raise GuestError(f"no region of the guest's memory holds gpa {gpa:#x}")
+
+    def read(self, gpa: int, length: int) -> bytes:
+        return self.mapping.read(gpa, length)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        self.mapping.write(gpa, data)
+
+    def truncate(self, region: Region, length: int) -> None:
+        """Cut the file behind a region to `length` bytes: every later access past it is SIGBUS.
+
+        A hostile frontend does this after the backend has mapped the file. Our own process must not
+        touch the lost part either.
+        """
+        os.ftruncate(self.fd(region), length)
+
+    def close(self) -> None:
+        """Close the memfds. The mapping goes when the last queue that uses it does."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()

@@ -1,0 +1,213 @@
+"""Virtqueues of the software guest: their place in memory, their buffers and their eventfds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from vswitch.guest.driver import ReceiveQueue, TransmitQueue, VirtQueue
+from vswitch.guest.memory import GuestMemory, round_up
+from vswitch.guest.raw import DESC_LEN, RawRing, RingLayout
+from vswitch.vhost_user.protocol import Feature
+
+MAX_HEADER_LEN = 12
+_BLOCK_SLOTS = 64
+"""Slots whose n-th pieces lie side by side; the next block may go to another region."""
+_RING_ALIGN = 4096
+
+
+def header_len(features: int) -> int:
+    """Length of the virtio-net header in bytes (VIRTIO 1.2 sections 5.1.6 and 5.1.6.1)."""
+    return 12 if features & (Feature.VERSION_1 | Feature.MRG_RXBUF) else 10
+
+
+def cut(total_len: int, head_len: int, cuts: Sequence[int]) -> list[int]:
+    """Lengths of the descriptors of a buffer of `total_len` bytes, header included.
+
+    `cuts` are offsets from the first byte of the frame: 0 puts the header into a descriptor of its
+    own, negative ones cut the header itself. Cuts outside of the buffer are ignored.
+    """
+    edges = sorted({edge for edge in (head_len + c for c in cuts) if 0 < edge < total_len})
+    return [end - start for start, end in zip([0, *edges], [*edges, total_len], strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueShape:
+    """How the buffers of a queue look; all lengths in bytes.
+
+    `buf_len` is one whole buffer with its header. `offset` moves every piece that far from an
+    address divisible by 64. `guard_len` (receive only) is described at ReceiveQueue. `first_idx` is
+    where the ring's free-running indices begin.
+    """
+
+    size: int
+    buf_len: int
+    cuts: tuple[int, ...] = ()
+    indirect: bool = False
+    guard_len: int = 0
+    offset: int = 0
+    first_idx: int = 0
+
+    def piece_lens(self, head_len: int) -> list[int]:
+        return cut(self.buf_len, head_len, self.cuts)
+
+    def slots(self, pieces: int, transmit: bool) -> int:
+        """Buffers worth having: a short frame takes fewer descriptors than its slot has pieces."""
+        return self.size if transmit or self.indirect else max(1, self.size // pieces)
+
+    def memory_len(self, head_len: int, transmit: bool) -> tuple[int, int]:
+        """Guest memory this queue takes at most, and the largest piece of it."""
+        lens = self.piece_lens(head_len)
+        slots = self.slots(len(lens), transmit)
+        strides = [_stride(length, self) for length in lens]
+        per_block = min(slots, _BLOCK_SLOTS)
+        blocks = -(-slots // per_block)
+        table = round_up(len(lens) * DESC_LEN, 64) if self.indirect else 0
+        rings = 3 * _RING_ALIGN + 26 * self.size + 12
+        largest = max(per_block * max(*strides, table), 16 * self.size) + _RING_ALIGN
+        return rings + blocks * per_block * (sum(strides) + table), largest
+
+
+def _stride(length: int, shape: QueueShape) -> int:
+    return round_up(length + shape.guard_len + shape.offset, 64)
+
+
+def place_ring(memory: GuestMemory, size: int) -> RingLayout:
+    """Set memory aside for a split ring, its parts apart from each other."""
+    return RingLayout(
+        size,
+        memory.allocate(16 * size, _RING_ALIGN),
+        memory.allocate(6 + 2 * size, 64),
+        memory.allocate(6 + 8 * size, 64),
+    )
+
+
+def _place_many(memory: GuestMemory, count: int, stride: int) -> list[int]:
+    places: list[int] = []
+    while len(places) < count:
+        n = min(_BLOCK_SLOTS, count, count - len(places))
+        start = memory.allocate(n * stride)
+        places.extend(range(start, start + n * stride, stride))
+    return places
+
+
+def place_slots(
+    memory: GuestMemory, shape: QueueShape, head_len: int, transmit: bool
+) -> tuple[list[list[tuple[int, int]]], list[int]]:
+    """Buffers as lists of (gpa, length), and the gpa of an indirect table for each of them."""
+    lens = shape.piece_lens(head_len)
+    count = shape.slots(len(lens), transmit)
+    columns = [
+        [(gpa + shape.offset, length) for gpa in _place_many(memory, count, _stride(length, shape))]
+        for length in lens
+    ]
+    slots = [list(row) for row in zip(*columns, strict=True)]
+    tables = (
+        _place_many(memory, count, round_up(len(lens) * DESC_LEN, 64)) if shape.indirect else []
+    )
+    return slots, tables
+
+
+Q = TypeVar("Q", bound=VirtQueue)
+
+
+class GuestQueue(Generic[Q]):
+    """One vring: the driver's queue, the raw ring below it, and the eventfds.
+
+    `index` is the vring's number in the protocol: 2n is the receiveq of pair n, 2n + 1 its
+    transmitq. `base` is where the backend is to start at the next SET_VRING_BASE.
+    """
+
+    def __init__(self, index: int, ring: Q, raw: RawRing) -> None:
+        self.index = index
+        self.ring = ring
+        self.raw = raw
+        self.base = ring.used_idx
+        self.calls = 0
+        """Notifications that the device sent, as far as taken."""
+        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    @property
+    def layout(self) -> RingLayout:
+        return self.raw.layout
+
+    def kick(self) -> None:
+        """Notify the device, wanted or not."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.kick_fd, 1)
+
+    def notify(self) -> None:
+        """Notify the device if it wants to be."""
+        if self.ring.take_kick():
+            self.kick()
+
+    def take_calls(self) -> int:
+        """Empty the call eventfd. Returns how many notifications were in it."""
+        try:
+            n = os.eventfd_read(self.call_fd)
+        except BlockingIOError:
+            return 0
+        self.calls += n
+        return n
+
+    def take_error(self) -> bool:
+        """Whether the device has signalled an error on this vring since the last look."""
+        try:
+            return os.eventfd_read(self.err_fd) > 0
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        for fd in (self.kick_fd, self.call_fd, self.err_fd):
+            os.close(fd)
+
+
+def build_receive_queue(
+    memory: GuestMemory, pair: int, shape: QueueShape, features: int, name: str
+) -> GuestQueue[ReceiveQueue]:
+    """The receiveq of a queue pair, set up in memory, nothing posted."""
+    layout = place_ring(memory, shape.size)
+    slots, tables = place_slots(memory, shape, header_len(features), transmit=False)
+    ring = ReceiveQueue(
+        memory.mapping,
+        f"{name}: receiveq {pair}",
+        layout.size,
+        layout.desc_gpa,
+        layout.avail_gpa,
+        layout.used_gpa,
+        slots,
+        tables,
+        header_len=header_len(features),
+        event_idx=bool(features & Feature.RING_EVENT_IDX),
+        first_idx=shape.first_idx,
+        mergeable=bool(features & Feature.MRG_RXBUF),
+        guard_len=shape.guard_len,
+    )
+    return GuestQueue(2 * pair, ring, RawRing(memory, layout))
+
+
+def build_transmit_queue(
+    memory: GuestMemory, pair: int, shape: QueueShape, features: int, name: str
+) -> GuestQueue[TransmitQueue]:
+    """The transmitq of a queue pair."""
+    layout = place_ring(memory, shape.size)
+    slots, tables = place_slots(memory, shape, header_len(features), transmit=True)
+    ring = TransmitQueue(
+        memory.mapping,
+        f"{name}: transmitq {pair}",
+        layout.size,
+        layout.desc_gpa,
+        layout.avail_gpa,
+        layout.used_gpa,
+        slots,
+        tables,
+        header_len=header_len(features),
+        event_idx=bool(features & Feature.RING_EVENT_IDX),
+        first_idx=shape.first_idx,
+    )
+    return GuestQueue(2 * pair + 1, ring, RawRing(memory, layout))
