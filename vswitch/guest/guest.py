@@ -1,0 +1,544 @@
+"""A guest without a virtual machine: memory, virtio-net driver and vhost-user frontend in one.
+
+It speaks to any vhost-user-net backend. Used from one thread it is deterministic: nothing is sent,
+received or posted but by the call that says so. With `start_responder` a thread answers pings.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vswitch.guest.driver import ReceiveQueue, TransmitQueue
+from vswitch.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
+from vswitch.guest.frontend import DEFAULT_TIMEOUT_S, Frontend, Listener
+from vswitch.guest.memory import GuestMemory, Region, scattered_layout
+from vswitch.guest.packets import parse_mac
+from vswitch.guest.queues import (
+    MAX_HEADER_LEN,
+    GuestQueue,
+    QueueShape,
+    build_receive_queue,
+    build_transmit_queue,
+)
+from vswitch.guest.responder import Responder, ping
+from vswitch.guest.stack import NetStack
+from vswitch.vhost_user.protocol import Feature, ProtocolFeature, VringAddr
+
+AnyQueue = GuestQueue[ReceiveQueue] | GuestQueue[TransmitQueue]
+
+DEFAULT_FEATURES = (
+    Feature.VERSION_1
+    | Feature.MRG_RXBUF
+    | Feature.RING_INDIRECT_DESC
+    | Feature.RING_EVENT_IDX
+    | Feature.ANY_LAYOUT
+    | Feature.PROTOCOL_FEATURES
+)
+DEFAULT_PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.MTU | ProtocolFeature.RARP
+)
+_CLOSED_CHECK_S = 0.01
+"""How often a polling guest looks whether the backend is still there."""
+
+
+class SoftwareGuest:
+    """One virtio-net interface on a vhost-user backend.
+
+    mac: like "52:54:00:00:00:01". ip: IPv4 or IPv6 address to answer for; the link-local IPv6
+        address is there anyway.
+    queue_size, rx_queue_size: entries of each ring, a power of two from 2 to 32768.
+    queues: queue pairs; more than one asks for Feature.MQ.
+    features, protocol_features: what to take if it is offered. required_features: GuestError at
+        connect if one of these is not offered.
+    regions: a number from 1 to 8 (sizes are worked out) or the exact memory layout.
+    max_frame_len: longest frame to send, and to receive without mergeable buffers, in bytes.
+    mtu: told to the backend where MTU is negotiated as a protocol feature.
+    tx_cuts, rx_cuts: where to cut buffers into descriptors, see queues.cut(). Legacy layout
+        (neither VERSION_1 nor ANY_LAYOUT) cuts after the header where the standard demands it.
+    rx_buf_len: bytes of one receive buffer, header included. Default: 2048 with mergeable buffers,
+        else as max_frame_len requires.
+    indirect: use indirect descriptors when they are negotiated.
+    rx_guard_len, slot_offset: see QueueShape; a guard makes every write past the reported length
+        an error.
+    first_idx: where the free-running indices of fresh rings begin, 0 to 65535.
+    polling: never sleep, ask the device for no notifications. Settable at any time.
+    auto_post: post receive buffers again once they were read. Settable at any time.
+    """
+
+    def __init__(
+        self,
+        mac: str,
+        ip: str | None = None,
+        *,
+        queue_size: int = 256,
+        rx_queue_size: int | None = None,
+        queues: int = 1,
+        features: int = DEFAULT_FEATURES,
+        required_features: int = 0,
+        protocol_features: int = DEFAULT_PROTOCOL_FEATURES,
+        regions: int | Sequence[Region] = 1,
+        max_frame_len: int = 1518,
+        mtu: int | None = None,
+        tx_cuts: tuple[int, ...] = (),
+        rx_cuts: tuple[int, ...] = (),
+        rx_buf_len: int | None = None,
+        indirect: bool = True,
+        rx_guard_len: int = 0,
+        slot_offset: int = 0,
+        first_idx: int = 0,
+        polling: bool = False,
+    ) -> None:
+        self.name = mac
+        self.mac = parse_mac(mac)
+        self.stack = NetStack(self.mac, ip)
+        self.queue_pairs = queues
+        self.wanted_features = features | (Feature.MQ if queues > 1 else 0)
+        self.required_features = required_features
+        self.wanted_protocol_features = protocol_features
+        self.max_frame_len = max_frame_len
+        self.mtu = mtu
+        self.polling = polling
+        self.auto_post = True
+        self._tx_cuts = tx_cuts
+        self._rx_cuts = rx_cuts
+        self._rx_buf_len = rx_buf_len
+        self._indirect = indirect
+        self._guard_len = rx_guard_len
+        self._offset = slot_offset
+        self._first_idx = first_idx
+        self._tx_size = queue_size
+        self._rx_size = rx_queue_size or queue_size
+
+        self.features = Feature(0)
+        """What was negotiated with the backend."""
+        self.receiveqs: list[GuestQueue[ReceiveQueue]] = []
+        self.transmitqs: list[GuestQueue[TransmitQueue]] = []
+        self.memory = GuestMemory(
+            self._layout(regions) if isinstance(regions, int) else list(regions)
+        )
+        self._frontend: Frontend | None = None
+        self._listener: Listener | None = None
+        self._path: str | Path | None = None
+        self.lock = threading.RLock()
+        """Held around every use of the rings; take it to use them from another thread."""
+        self._inbox: deque[bytes] = deque()
+        self._responder: Responder | None = None
+
+    def _shape(self, features: int, *, transmit: bool) -> QueueShape:
+        """The queue's buffers under these features."""
+        cuts = self._tx_cuts if transmit else self._rx_cuts
+        mergeable = bool(features & Feature.MRG_RXBUF)
+        any_layout = features & (Feature.VERSION_1 | Feature.ANY_LAYOUT)
+        if not any_layout and (transmit or not mergeable):
+            cuts = (0, *(c for c in cuts if c > 0))
+        buf_len = MAX_HEADER_LEN + self.max_frame_len
+        if not transmit:
+            buf_len = self._rx_buf_len or (2048 if mergeable else buf_len)
+        return QueueShape(
+            size=self._tx_size if transmit else self._rx_size,
+            buf_len=buf_len,
+            cuts=cuts,
+            indirect=self._indirect and bool(features & Feature.RING_INDIRECT_DESC),
+            guard_len=0 if transmit else self._guard_len,
+            offset=self._offset,
+            first_idx=self._first_idx,
+        )
+
+    def _layout(self, regions: int) -> list[Region]:
+        """As many regions as wanted with room for the queues whatever is negotiated."""
+        total = largest = 0
+        for transmit in (False, True):
+            needs = [
+                self._shape(features, transmit=transmit).memory_len(MAX_HEADER_LEN, transmit)
+                for features in (
+                    0,
+                    self.wanted_features,
+                    self.wanted_features & ~Feature.RING_INDIRECT_DESC,
+                    self.wanted_features & ~Feature.MRG_RXBUF,
+                )
+            ]
+            total += max(need for need, _ in needs)
+            largest = max(largest, *(piece for _, piece in needs))
+        return scattered_layout(regions, total * self.queue_pairs + (1 << 16), largest)
+
+    # Connecting.
+
+    @property
+    def frontend(self) -> Frontend:
+        """The protocol connection. GuestError while there is none."""
+        if self._frontend is None:
+            raise GuestError(f"{self.name}: this guest is not connected")
+        return self._frontend
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection that the backend has not closed."""
+        return self._frontend is not None and not self._frontend.closed_by_backend
+
+    def connect(self, path: str | Path, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        """Connect to a backend in server mode and start with fresh rings."""
+        self._path = path
+        self._start(Frontend.connect(path, timeout), fresh=True)
+
+    def listen(self, path: str | Path) -> None:
+        """Open a socket for a backend in client mode; `accept` goes on from there."""
+        self._path = path
+        self._listener = Listener(path)
+
+    def accept(self, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        """Wait for the backend to connect and start with fresh rings."""
+        if self._listener is None:
+            raise GuestError(f"{self.name}: this guest does not listen")
+        self._start(self._listener.accept(timeout), fresh=True)
+
+    def reconnect(self, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        """Get the backend back, in the way it was got before, and go on with the rings as they are.
+
+        After `disconnect` the backend resumes where it said it stopped; after it died or `drop` it
+        resumes at used.idx, as QEMU does. GuestError if it now offers other features.
+        """
+        if self._path is None or not self.receiveqs:
+            raise GuestError(f"{self.name}: this guest was never connected")
+        self.drop()
+        if self._listener is not None:
+            frontend = self._listener.accept(timeout)
+        else:
+            frontend = Frontend.connect(self._path, timeout)
+        self._start(frontend, fresh=False)
+
+    def disconnect(self) -> None:
+        """Stop all rings in good order and close the connection."""
+        with self.lock:
+            if self._frontend is not None:
+                self.stop_rings()
+                self._close_connection()
+
+    def drop(self) -> None:
+        """Close the connection without a word, as a frontend that was killed does."""
+        with self.lock:
+            if self._frontend is not None:
+                for queue in self.queues():
+                    queue.base = queue.raw.used_idx
+                self._close_connection()
+
+    def reboot(self) -> None:
+        """Stop the rings, forget everything in memory, and start anew on the same connection."""
+        with self.lock:
+            self.stop_rings()
+            self.frontend.set_features(self.features)
+            self._build()
+            self.start_rings()
+
+    def close(self) -> None:
+        """Close everything, without a word to the backend."""
+        self.stop_responder()
+        with self.lock:
+            self._close_connection()
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
+            for queue in self.queues():
+                queue.close()
+            self.receiveqs, self.transmitqs = [], []
+            self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _close_connection(self) -> None:
+        if self._frontend is not None:
+            self._frontend.close()
+            self._frontend = None
+
+    def _start(self, frontend: Frontend, *, fresh: bool) -> None:
+        with self.lock:
+            self._close_connection()
+            try:
+                frontend.negotiate(
+                    self.wanted_features,
+                    self.wanted_protocol_features,
+                    required=self.required_features,
+                )
+                if frontend.max_queue_pairs < self.queue_pairs:
+                    raise GuestError(
+                        f"{self.name}: {self.queue_pairs} queue pairs are wanted, "
+                        f"the backend has {frontend.max_queue_pairs}"
+                    )
+                if not fresh and frontend.features != self.features:
+                    raise GuestError(
+                        f"{self.name}: the backend's features were {self.features!r} and are "
+                        f"{frontend.features!r} now; rings cannot go on"
+                    )
+            except BaseException:
+                frontend.close()
+                raise
+            self._frontend = frontend
+            self.features = frontend.features
+            if fresh:
+                self._build()
+            if self.mtu is not None and ProtocolFeature.MTU in frontend.protocol_features:
+                frontend.net_set_mtu(self.mtu)
+            self.start_rings()
+
+    def build_offline(self, features: int) -> None:
+        """Set the rings up as if `features` had been negotiated; nobody is on the other side."""
+        with self.lock:
+            self.features = Feature(features)
+            self._build()
+
+    def _build(self) -> None:
+        for queue in self.queues():
+            queue.close()
+        self.memory.reset()
+        receive = self._shape(self.features, transmit=False)
+        transmit = self._shape(self.features, transmit=True)
+        self.receiveqs = [
+            build_receive_queue(self.memory, pair, receive, self.features, self.name)
+            for pair in range(self.queue_pairs)
+        ]
+        self.transmitqs = [
+            build_transmit_queue(self.memory, pair, transmit, self.features, self.name)
+            for pair in range(self.queue_pairs)
+        ]
+        if self.auto_post:
+            for queue in self.receiveqs:
+                queue.ring.post()
+
+    def start_rings(self) -> None:
+        """Hand memory and rings to the backend and enable them, each from its `base`."""
+        frontend = self.frontend
+        frontend.set_mem_table(*self.memory.table())
+        for queue in self.queues():
+            frontend.set_vring_num(queue.index, queue.layout.size)
+            frontend.set_vring_base(queue.index, queue.base)
+            frontend.set_vring_addr(self.vring_addr(queue))
+            frontend.set_vring_call(queue.index, queue.call_fd)
+            frontend.set_vring_err(queue.index, queue.err_fd)
+            frontend.set_vring_kick(queue.index, queue.kick_fd)
+        if Feature.PROTOCOL_FEATURES in self.features:
+            for queue in self.queues():
+                frontend.set_vring_enable(queue.index, True)
+        frontend.sync()
+        for queue in self.queues():
+            queue.kick()
+
+    def stop_rings(self) -> None:
+        """Disable and stop every ring, and keep the base the backend returns."""
+        frontend = self.frontend
+        for queue in self.queues():
+            if Feature.PROTOCOL_FEATURES in self.features:
+                frontend.set_vring_enable(queue.index, False)
+            queue.base = frontend.get_vring_base(queue.index)
+
+    def vring_addr(self, queue: AnyQueue) -> VringAddr:
+        """What SET_VRING_ADDR says of a queue."""
+        layout = queue.layout
+        return VringAddr(
+            queue.index,
+            0,
+            self.memory.uva(layout.desc_gpa),
+            self.memory.uva(layout.used_gpa),
+            self.memory.uva(layout.avail_gpa),
+            0,
+        )
+
+    def queues(self) -> Iterator[AnyQueue]:
+        """Every queue in the order of the vring numbers."""
+        for rx, tx in zip(self.receiveqs, self.transmitqs, strict=True):
+            yield rx
+            yield tx
+
+    # Frames.
+
+    def send(
+        self,
+        frames: Iterable[bytes],
+        timeout: float = 5.0,
+        *,
+        queue: int = 0,
+        header: bytes | None = None,
+    ) -> None:
+        """Give frames (without virtio-net header) to a transmitq, waiting for room in it.
+
+        Returns when the device may take the last one, not when it has. BackendTimeoutError when
+        there is no room for `timeout` seconds; BackendClosedError when the backend goes away.
+        """
+        frames = list(frames)
+        sent = 0
+        target = self.transmitqs[queue]
+        deadline = time.monotonic() + timeout
+        while True:
+            with self.lock:
+                target.ring.reap()
+                n = target.ring.send(frames, sent, header)
+                sent += n
+                if n:
+                    target.notify()
+                    deadline = time.monotonic() + timeout
+            if sent == len(frames):
+                return
+            if not self.wait_used([target], deadline):
+                raise BackendTimeoutError(
+                    f"{target.ring.name}: the device took no frame in {timeout:g} s "
+                    f"({len(frames) - sent} of {len(frames)} left)"
+                )
+
+    def drain(self, timeout: float = 5.0) -> None:
+        """Wait until the device has given back every frame sent. BackendTimeoutError if not."""
+        deadline = time.monotonic() + timeout
+        for queue in self.transmitqs:
+            while True:
+                with self.lock:
+                    queue.ring.reap()
+                    if not queue.ring.outstanding:
+                        break
+                if not self.wait_used([queue], deadline):
+                    raise BackendTimeoutError(
+                        f"{queue.ring.name}: {queue.ring.outstanding} frames were not given back "
+                        f"in {timeout:g} s"
+                    )
+
+    def recv(self, n: int, timeout: float = 5.0) -> list[bytes]:
+        """The next `n` frames of all receiveqs, or fewer when `timeout` seconds are over.
+
+        While a responder runs, only frames that it does not take itself.
+        BackendClosedError when the backend goes away before anything came.
+        """
+        deadline = time.monotonic() + timeout
+        if self._responder is not None:
+            return self._responder.take_frames(n, deadline)
+        frames: list[bytes] = []
+        while len(frames) < n and self._inbox:
+            frames.append(self._inbox.popleft())
+        while len(frames) < n:
+            more = self.poll_frames(n - len(frames))
+            frames += more
+            if more:
+                continue
+            try:
+                if not self.wait_used(self.receiveqs, deadline):
+                    break
+            except BackendClosedError:
+                if frames:
+                    break
+                raise
+        return frames
+
+    def poll_frames(self, most: int) -> list[bytes]:
+        """Up to `most` frames that are there now, straight from the rings."""
+        frames: list[bytes] = []
+        with self.lock:
+            for queue in self.receiveqs:
+                if len(frames) < most and queue.ring.more_used():
+                    frames += queue.ring.recv(most - len(frames))
+                    if self.auto_post and queue.ring.post():
+                        queue.notify()
+        return frames
+
+    def requeue(self, frames: Iterable[bytes]) -> None:
+        """Leave frames for the next `recv`."""
+        self._inbox.extend(frames)
+
+    def wait_used(
+        self, queues: Sequence[AnyQueue], deadline: float, extra_fd: int | None = None
+    ) -> bool:
+        """Wait until one of `queues` has something to reap. False at the deadline (monotonic).
+
+        Sleeps on the call eventfds, or polls if `polling` is set. `extra_fd` readable ends the wait
+        with False as well. BackendClosedError when the backend closes the connection meanwhile.
+        """
+        if self.polling:
+            return self._spin(queues, deadline)
+        poll = select.poll()
+        if self._frontend is not None:
+            poll.register(self._frontend.socket, select.POLLIN)
+        if extra_fd is not None:
+            poll.register(extra_fd, select.POLLIN)
+        for queue in queues:
+            poll.register(queue.call_fd, select.POLLIN)
+        try:
+            while True:
+                with self.lock:
+                    if any([queue.ring.calls_on() for queue in queues]):
+                        return True
+                left = deadline - time.monotonic()
+                events = poll.poll(max(0.0, left) * 1000)
+                for queue in queues:
+                    queue.take_calls()
+                if any(queue.ring.more_used() for queue in queues):
+                    return True
+                if any(fd == extra_fd for fd, _ in events):
+                    return False
+                self._check_backend()
+                if left <= 0:
+                    return False
+        finally:
+            with self.lock:
+                for queue in queues:
+                    queue.ring.calls_off()
+
+    def _spin(self, queues: Sequence[AnyQueue], deadline: float) -> bool:
+        check = 0.0
+        while True:
+            if any(queue.ring.more_used() for queue in queues):
+                return True
+            now = time.monotonic()
+            if now >= check:
+                self._check_backend()
+                check = now + _CLOSED_CHECK_S
+            if now >= deadline:
+                return False
+            time.sleep(0)
+
+    def _check_backend(self) -> None:
+        if self._frontend is not None and self._frontend.closed_by_backend:
+            raise BackendClosedError(f"{self.name}: the backend closed the connection")
+
+    # Pings.
+
+    def start_responder(self, *, reconnect: bool = False) -> None:
+        """Answer ARP, neighbour solicitations and pings from a thread of its own.
+
+        With `reconnect` the thread also gets a backend back that went away.
+        """
+        if self._responder is None:
+            self._responder = Responder(self, reconnect=reconnect)
+
+    def stop_responder(self) -> None:
+        """End the thread. What made it end early, if anything did, is raised here."""
+        responder, self._responder = self._responder, None
+        if responder is not None:
+            responder.stop()
+
+    def ping(self, ip: str, timeout: float = 5.0) -> bool:
+        """Resolve `ip` and send it echo requests until one is answered; False at the timeout."""
+        if self._responder is not None:
+            return ping(self.stack, ip, timeout, self.send, self._responder.wait_for)
+        return ping(self.stack, ip, timeout, self.send, self._pump)
+
+    def _pump(self, done: Callable[[], bool], deadline: float) -> bool:
+        """Handle received frames in this thread until `done()` or the deadline."""
+        while not done():
+            if not self.wait_used(self.receiveqs, deadline):
+                return done()
+            for frame in self.poll_frames(64):
+                taken, replies = self.stack.handle(frame)
+                if not taken:
+                    self._inbox.append(frame)
+                self.send(replies)
+        return True
