@@ -31,6 +31,7 @@ __all__ = [
     "parse",
     "port_settings",
     "problems_of",
+    "switch_settings",
     "uplink_settings",
 ]
 
@@ -99,6 +100,11 @@ def parse(text: str, *, file: Path | str = "ports.toml") -> Settings:
     return _settings(document, file, Path(file).absolute().parent)
 
 
+def switch_settings(values: Mapping[str, Any]) -> SwitchSettings:
+    """Validate the switch's own values from anywhere; ConfigError with all mistakes, one a line."""
+    return _one(SwitchSettings, "switch", values, None)
+
+
 def port_settings(values: Mapping[str, Any], *, base: Path | None = None) -> PortSettings:
     """Validate one port's values from anywhere; ConfigError with all mistakes, one a line.
 
@@ -114,7 +120,9 @@ def uplink_settings(values: Mapping[str, Any]) -> UplinkSettings:
 
 def _one(model: type[_M], kind: str, values: Mapping[str, Any], base: Path | None) -> _M:
     problems: list[Problem] = []
-    result = _validate(model, dict(values), _label(kind, 0, values), base, problems)
+    result = _validate(
+        model, dict(values), kind if kind == "switch" else _label(kind, 0, values), base, problems
+    )
     if result is None:
         raise ConfigError("\n".join(map(str, problems)))
     return result
@@ -272,7 +280,7 @@ def unknown_key_reason(key: str, known: Any) -> str:
     close = difflib.get_close_matches(key.lower(), list(known), n=1, cutoff=0.6)
     if close:
         return f'unknown key (did you mean "{close[0]}"?)'
-    return f"unknown key (known are {', '.join(known)})"
+    return f"unknown key (known are {', '.join(known)})" if known else "unknown key (none is known)"
 
 
 def _syntax_problem(message: str, text: str) -> Problem:

@@ -165,6 +165,10 @@ class SwitchSettings(_Model):
     control: SocketPath | None = Field(
         default=None, description="control socket path; default by user"
     )
+    control_group: Group | None = Field(default=None, description="group of the control socket")
+    control_permissions: Permissions | None = Field(
+        default=None, description='octal permissions of the control socket, "0600" if not given'
+    )
     workers: int = Field(default=1, ge=1, le=WORKERS_MAX, description="poll threads")
     cpus: list[Cpu] | None = Field(
         default=None, description="CPU to pin each worker to, one per worker"
