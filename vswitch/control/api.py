@@ -126,6 +126,23 @@ class WorkerInfo(TypedDict):
     idle_ns: int
 
 
+class HelloInfo(TypedDict):
+    """Who answers on a control socket: the switch's name, versions and process."""
+
+    name: str
+    version: str
+    protocol: int
+    pid: int
+
+
+class VersionInfo(HelloInfo):
+    """What runs; `config` is the file it was started with, `uptime_s` seconds since its start."""
+
+    python: str
+    config: str | None
+    uptime_s: float
+
+
 class Event(TypedDict):
     """Something that happened at `time` (Unix time in seconds), to `port` if to one.
 

@@ -1,0 +1,353 @@
+"""Talk to a running switch from Python: `vswitch.Client`."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from vswitch._version import __version__
+from vswitch.control.api import (
+    Event,
+    EventName,
+    FdbEntry,
+    HelloInfo,
+    PortInfo,
+    PortStats,
+    VersionInfo,
+    WorkerInfo,
+)
+from vswitch.control.protocol import (
+    PROTOCOL_VERSION,
+    ControlError,
+    Decoder,
+    Notification,
+    Response,
+    default_socket_path,
+    error_from_map,
+    pack_request,
+)
+from vswitch.errors import ProtocolError
+from vswitch.unixsocket import connect_error
+
+_EVENTS_HELD_MAX = 65536
+_CHUNK_LEN = 1 << 16
+_T = TypeVar("_T")
+
+
+class Client:
+    """A connection to the control socket of a switch; a context manager.
+
+    Every method is one request of docs/control-protocol.md and waits for its answer. Errors are the
+    VswitchError subclasses that the switch raised (NotFoundError, ExistsError, ...), and
+    ControlError, whose `code` is `unreachable`, `timeout` or `disconnected`, for the connection.
+    For use by one thread at a time.
+
+    >>> with Client("/run/vswitch/control.sock") as switch:
+    ...     switch.add_port("vm1", "/run/vswitch/vm1.sock")
+    ...     for event in switch.events("port-ready"):
+    ...         print(event["port"])
+    """
+
+    def __init__(self, path: Path | str | None = None, *, timeout: float | None = 10.0) -> None:
+        """Connect to `path` (default: as `vswitchctl` does) and greet.
+
+        `timeout` is in seconds for connecting and for each answer; None waits for ever.
+        """
+        self.path = Path(path) if path is not None else default_socket_path()
+        self.timeout = timeout
+        self.events_lost = 0
+        """Events that the switch or this client dropped because nobody took them in time."""
+        self._events: deque[Event] = deque()
+        self._msgid = 0
+        self._decoder = Decoder(trusted=True)
+        self._responses: deque[Response] = deque()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._connect()
+            self.switch: HelloInfo = self._call(
+                "hello", protocol=PROTOCOL_VERSION, client=f"python {__version__}"
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _connect(self) -> None:
+        try:
+            self._socket.connect(str(self.path))
+        except OSError as exc:
+            error = connect_error(self.path, exc, "control")
+            raise ControlError(error.message, hint=error.hint, code="unreachable") from exc
+
+    def close(self) -> None:
+        """Close the connection; may be called twice."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The switch.
+
+    def ping(self) -> float:
+        """Ask for a sign of life; returns the round trip in seconds."""
+        start = time.perf_counter()
+        self._call("ping")
+        return time.perf_counter() - start
+
+    def version(self) -> VersionInfo:
+        """Versions, process and uptime of the switch."""
+        return cast(VersionInfo, self._call("version"))
+
+    def settings(self) -> dict[str, Any]:
+        """The running configuration: `switch`, `ports`, `uplinks` with the keys of ports.toml."""
+        return cast("dict[str, Any]", self._call("settings"))
+
+    def log_level(self, level: str | None = None) -> str:
+        """The level of the log: debug, info, warning or error; sets it first if one is given."""
+        return str(self._call("log_level", level=level)["level"])
+
+    def save(self, path: Path | str | None = None) -> Path:
+        """Write the running configuration to `path`, or to the file the switch was started with."""
+        absolute = None if path is None else str(Path(path).absolute())
+        return Path(self._call("save", path=absolute)["path"])
+
+    def stop(self) -> None:
+        """Stop the switch and wait until it has closed its ports and removed its sockets."""
+        self._call("stop")
+        self._until_disconnected()
+
+    # Ports and uplinks.
+
+    def add_port(
+        self,
+        name: str,
+        socket: Path | str,
+        *,
+        mode: str = "server",
+        queues: int = 1,
+        mtu: int | None = None,
+        owner: str | None = None,
+        group: str | None = None,
+        permissions: str | None = None,
+    ) -> PortInfo:
+        """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes."""
+        return cast(
+            PortInfo,
+            self._call(
+                "add_port",
+                name=name,
+                socket=str(Path(socket).absolute()),
+                mode=mode,
+                queues=queues,
+                mtu=mtu,
+                owner=owner,
+                group=group,
+                permissions=permissions,
+            ),
+        )
+
+    def del_port(self, name: str) -> None:
+        """Close a vhost-user port."""
+        self._call("del_port", name=name)
+
+    def ports(self) -> list[PortInfo]:
+        """All ports and uplinks."""
+        return cast("list[PortInfo]", self._call("ports"))
+
+    def port(self, name: str) -> PortInfo:
+        """One port or uplink."""
+        return cast(PortInfo, self._call("port", name=name))
+
+    def add_uplink(
+        self, name: str, *, type: str = "tap", mtu: int | None = None, bridge: str | None = None
+    ) -> PortInfo:
+        """Open a TAP interface, created if need be."""
+        return cast(
+            PortInfo, self._call("add_uplink", name=name, type=type, mtu=mtu, bridge=bridge)
+        )
+
+    def del_uplink(self, name: str) -> None:
+        """Close an uplink."""
+        self._call("del_uplink", name=name)
+
+    def stats(self, name: str | None = None) -> list[PortStats]:
+        """Counters of one port or of all."""
+        return cast("list[PortStats]", self._call("stats", name=name))
+
+    def workers(self) -> list[WorkerInfo]:
+        """The poll threads."""
+        return cast("list[WorkerInfo]", self._call("workers"))
+
+    # MAC addresses.
+
+    def fdb(self) -> list[FdbEntry]:
+        """All MAC addresses known."""
+        return cast("list[FdbEntry]", self._call("fdb"))
+
+    def fdb_add(self, mac: str, port: str, *, vlan: int = 0) -> None:
+        """Add a static entry."""
+        self._call("fdb_add", mac=mac, port=port, vlan=vlan)
+
+    def fdb_del(self, mac: str, *, vlan: int = 0) -> None:
+        """Delete an entry."""
+        self._call("fdb_del", mac=mac, vlan=vlan)
+
+    def fdb_flush(self, port: str | None = None) -> int:
+        """Delete the learned entries, of one port or all; returns how many."""
+        return int(self._call("fdb_flush", port=port)["removed"])
+
+    # Events.
+
+    def subscribe(self, *events: EventName | str) -> None:
+        """Have the named events sent from now on, or all; replaces an earlier subscription."""
+        self._call("subscribe", events=list(events) or None)
+
+    def unsubscribe(self) -> None:
+        """Have no more events sent."""
+        self._call("unsubscribe")
+
+    def events(self, *events: EventName | str, timeout: float | None = None) -> Iterator[Event]:
+        """Subscribe at once and iterate over the events as they come.
+
+        Ends after `timeout` seconds without an event (None: never). Other methods may be called
+        meanwhile; what arrives during them is kept. ControlError if the switch goes away.
+        """
+        self.subscribe(*events)
+        return self._iterate(timeout)
+
+    def _iterate(self, timeout: float | None) -> Iterator[Event]:
+        while True:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            try:
+                self._receive_until(lambda: bool(self._events), deadline)
+            except TimeoutError:
+                return
+            yield self._events.popleft()
+
+    # Requests and responses.
+
+    def _call(self, method: str, **params: Any) -> Any:
+        """One request, by its name on the wire, and its result."""
+        self._msgid = (self._msgid + 1) % 2**32
+        msgid = self._msgid
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        # An earlier call that ran into its timeout may have left its answer.
+        self._responses.clear()
+        try:
+            self._socket.settimeout(self.timeout)
+            self._socket.sendall(pack_request(msgid, method, params))
+        except TimeoutError as exc:
+            self.close()  # with half a request sent, no other can follow
+            raise self._timeout_error(method) from exc
+        except OSError as exc:
+            # The switch may have said why before it closed the connection.
+            self._take_last_words()
+            raise self._disconnected_error() from exc
+        try:
+            response = self._receive_until(lambda: self._answer(msgid), deadline)
+        except TimeoutError as exc:
+            raise self._timeout_error(method) from exc
+        if response.error is not None:
+            raise error_from_map(response.error)
+        return response.result
+
+    def _answer(self, msgid: int) -> Response | None:
+        while self._responses:
+            response = self._responses.popleft()
+            if response.msgid == msgid or response.msgid is None:
+                return response
+        return None
+
+    def _receive_until(self, ready: Callable[[], _T | None], deadline: float | None) -> _T:
+        """Read until `ready` gives something true; TimeoutError at `deadline` (monotonic)."""
+        while not (value := ready()):
+            if deadline is None:
+                self._socket.settimeout(None)
+            else:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                self._socket.settimeout(left)
+            try:
+                data = self._socket.recv(_CHUNK_LEN)
+            except TimeoutError:
+                raise
+            except OSError as exc:
+                raise self._disconnected_error() from exc
+            if not data:
+                raise self._disconnected_error()
+            self._take(data)
+        return value
+
+    def _take(self, data: bytes) -> None:
+        try:
+            for message in self._decoder.feed(data):
+                if isinstance(message, Response):
+                    self._responses.append(message)
+                elif isinstance(message, Notification):
+                    self._notified(message)
+        except ProtocolError as exc:
+            self.close()
+            raise ControlError(
+                f"{self.path} does not answer as a control socket: {exc.message}",
+                hint="is it the socket of a port, or of another program?",
+                code="unreachable",
+            ) from exc
+
+    def _notified(self, message: Notification) -> None:
+        if message.method == "event":
+            if len(self._events) >= _EVENTS_HELD_MAX:
+                self._events.popleft()
+                self.events_lost += 1
+            self._events.append(cast(Event, message.params))
+        elif message.method == "lost":
+            self.events_lost += int(message.params.get("count", 0))
+
+    def _take_last_words(self) -> None:
+        try:
+            self._socket.settimeout(1.0)
+            while data := self._socket.recv(_CHUNK_LEN):
+                self._take(data)
+        except OSError:
+            pass
+        for response in self._responses:
+            if response.msgid is None and response.error is not None:
+                raise error_from_map(response.error)
+
+    def _until_disconnected(self) -> None:
+        try:
+            deadline = None if self.timeout is None else time.monotonic() + self.timeout
+            self._receive_until(lambda: None, deadline)
+        except TimeoutError as exc:
+            raise ControlError(
+                f"the switch on {self.path} agreed to stop and still runs after {self.timeout:g} s",
+                hint="look at its log; kill it if it hangs",
+                code="timeout",
+            ) from exc
+        except ControlError as exc:
+            if exc.code != "disconnected":
+                raise
+
+    def _timeout_error(self, method: str) -> ControlError:
+        return ControlError(
+            f"no answer to {method} from {self.path} within {self.timeout:g} s",
+            hint="is the switch stopped or overloaded? Or is this the socket of another program?",
+            code="timeout",
+        )
+
+    def _disconnected_error(self) -> ControlError:
+        return ControlError(
+            f"the switch on {self.path} closed the connection",
+            hint="it was stopped, or it is another program's socket; look at the switch's log",
+            code="disconnected",
+        )

@@ -1,0 +1,291 @@
+"""The methods of the control socket: their parameters, checked, and what each of them calls."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from vswitch._version import __version__
+from vswitch.config import problems_of
+from vswitch.control.api import EventName, HelloInfo, SwitchApi, VersionInfo
+from vswitch.control.protocol import PROTOCOL_VERSION, ControlError
+from vswitch.errors import ConfigError
+from vswitch.settings import LogLevel, PortSettings, UplinkSettings
+
+_log = logging.getLogger(__name__)
+_MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
+_P = TypeVar("_P", bound=BaseModel)
+
+
+class Session(NamedTuple):
+    """What a method may do to the connection that it was called on."""
+
+    subscribe: Callable[[frozenset[str] | None], None]
+    unsubscribe: Callable[[], None]
+
+
+def _check_mac(value: str) -> str:
+    """A unicast MAC address in lower case with colons."""
+    if not _MAC.fullmatch(value):
+        raise PydanticCustomError("vswitch", "must be a MAC address such as 52:54:00:12:34:56")
+    mac = value.lower().replace("-", ":")
+    if int(mac[:2], 16) & 1:
+        raise PydanticCustomError(
+            "vswitch", "is a group address, which is flooded and belongs to no port"
+        )
+    if mac == "00:00:00:00:00:00":
+        raise PydanticCustomError("vswitch", "is no address of a station")
+    return mac
+
+
+Mac = Annotated[str, AfterValidator(_check_mac)]
+Vlan = Annotated[int, Field(ge=0, le=4094)]
+
+
+class _Params(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class NoParams(_Params):
+    """For methods without parameters."""
+
+
+class HelloParams(_Params):
+    """`protocol` is the version the client speaks, `client` who it is, for the log."""
+
+    protocol: int = PROTOCOL_VERSION
+    client: str = Field(default="", max_length=200)
+
+
+class NameParams(_Params):
+    """A port's or uplink's name."""
+
+    name: str
+
+
+class MaybeNameParams(_Params):
+    """A port's or uplink's name; all of them without."""
+
+    name: str | None = None
+
+
+class MaybePortParams(_Params):
+    """A port's or uplink's name; all of them without."""
+
+    port: str | None = None
+
+
+class FdbKeyParams(_Params):
+    """An address in a VLAN."""
+
+    mac: Mac
+    vlan: Vlan = 0
+
+
+class FdbAddParams(FdbKeyParams):
+    """An address in a VLAN and the port it is behind."""
+
+    port: str
+
+
+class LogLevelParams(_Params):
+    """The level to set; none to ask."""
+
+    level: LogLevel | None = None
+
+
+class SaveParams(_Params):
+    """The file to write, an absolute path; the one the switch was started with if none."""
+
+    path: str | None = Field(default=None, max_length=4095)
+
+
+class SubscribeParams(_Params):
+    """Names of events; all of them without."""
+
+    events: list[EventName] | None = None
+
+
+class Methods:
+    """Checks parameters and does what was asked; knows nothing of sockets."""
+
+    def __init__(
+        self,
+        switch: SwitchApi,
+        *,
+        config_path: Path | None,
+        request_stop: Callable[[], None],
+    ) -> None:
+        """`config_path` is where `save` writes by default; `request_stop` starts the shutdown."""
+        self._switch = switch
+        self._config_path = config_path
+        self._request_stop = request_stop
+        self._start = time.monotonic()
+        self._saving = asyncio.Lock()
+
+    async def call(self, method: str, params: Mapping[str, Any], session: Session) -> Any:
+        """The result of a request. Raises VswitchError for everything a client can get wrong."""
+        model_and_function = METHODS.get(method)
+        if model_and_function is None:
+            close = difflib.get_close_matches(method[:64], METHODS, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(METHODS)}"
+            raise ControlError(f'unknown method "{method[:64]}"', hint=hint, code="unknown-method")
+        model, function = model_and_function
+        return await function(self, _checked(method, model, params), session)
+
+    async def _hello(self, params: HelloParams, session: Session) -> HelloInfo:  # noqa: ARG002
+        if params.protocol != PROTOCOL_VERSION:
+            raise ControlError(
+                f"protocol version {params.protocol} is not spoken here, "
+                f"vswitch {__version__} speaks {PROTOCOL_VERSION}",
+                hint="use the client of the same release as the switch",
+                code="unsupported-version",
+            )
+        return HelloInfo(
+            name=self._switch.settings.switch.name,
+            version=__version__,
+            protocol=PROTOCOL_VERSION,
+            pid=os.getpid(),
+        )
+
+    async def _ping(self, params: NoParams, session: Session) -> str:  # noqa: ARG002
+        return "pong"
+
+    async def _version(self, params: NoParams, session: Session) -> VersionInfo:  # noqa: ARG002
+        return VersionInfo(
+            name=self._switch.settings.switch.name,
+            version=__version__,
+            protocol=PROTOCOL_VERSION,
+            pid=os.getpid(),
+            python=platform.python_version(),
+            config=None if self._config_path is None else str(self._config_path),
+            uptime_s=round(time.monotonic() - self._start, 3),
+        )
+
+    async def _settings(self, params: NoParams, session: Session) -> dict[str, Any]:  # noqa: ARG002
+        return self._switch.settings.model_dump(mode="json")
+
+    async def _add_port(self, params: PortSettings, session: Session) -> Any:  # noqa: ARG002
+        return await self._switch.add_port(params)
+
+    async def _del_port(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
+        await self._switch.del_port(params.name)
+
+    async def _ports(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.ports()
+
+    async def _port(self, params: NameParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.port(params.name)
+
+    async def _add_uplink(self, params: UplinkSettings, session: Session) -> Any:  # noqa: ARG002
+        return await self._switch.add_uplink(params)
+
+    async def _del_uplink(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
+        await self._switch.del_uplink(params.name)
+
+    async def _stats(self, params: MaybeNameParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.stats(params.name)
+
+    async def _workers(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.workers()
+
+    async def _fdb(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.fdb()
+
+    async def _fdb_add(self, params: FdbAddParams, session: Session) -> None:  # noqa: ARG002
+        self._switch.fdb_add(params.mac, params.port, params.vlan)
+
+    async def _fdb_del(self, params: FdbKeyParams, session: Session) -> None:  # noqa: ARG002
+        self._switch.fdb_del(params.mac, params.vlan)
+
+    async def _fdb_flush(self, params: MaybePortParams, session: Session) -> Any:  # noqa: ARG002
+        return {"removed": self._switch.fdb_flush(params.port)}
+
+    async def _log_level(self, params: LogLevelParams, session: Session) -> Any:  # noqa: ARG002
+        logger = logging.getLogger("vswitch")
+        if params.level is not None:
+            logger.setLevel(params.level.upper())
+            _log.info("log level is %s", params.level)
+        return {"level": logging.getLevelName(logger.getEffectiveLevel()).lower()}
+
+    async def _save(self, params: SaveParams, session: Session) -> Any:  # noqa: ARG002
+        from vswitch.config_writer import save  # tomlkit takes long to import, saving is rare
+
+        if params.path is None:
+            if self._config_path is None:
+                raise ConfigError(
+                    "the switch was started without a configuration file",
+                    hint="name the file to save to",
+                )
+            path = self._config_path
+        else:
+            path = Path(params.path)
+            if not path.is_absolute() or "\0" in params.path:
+                raise ConfigError(
+                    f"save: path: must be an absolute path (got {params.path!r})",
+                    code="invalid-params",
+                )
+        async with self._saving:
+            written = await asyncio.to_thread(save, self._switch.settings, path)
+        _log.info("saved the running configuration to %s", written)
+        return {"path": str(written)}
+
+    async def _stop(self, params: NoParams, session: Session) -> None:  # noqa: ARG002
+        _log.info("asked to stop over the control socket")
+        self._request_stop()
+
+    async def _subscribe(self, params: SubscribeParams, session: Session) -> Any:
+        names = None if params.events is None else frozenset[str](params.events)
+        session.subscribe(names)
+        return {"events": sorted(names) if names is not None else list(get_args(EventName))}
+
+    async def _unsubscribe(self, params: NoParams, session: Session) -> None:  # noqa: ARG002
+        session.unsubscribe()
+
+
+_Function = Callable[[Methods, Any, Session], Awaitable[Any]]
+
+METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
+    "hello": (HelloParams, Methods._hello),
+    "ping": (NoParams, Methods._ping),
+    "version": (NoParams, Methods._version),
+    "settings": (NoParams, Methods._settings),
+    "add_port": (PortSettings, Methods._add_port),
+    "del_port": (NameParams, Methods._del_port),
+    "ports": (NoParams, Methods._ports),
+    "port": (NameParams, Methods._port),
+    "add_uplink": (UplinkSettings, Methods._add_uplink),
+    "del_uplink": (NameParams, Methods._del_uplink),
+    "stats": (MaybeNameParams, Methods._stats),
+    "workers": (NoParams, Methods._workers),
+    "fdb": (NoParams, Methods._fdb),
+    "fdb_add": (FdbAddParams, Methods._fdb_add),
+    "fdb_del": (FdbKeyParams, Methods._fdb_del),
+    "fdb_flush": (MaybePortParams, Methods._fdb_flush),
+    "subscribe": (SubscribeParams, Methods._subscribe),
+    "unsubscribe": (NoParams, Methods._unsubscribe),
+    "log_level": (LogLevelParams, Methods._log_level),
+    "save": (SaveParams, Methods._save),
+    "stop": (NoParams, Methods._stop),
+}
+
+
+def _checked(method: str, model: type[_P], params: Mapping[str, Any]) -> _P:
+    try:
+        return model.model_validate(dict(params))
+    except ValidationError as exc:
+        problems = problems_of(exc, model, "")
+        raise ConfigError(
+            "; ".join(f"{method}: {problem}" for problem in problems), code="invalid-params"
+        ) from exc

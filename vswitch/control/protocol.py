@@ -1,0 +1,251 @@
+"""MessagePack-RPC as the control socket speaks it; shared by server and client.
+
+Requests are `[0, msgid, method, params]`, responses `[1, msgid, error, result]`, notifications
+`[2, method, params]`, one after the other without any framing around them. `params` is empty or
+has one map with named parameters. docs/control-protocol.md has the whole of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack  # type: ignore[import-untyped]  # it has no type hints
+
+from vswitch.errors import (
+    ConfigError,
+    ExistsError,
+    NotFoundError,
+    ProtocolError,
+    SocketError,
+    UplinkError,
+    VswitchError,
+)
+
+PROTOCOL_VERSION = 1
+"""Raised when a change breaks existing clients; added methods, keys and events do not count."""
+
+REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
+
+REQUEST_LEN_MAX = 1 << 20
+"""Bytes of a request; a longer one costs its sender the connection."""
+RESPONSE_LEN_MAX = 256 << 20
+"""Bytes of a response that a client accepts: a full FDB of a million entries has some 60 MB."""
+
+# A declared length is allocated before its elements arrive, so a request may not declare much.
+_REQUEST_ELEMENTS_MAX = 1024
+
+
+class ControlError(VswitchError):
+    """The control connection itself failed, or the switch cannot be asked; see `code`.
+
+    `unreachable`: nobody answers on the socket. `disconnected`: the switch went away. `timeout`: no
+    answer in time. `unsupported-version`, `permission-denied`, `busy`, `unknown-method`,
+    `invalid-params`, `invalid-request` and `internal` come from the switch.
+    """
+
+    code = "internal"
+
+
+class Request(NamedTuple):
+    """A call; `params` as they came, not looked into yet."""
+
+    msgid: int
+    method: str
+    params: dict[str, Any]
+
+
+class Response(NamedTuple):
+    """An answer: `error` is None or a map with code, message and hint.
+
+    `msgid` is None for an error that belongs to the connection and not to a request.
+    """
+
+    msgid: int | None
+    error: dict[str, Any] | None
+    result: Any
+
+
+class Notification(NamedTuple):
+    """Sent by the switch on its own: `event` and `lost`."""
+
+    method: str
+    params: dict[str, Any]
+
+
+Message = Request | Response | Notification
+
+
+class InvalidRequestError(ProtocolError):
+    """A whole message that is no request; the connection can go on. `msgid` if it has one."""
+
+    code = "invalid-request"
+
+    def __init__(self, message: str, *, hint: str = "", msgid: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.msgid = msgid
+
+
+def default_socket_path(*, uid: int | None = None, runtime_dir: str | None = None) -> Path:
+    """Where a switch has its control socket and a client looks for it, unless told otherwise.
+
+    `/run/vswitch/control.sock` for root, else `$XDG_RUNTIME_DIR/vswitch/control.sock`. Raises
+    ConfigError where neither exists.
+    """
+    uid = os.geteuid() if uid is None else uid
+    if uid == 0:
+        return Path("/run/vswitch/control.sock")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "") if runtime_dir is None else runtime_dir
+    if not runtime.startswith("/"):
+        runtime = f"/run/user/{uid}"
+        if not Path(runtime).is_dir():
+            raise ConfigError(
+                "no place for the control socket: XDG_RUNTIME_DIR is not set",
+                hint='set it, or name the socket: `control = "PATH"` in the [switch] table, '
+                "`vswitchctl --socket PATH`",
+            )
+    return Path(runtime, "vswitch", "control.sock")
+
+
+def pack_request(msgid: int, method: str, params: Mapping[str, Any]) -> bytes:
+    """A request as bytes."""
+    return _pack([REQUEST, msgid, method, [dict(params)] if params else []])
+
+
+def pack_response(msgid: int | None, error: VswitchError | None, result: object = None) -> bytes:
+    """A response as bytes; `result` counts only without `error`."""
+    if error is not None:
+        return _pack([RESPONSE, msgid, error_to_map(error), None])
+    return _pack([RESPONSE, msgid, None, result])
+
+
+def pack_notification(method: str, params: Mapping[str, Any]) -> bytes:
+    """A notification as bytes."""
+    return _pack([NOTIFICATION, method, [dict(params)]])
+
+
+def _pack(message: list[Any]) -> bytes:
+    packed = msgpack.packb(message, use_bin_type=True)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+class Decoder:
+    """Cuts a byte stream into messages; holds no more than one message of the allowed length."""
+
+    def __init__(self, *, trusted: bool) -> None:
+        """`trusted` is how a client sees its switch; a switch trusts nobody."""
+        limit = RESPONSE_LEN_MAX if trusted else REQUEST_LEN_MAX
+        elements = limit if trusted else _REQUEST_ELEMENTS_MAX
+        self._limit = limit
+        self._held = 0
+        self._unpacker = msgpack.Unpacker(
+            raw=False,
+            strict_map_key=False,
+            max_buffer_size=limit,
+            max_array_len=elements,
+            max_map_len=elements,
+        )
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Take in bytes and yield the messages they complete.
+
+        Raises ProtocolError for what is no MessagePack or too long: the stream cannot go on. Raises
+        InvalidRequestError for MessagePack that is no message: call again with b"" to go on.
+        """
+        if data:
+            self._feed(data)
+        while True:
+            try:
+                value = next(self._unpacker)
+            except StopIteration:
+                return
+            except (ValueError, RecursionError, TypeError) as exc:
+                # All that msgpack raises for bad input; a bad UTF-8 sequence is one of them.
+                detail = str(exc) or type(exc).__name__
+                raise ProtocolError(
+                    f"the stream is not MessagePack or beyond the limits: {detail}",
+                    hint="docs/control-protocol.md says what the control socket understands",
+                ) from exc
+            yield _message(value)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._unpacker.feed(data)
+        except msgpack.BufferFull as exc:
+            raise ProtocolError(
+                f"a message is longer than the {self._limit} bytes allowed",
+                hint="send shorter messages",
+            ) from exc
+
+
+def _message(value: object) -> Message:
+    match value:
+        case [0, int() as msgid, str() as method, params] if _is_msgid(msgid):
+            return Request(msgid, method, _params(params, msgid))
+        case [1, None | int() as msgid, None | dict() as error, result]:
+            return Response(msgid, error, result)
+        case [2, str() as method, params]:
+            return Notification(method, _params(params, None))
+        case [0, int() as msgid, *_] if _is_msgid(msgid):
+            raise InvalidRequestError(
+                "a request is [0, msgid, method, params] with the method's name as text",
+                msgid=msgid,
+            )
+        case _:
+            raise InvalidRequestError(
+                f"a message is an array that starts with 0, 1 or 2, not {_describe(value)}",
+                hint="docs/control-protocol.md has an example",
+            )
+
+
+def _is_msgid(value: int) -> bool:
+    return not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _params(params: object, msgid: int | None) -> dict[str, Any]:
+    match params:
+        case []:
+            return {}
+        case [dict() as named] if all(isinstance(key, str) for key in named):
+            return named
+        case _:
+            raise InvalidRequestError(
+                "params is an empty array, or an array with one map of named parameters, "
+                f"not {_describe(params)}",
+                msgid=msgid,
+            )
+
+
+def _describe(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}..."
+
+
+_CLASSES: dict[str, type[VswitchError]] = {
+    cls.code: cls
+    for cls in (
+        ConfigError,
+        NotFoundError,
+        ExistsError,
+        SocketError,
+        UplinkError,
+        ProtocolError,
+        VswitchError,
+    )
+} | {"invalid-params": ConfigError}
+
+
+def error_to_map(error: VswitchError) -> dict[str, str]:
+    """What of an error travels over the socket."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
+def error_from_map(error: Mapping[str, Any]) -> VswitchError:
+    """The error a switch reported, of the class that its code stands for."""
+    code = str(error.get("code", "internal"))
+    cls = _CLASSES.get(code, ControlError)
+    message = str(error.get("message", "the switch reports an error"))
+    return cls(message, hint=str(error.get("hint", "")), code=code)
