@@ -1,0 +1,231 @@
+"""A SwitchApi without a fast path, for tests of what stands in front of the switch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from vswitch.control.api import Event, FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch.errors import ExistsError, NotFoundError, SocketError
+from vswitch.settings import PortSettings, Settings, UplinkSettings
+from vswitch.unixsocket import listen, unlink_if_ours
+
+
+class FakeSwitch:
+    """Keeps ports and FDB entries in dictionaries and opens the sockets of server ports."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._switch = settings.switch
+        self._ports: dict[str, PortSettings] = {}
+        self._uplinks: dict[str, UplinkSettings] = {}
+        self._listeners: dict[str, Any] = {}
+        self._fdb: dict[tuple[str, int], FdbEntry] = {}
+        self._callbacks: list[Callable[[Event], None]] = []
+        self._ids: dict[str, int] = {}
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed = False
+
+    @classmethod
+    async def create(cls, settings: Settings) -> FakeSwitch:
+        switch = cls(settings)
+        try:
+            for port in settings.ports:
+                await switch.add_port(port)
+            for uplink in settings.uplinks:
+                await switch.add_uplink(uplink)
+        except BaseException:
+            await switch.close()
+            raise
+        return switch
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            switch=self._switch,
+            ports=list(self._ports.values()),
+            uplinks=list(self._uplinks.values()),
+        )
+
+    def emit(self, event: str, port: str | None = None, **details: Any) -> None:
+        for callback in list(self._callbacks):
+            callback({"event": event, "time": 1.5, "port": port, **details})  # type: ignore
+
+    @property
+    def subscribers(self) -> int:
+        return len(self._callbacks)
+
+    async def add_port(self, settings: PortSettings) -> PortInfo:
+        if settings.name in self._ids:
+            raise ExistsError(f'port "{settings.name}" exists', hint="choose another name")
+        if settings.name == "no-socket":
+            raise SocketError("cannot listen", hint="choose another path")
+        if settings.name == "bug":
+            raise RuntimeError("an error nobody thought of")
+        if settings.mode == "server":
+            self._listeners[settings.name] = listen(
+                settings.socket, mode=settings.permission_bits, owner=None, group=None
+            )
+        self._ids[settings.name] = len(self._ids)
+        self._ports[settings.name] = settings
+        self.emit("port-added", settings.name)
+        return self.port(settings.name)
+
+    async def del_port(self, name: str) -> None:
+        if name not in self._ports:
+            raise NotFoundError(f'no port "{name}"', hint="`vswitchctl list-ports` lists them")
+        del self._ports[name], self._ids[name]
+        listener = self._listeners.pop(name, None)
+        if listener is not None:
+            unlink_if_ours(listener.path, listener)
+            listener.close()
+        self.emit("port-removed", name)
+
+    def ports(self) -> list[PortInfo]:
+        return [self.port(name) for name in self._ids]
+
+    def port(self, name: str) -> PortInfo:
+        if name not in self._ids:
+            raise NotFoundError(f'no port "{name}"', hint="`vswitchctl list-ports` lists them")
+        info: PortInfo = {
+            "name": name,
+            "id": self._ids[name],
+            "kind": "tap",
+            "state": "up",
+            "socket": None,
+            "mode": None,
+            "queues": 1,
+            "mtu": None,
+            "features": 0,
+            "feature_names": [],
+            "protocol_features": 0,
+            "protocol_feature_names": [],
+            "peer_pid": None,
+            "connects": 0,
+            "connected_since": None,
+            "error": None,
+            "warning": None,
+            "memory": [],
+            "rings": [],
+        }
+        if name in self._ports:
+            port = self._ports[name]
+            info.update(
+                kind="vhost-user",
+                state="ready",
+                socket=str(port.socket),
+                mode=port.mode,
+                queues=port.queues,
+                mtu=port.mtu,
+                features=1 << 32 | 1 << 15,
+                feature_names=["MRG_RXBUF", "VERSION_1"],
+                protocol_features=1,
+                protocol_feature_names=["MQ"],
+                peer_pid=4711,
+                connects=2,
+                connected_since=1_700_000_000.0,
+                warning="guest [vm] memory is small",
+                memory=[{"gpa": 0, "size": 256 << 20, "uva": 0x7F0000000000, "mmap_offset": 0}],
+                rings=[
+                    {
+                        "index": i,
+                        "type": "transmitq" if i & 1 else "receiveq",
+                        "size": 256,
+                        "started": True,
+                        "enabled": True,
+                        "avail_idx": 300,
+                        "used_idx": 44,
+                        "fault": None,
+                    }
+                    for i in range(2 * port.queues)
+                ],
+            )
+        return info
+
+    async def add_uplink(self, settings: UplinkSettings) -> PortInfo:
+        if settings.name in self._ids:
+            raise ExistsError(f'uplink "{settings.name}" exists', hint="choose another name")
+        self._ids[settings.name] = len(self._ids)
+        self._uplinks[settings.name] = settings
+        self.emit("uplink-added", settings.name)
+        return self.port(settings.name)
+
+    async def del_uplink(self, name: str) -> None:
+        if name not in self._uplinks:
+            raise NotFoundError(f'no uplink "{name}"')
+        del self._uplinks[name], self._ids[name]
+        self.emit("uplink-removed", name)
+
+    def stats(self, name: str | None = None) -> list[PortStats]:
+        names = list(self._ids) if name is None else [self.port(name)["name"]]
+        return [
+            {
+                "name": each,
+                "id": self._ids[each],
+                "ingress_frames": 1000,
+                "ingress_bytes": 1_500_000,
+                "egress_frames": 7,
+                "egress_bytes": 420,
+                "drops": {"runt": 3},
+                "kicks": 5,
+                "calls": 6,
+                "stalls": 0,
+            }
+            for each in names
+        ]
+
+    def fdb(self) -> list[FdbEntry]:
+        return list(self._fdb.values())
+
+    def learn(self, mac: str, port: str, vlan: int = 0) -> None:
+        self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": False, "age_s": 9}
+        self.emit("mac-learned", port, mac=mac, vlan=vlan)
+
+    def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
+        self.port(port)
+        if self._fdb.get((mac, vlan), {}).get("static"):
+            raise ExistsError(f"{mac} is a static entry already", hint="delete it first")
+        self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": True, "age_s": 0}
+
+    def fdb_del(self, mac: str, vlan: int = 0) -> None:
+        if (mac, vlan) not in self._fdb:
+            raise NotFoundError(f"no entry for {mac} in VLAN {vlan}")
+        del self._fdb[mac, vlan]
+
+    def fdb_flush(self, port: str | None = None) -> int:
+        if port is not None:
+            self.port(port)
+        dynamic = [
+            key
+            for key, entry in self._fdb.items()
+            if not entry["static"] and port in (None, entry["port"])
+        ]
+        for key in dynamic:
+            del self._fdb[key]
+        return len(dynamic)
+
+    def workers(self) -> list[WorkerInfo]:
+        return [
+            {
+                "id": 0,
+                "cpu": None,
+                "rings": 3,
+                "state": "sleeping",
+                "loops": 10,
+                "bursts": 4,
+                "frames": 1007,
+                "sleeps": 2,
+                "wakeups": 2,
+                "busy_ns": 5_000_000,
+                "idle_ns": 95_000_000,
+            }
+        ]
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    async def close(self) -> None:
+        for name in list(self._ports):
+            await self.del_port(name)
+        self.closed = True
