@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,6 +124,10 @@ def connect_error(
         )
         rights = "let the switch's user write to the socket and search its directories"
     match exc.errno:
+        case _ if len(os.fsencode(path)) > SUN_PATH_LEN_MAX:
+            what = f"the path is {len(os.fsencode(path))} bytes long, "
+            what += f"a Unix socket has at most {SUN_PATH_LEN_MAX}"
+            hint = "correct the path"
         case errno.ECONNREFUSED:
             what, hint = "nobody listens there", nobody
         case errno.ENOENT:
@@ -216,14 +221,31 @@ def _check_nobody_listens(path: Path) -> None:
             # EAGAIN: its queue is full. EPROTOTYPE: a datagram socket that somebody has bound.
             if exc.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                 raise _bind_error(path, exc) from exc
+        else:
+            raise _in_use(path, _listener_of(probe))
     raise _in_use(path)
 
 
-def _in_use(path: Path) -> InUseError:
+def _in_use(path: Path, listener: str = "") -> InUseError:
+    who = listener or "another process"
+    find = "that process" if listener else f"that process (`ss -xlp src {path}` names it)"
     return InUseError(
-        f"cannot listen on {path}: another process listens on it",
-        hint=f"stop that process (`ss -xlp src {path}` names it) or choose another path",
+        f"cannot listen on {path}: {who} listens on it already",
+        hint=f"stop {find}, or choose another path; if it is the guest's QEMU with server=on, "
+        'both ends listen: let the switch connect with mode = "client" '
+        "(`vswitchctl add-port --client`)",
     )
+
+
+def _listener_of(connected: socket.socket) -> str:
+    """`process 4711 (qemu-system-x86)`, who called listen(); empty if that cannot be told."""
+    try:
+        raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid = struct.unpack("=iII", raw)[0]
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""  # it ended, or lives in another PID namespace
+    return f"process {pid} ({name})"
 
 
 def _hand_over(path: Path, uid: int, gid: int, mode: int) -> FileId:

@@ -135,8 +135,11 @@ def test_a_failed_chown_leaves_no_socket(tmp_path: Path) -> None:
 def test_a_path_in_use(tmp_path: Path, listen) -> None:
     path = tmp_path / "s"
     first = listen(path)
-    with pytest.raises(InUseError, match=f"cannot listen on {path}: another process listens on it"):
+    with pytest.raises(InUseError, match=f"cannot listen on {path}: ") as caught:
         listen(path)
+    assert f"process {os.getpid()} (" in caught.value.message
+    assert "server=on" in caught.value.hint
+    assert 'mode = "client"' in caught.value.hint
     peer, _ = first.accept()  # the probe
     peer.close()
     assert connects(path)
@@ -281,6 +284,8 @@ def test_connect_errors_say_what_to_do(tmp_path: Path, listen) -> None:
     assert refused.message == f"cannot connect to {path}: nobody listens there"
     assert "do both ends connect?" in refused.hint
     assert "vswitch start" in connect_error(path, failure(), "control").hint
+    long = Path("/", "x" * 200)
+    assert "201 bytes long" in connect_error(long, OSError("AF_UNIX path too long")).message
     denied = connect_error(path, PermissionError(errno.EACCES, "Permission denied"))
     assert "permission denied" in denied.message
     assert denied.hint
