@@ -287,5 +287,5 @@ def _checked(method: str, model: type[_P], params: Mapping[str, Any]) -> _P:
     except ValidationError as exc:
         problems = problems_of(exc, model, "")
         raise ConfigError(
-            "; ".join(f"{method}: {problem}" for problem in problems), code="invalid-params"
+            "\n".join(f"{method}: {problem}" for problem in problems), code="invalid-params"
         ) from exc
