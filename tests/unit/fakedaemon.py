@@ -10,7 +10,6 @@ import sys
 import types
 
 from tests.unit.fakeswitch import FakeSwitch
-
 from vswitch.cli.main import main
 
 

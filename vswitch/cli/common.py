@@ -96,12 +96,16 @@ def run_program(
     program: str,
     command: click.Command,
     *,
+    obj: object = None,
     wants_json: Callable[[], bool] = lambda: False,
 ) -> NoReturn:
-    """Run a command line and exit: errors for people become text and an exit code."""
+    """Run a command line and exit: errors for people become text and an exit code.
+
+    `obj` is what the commands find in their context; `wants_json` is asked when an error is shown.
+    """
     code: object = EXIT_OK
     try:
-        code = command.main(prog_name=program, standalone_mode=False)
+        code = command.main(prog_name=program, standalone_mode=False, obj=obj)
     except VswitchError as exc:
         code = report(program, exc, as_json=wants_json())
     except click.ClickException as exc:

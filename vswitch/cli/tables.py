@@ -1,0 +1,293 @@
+"""What `vswitchctl` prints for people; imports rich, hence not needed for JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vswitch.control.api import Event, FdbEntry, PortInfo, PortStats, WorkerInfo
+
+_PIPE_WIDTH = 240
+_STATE_STYLES = {
+    "ready": "green",
+    "up": "green",
+    "connected": "yellow",
+    "listening": "yellow",
+    "connecting": "yellow",
+    "down": "red",
+    "fault": "red",
+}
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that a script gets a line per row."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(highlight=False, markup=False, width=width)
+
+
+def _table(*columns: str) -> Table:
+    """A table without lines; a column whose name starts with `>` is of numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(
+            Text(column.lstrip(">")), justify="right" if column.startswith(">") else "left"
+        )
+    return table
+
+
+def _add(table: Table, *cells: object) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
+
+
+def _text(value: object) -> str:
+    return "-" if value is None or value == "" else str(value)
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STATE_STYLES.get(state, ""))
+
+
+def _size(n_bytes: int) -> str:
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 1 << shift:
+            return f"{n_bytes / (1 << shift):g} {unit}"
+    return f"{n_bytes} B"
+
+
+def ports_in_brief(ports: Sequence[dict[str, Any]]) -> RenderableType:
+    """`list-ports`."""
+    table = _table("NAME", ">ID", "KIND", "STATE", "MODE", "SOCKET")
+    for port in ports:
+        _add(
+            table,
+            port["name"],
+            port["id"],
+            port["kind"],
+            _state(port["state"]),
+            port["mode"],
+            port["socket"],
+        )
+    return table
+
+
+def ports_in_full(ports: Sequence[PortInfo]) -> RenderableType:
+    """`show`."""
+    if not ports:
+        return Text("no ports; `vswitchctl add-port NAME SOCKET` adds one")
+    parts: list[RenderableType] = []
+    for port in ports:
+        parts += [*_port(port), Text()]
+    return Group(*parts[:-1])
+
+
+def _port(port: PortInfo) -> Iterable[RenderableType]:
+    where = f"  {port['mode']} {port['socket']}" if port["socket"] else ""
+    head = Text.assemble((port["name"], "bold"), f"  {port['kind']}  ", _state(port["state"]))
+    yield head.append(where)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column()
+    for key, value in _facts(port):
+        facts.add_row(Text(key), value if isinstance(value, Text) else Text(value))
+    yield Padding(facts, (0, 0, 0, 2), expand=False)
+    if port["memory"]:
+        memory = _table("MEMORY GPA", ">SIZE", "UVA", ">MMAP OFFSET")
+        for region in port["memory"]:
+            _add(
+                memory,
+                f"{region['gpa']:#014x}",
+                _size(region["size"]),
+                f"{region['uva']:#014x}",
+                f"{region['mmap_offset']:#x}",
+            )
+        yield Padding(memory, (0, 0, 0, 2), expand=False)
+    if port["rings"]:
+        rings = _table(">RING", "TYPE", ">SIZE", "STATE", ">AVAIL", ">USED", "FAULT")
+        for ring in port["rings"]:
+            state = "started" if ring["started"] else "stopped"
+            state += "" if ring["enabled"] else ", disabled"
+            _add(
+                rings,
+                ring["index"],
+                ring["type"],
+                ring["size"],
+                state,
+                ring["avail_idx"],
+                ring["used_idx"],
+                Text(_text(ring["fault"]), style="red" if ring["fault"] else ""),
+            )
+        yield Padding(rings, (0, 0, 0, 2), expand=False)
+
+
+def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
+    if port["error"]:
+        yield "error", Text(port["error"], style="red")
+    if port["warning"]:
+        yield "warning", Text(port["warning"], style="yellow")
+    mtu = "" if port["mtu"] is None else f", MTU {port['mtu']}"
+    yield "queues", f"{port['queues']}{mtu}"
+    if port["kind"] != "vhost-user":
+        return
+    connects = f"{port['connects']} connection{'s' * (port['connects'] != 1)}"
+    if port["connected_since"] is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(port["connected_since"]))
+        peer = "" if port["peer_pid"] is None else f"pid {port['peer_pid']} "
+        connects = f"{peer}since {since}, {connects} so far"
+    yield "frontend", connects
+    yield "features", f"{port['features']:#x} {' '.join(port['feature_names'])}".rstrip()
+    names = " ".join(port["protocol_feature_names"])
+    yield "protocol features", f"{port['protocol_features']:#x} {names}".rstrip()
+
+
+def _drops(drops: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(drops.items()))
+
+
+def counters(stats: Sequence[PortStats]) -> RenderableType:
+    """`stats`: ingress is from the guest into the switch."""
+    table = _table(
+        "NAME",
+        ">IN FRAMES",
+        ">IN BYTES",
+        ">OUT FRAMES",
+        ">OUT BYTES",
+        ">DROPS",
+        ">KICKS",
+        ">CALLS",
+        ">STALLS",
+        "DROPPED FOR",
+    )
+    for each in stats:
+        _add(
+            table,
+            each["name"],
+            each["ingress_frames"],
+            each["ingress_bytes"],
+            each["egress_frames"],
+            each["egress_bytes"],
+            sum(each["drops"].values()),
+            each["kicks"],
+            each["calls"],
+            each["stalls"],
+            _drops(each["drops"]),
+        )
+    return table
+
+
+def rates(
+    before: Sequence[PortStats], now: Sequence[PortStats], interval_s: float
+) -> RenderableType:
+    """`stats --watch`: what happened between two looks, per second."""
+    table = _table(
+        "NAME",
+        ">IN FRAMES/S",
+        ">IN BIT/S",
+        ">OUT FRAMES/S",
+        ">OUT BIT/S",
+        ">DROPS/S",
+        ">KICKS/S",
+        ">CALLS/S",
+        "DROPPED FOR",
+    )
+    # By id: a port that was deleted and added again under its name starts anew.
+    earlier = {each["id"]: each for each in before}
+    for each in now:
+        old = earlier.get(each["id"])
+
+        def rate(value: int, past: int) -> str:
+            return _scaled(max(value - past, 0) / interval_s)
+
+        drops = {
+            reason: n - (old["drops"].get(reason, 0) if old else 0)
+            for reason, n in each["drops"].items()
+        }
+        drops = {reason: n for reason, n in drops.items() if n > 0}
+        _add(
+            table,
+            each["name"],
+            rate(each["ingress_frames"], old["ingress_frames"] if old else 0),
+            rate(8 * each["ingress_bytes"], 8 * old["ingress_bytes"] if old else 0),
+            rate(each["egress_frames"], old["egress_frames"] if old else 0),
+            rate(8 * each["egress_bytes"], 8 * old["egress_bytes"] if old else 0),
+            rate(sum(drops.values()), 0),
+            rate(each["kicks"], old["kicks"] if old else 0),
+            rate(each["calls"], old["calls"] if old else 0),
+            _drops(drops),
+        )
+    return table
+
+
+def _scaled(value: float) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def fdb(entries: Sequence[FdbEntry]) -> RenderableType:
+    """`fdb show`."""
+    table = _table("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
+    for entry in sorted(entries, key=lambda each: (each["port"], each["vlan"], each["mac"])):
+        static = entry["static"]
+        _add(
+            table,
+            entry["mac"],
+            entry["vlan"],
+            entry["port"],
+            "static" if static else "learned",
+            None if static else f"{entry['age_s']} s",
+        )
+    return table
+
+
+def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
+    """`worker show`."""
+    table = _table(
+        ">ID",
+        ">CPU",
+        "STATE",
+        ">RINGS",
+        ">BUSY",
+        ">FRAMES",
+        ">FRAMES/BURST",
+        ">LOOPS",
+        ">SLEEPS",
+        ">WAKEUPS",
+    )
+    for each in workers:
+        total_ns = each["busy_ns"] + each["idle_ns"]
+        _add(
+            table,
+            each["id"],
+            "any" if each["cpu"] is None else each["cpu"],
+            each["state"],
+            each["rings"],
+            f"{100 * each['busy_ns'] / total_ns:.1f} %" if total_ns else None,
+            each["frames"],
+            f"{each['frames'] / each['bursts']:.1f}" if each["bursts"] else None,
+            each["loops"],
+            each["sleeps"],
+            each["wakeups"],
+        )
+    return table
+
+
+def event_line(event: Event) -> str:
+    """`events`: a line each, the details as `key=value`."""
+    moment = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    millis = int(event["time"] * 1000) % 1000
+    details = [
+        f"{key}={value if str(value).isprintable() else repr(value)}"
+        for key, value in event.items()
+        if key not in ("event", "time", "port") and value is not None
+    ]
+    port = event["port"] or "-"
+    return " ".join([f"{moment}.{millis:03}", f"{event['event']:<17}", port, *details])
