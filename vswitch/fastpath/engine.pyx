@@ -276,8 +276,8 @@ cdef class Engine:
         cdef Worker worker = self.workers[0]
         if port.c.tap_fd >= 0:
             worker.unwatch(port.c.tap_fd)
-            port.c.tap_fd = port.c.tap_fd
         port.rings.clear()
+        port.removed = True
         self.fdb.flush(port.id, True)
 
     def forget(self, Port port):
@@ -295,7 +295,7 @@ cdef class Engine:
         load = [0] * len(self.workers)
         for port in self.ports.values():
             for other in port.rings.values():
-                if other.started and other.worker >= 0 and other is not ring:
+                if other.published and other.worker >= 0 and other is not ring:
                     load[other.worker] += 1
         ring.worker = load.index(min(load))
         if kick_fd >= 0:
@@ -314,7 +314,7 @@ cdef class Engine:
     # Publishing
 
     cdef View *_build(self) except NULL:
-        cdef size_t n_rings = 0, n_ports = len(self.ports)
+        cdef size_t n_rings = 0, n_ports
         cdef View *view
         cdef char *at
         cdef Port port
@@ -322,7 +322,9 @@ cdef class Engine:
         cdef PortView *shown
         cdef WorkerView *mine
         cdef int index
-        for port in self.ports.values():
+        ports = [p for p in self.ports.values() if not p.removed]
+        n_ports = len(ports)
+        for port in ports:
             if port.rings:
                 n_rings += max(port.rings) + 1
         # View, then pointer arrays: rings by index, receiveqs and transmitqs (at most n_rings
@@ -334,7 +336,7 @@ cdef class Engine:
             raise MemoryError
         at = <char *>view + sizeof(View)
         view.n_workers = self.shared.n_workers
-        for port in self.ports.values():
+        for port in ports:
             shown = &view.ports[port.c.id]
             shown.port = port.c
             shown.rings = <RingC **>at
@@ -344,7 +346,7 @@ cdef class Engine:
             shown.receiveqs = <RingC **>at
             for index in sorted(port.rings):
                 ring = port.rings[index]
-                if not ring.started or ring.c.fault:
+                if not ring.published or ring.c.fault:
                     continue
                 shown.rings[index] = ring.c
                 if not index & 1 and ring.c.enabled:
@@ -352,10 +354,10 @@ cdef class Engine:
                     shown.n_receiveqs += 1
             at += shown.n_receiveqs * sizeof(void *)
             shown.forwarding = shown.n_receiveqs > 0 or port.is_tap
-        for index in range(view.n_workers):
+        for index in range(<int>view.n_workers):
             mine = &view.workers[index]
             mine.transmitqs = <RingC **>at
-            for port in self.ports.values():
+            for port in ports:
                 for ring in port.rings.values():
                     if view.ports[port.c.id].rings[ring.c.index] == NULL or ring.worker != index:
                         continue
@@ -365,13 +367,13 @@ cdef class Engine:
             at += mine.n_transmitqs * sizeof(void *)
         mine = &view.workers[0]
         mine.taps = <PortC **>at
-        for port in self.ports.values():
+        for port in ports:
             if port.is_tap:
                 mine.taps[mine.n_taps] = port.c
                 mine.n_taps += 1
         at += mine.n_taps * sizeof(void *)
         view.flood = <uint16_t *>at
-        for port in self.ports.values():
+        for port in ports:
             if view.ports[port.c.id].forwarding:
                 view.flood[view.n_flood] = port.c.id
                 view.n_flood += 1
@@ -434,7 +436,7 @@ cdef class Engine:
         cdef Inject *item
         cdef void *newest
         cdef Worker worker = self.workers[0]
-        if len(frame) > sizeof(item.data):
+        if <size_t>len(frame) > sizeof(item.data):
             raise ValueError(f"a frame of {len(frame)} bytes; at most {sizeof(item.data)} fit")
         self._reap()
         item = <Inject *>calloc(1, sizeof(Inject))

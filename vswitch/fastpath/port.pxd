@@ -7,6 +7,7 @@ cdef class Ring:
     cdef readonly Port port
     cdef Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly bint started
+    cdef readonly bint published       # workers get to see it
     cdef readonly int worker  # which worker polls it (transmitqs)
     cdef int kick_fd
 
@@ -15,3 +16,4 @@ cdef class Port:
     cdef PortC *c
     cdef readonly str name
     cdef readonly dict rings  # by vring index
+    cdef readonly bint removed         # to be left out of what is published

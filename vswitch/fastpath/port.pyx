@@ -144,15 +144,19 @@ cdef class Ring:
         # Polling to begin with; a worker asks for kicks before it sleeps.
         refuse_kicks(c)
         self.memory = memory
-        self.started = True
+        self.started = self.published = True
         return c.last_avail
+
+    def unpublish(self):
+        """Leave the ring out of what is published from now on."""
+        self.published = False
 
     def mark_stopped(self):
         """Forget the memory; returns the index to go on from (GET_VRING_BASE).
 
         Only after every worker has passed a quiescent point since the ring was unpublished.
         """
-        self.started = False
+        self.started = self.published = False
         self.memory = None
         self.c.desc = NULL
         self.c.mem = NULL
@@ -186,11 +190,6 @@ cdef class Ring:
     @enabled.setter
     def enabled(self, bint value):
         vs_store8(&self.c.enabled, value)
-
-    @property
-    def kick_fd(self):
-        """The kick eventfd a worker waits on, or -1."""
-        return self.kick_fd
 
     def set_call(self, int fd):
         """Signal `fd` from now on, -1 for none. The old one may be in use until quiescence."""

@@ -73,7 +73,7 @@ cdef enum:
     EPOLL_BATCH = 64
 
 cdef enum:
-    WAKE_TOKEN = 0xFFFFFFFF  # epoll data of the wake eventfd; others are port << 16 | vring index
+    WAKE_TOKEN = 0x7FFFFFFF  # epoll data of the wake eventfd; others are port << 16 | vring index
     TAP_INDEX = 0xFFFF
 
 

@@ -126,6 +126,16 @@ def open_tap(
             raise
 
 
+def link_state(name: str) -> tuple[bool, int] | None:
+    """Whether an interface is up and its MTU in bytes, as they are now; None if it is gone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        try:
+            flags = struct.unpack("=H", _ioctl(control, name, SIOCGIFFLAGS, b"\0\0")[:2])[0]
+            return bool(flags & IFF_UP), _get_int(control, name, SIOCGIFMTU)
+        except OSError:
+            return None
+
+
 def _check_kind(control: socket.socket, name: str) -> bool:
     """Whether the interface exists; UplinkError if it does and is no TAP."""
     try:

@@ -1,0 +1,349 @@
+"""The switch: ports, uplinks, workers and the FDB put together.
+
+Everything here runs on the event loop's thread. What workers may see changes only through
+`Engine.publish`; `_settle` is the wait for them that belongs to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Self, cast
+
+from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
+from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.port import Port
+from vswitch.fastpath.table import key_mac, mac_key
+from vswitch.settings import PortSettings, Settings, UplinkSettings, find_clashes
+from vswitch.tap_port import TapPort
+from vswitch.uplinks.tap import open_tap
+from vswitch.vhost_port import VhostPort
+from vswitch.workers import WorkerThreads
+
+log = logging.getLogger("vswitch.switch")
+
+AnyPort = VhostPort | TapPort
+Subscriber = Callable[[Event], None]
+
+_SETTLE_STEP_S = 0.0002
+_MAC_EVENTS: dict[str, EventName] = {"mac-learned": "mac-learned", "mac-moved": "mac-moved"}
+
+
+class Switch:
+    """A running switch. Implements `vswitch.control.api.SwitchApi`; make one with `create`."""
+
+    def __init__(self, settings: Settings) -> None:
+        switch = settings.switch
+        idle_ns = {"adaptive": switch.idle_us * 1000, "sleep": 0, "busy": None}[switch.polling]
+        self._loop = asyncio.get_running_loop()
+        self._switch_settings = switch
+        self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        self._threads = WorkerThreads(self._engine, switch.cpus)
+        self._ports: dict[str, AnyPort] = {}
+        self._by_id: dict[int, AnyPort] = {}
+        self._subscribers: list[Subscriber] = []
+        self._tick_started = time.monotonic()
+        self._ticker: asyncio.TimerHandle | None = None
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def create(cls, settings: Settings) -> Self:
+        """Start workers, open all ports and uplinks. Raises VswitchError, and then nothing is left.
+
+        Must be called on the loop that the switch is to live on.
+        """
+        switch = cls(settings)
+        try:
+            switch._threads.start()
+            switch._loop.add_reader(switch._engine.event_fd, switch._on_events)
+            switch._tick()
+            for port in settings.ports:
+                await switch.add_port(port)
+            for uplink in settings.uplinks:
+                await switch.add_uplink(uplink)
+        except BaseException:
+            await switch.close()
+            raise
+        return switch
+
+    async def close(self) -> None:
+        """Disconnect everybody, remove the sockets and TAPs, end the workers."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+        for port in list(self._ports.values()):
+            await self._remove(port)
+        self._loop.remove_reader(self._engine.event_fd)
+        self._threads.stop()
+
+    @property
+    def failed(self) -> asyncio.Future[None]:
+        """Gets an exception when a worker ends although nobody told it to."""
+        return self._threads.failed
+
+    @property
+    def settings(self) -> Settings:
+        ports = self._ports.values()
+        return Settings(
+            switch=self._switch_settings,
+            ports=[port.settings for port in ports if isinstance(port, VhostPort)],
+            uplinks=[port.settings for port in ports if isinstance(port, TapPort)],
+        )
+
+    # Ports and uplinks
+
+    async def add_port(self, settings: PortSettings) -> PortInfo:
+        async with self._lock:
+            self._check_free(settings)
+            port = VhostPort(
+                settings,
+                self._engine,
+                self._new_fast_port(settings.name),
+                self._settle,
+                lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
+            )
+            try:
+                port.open()
+            except BaseException:
+                await self._retire(port.fast)
+                raise
+            self._enter(port)
+            log.info("port %s: %s %s", port.name, port.state, settings.socket)
+            self._emit("port-added", port.name)
+            return port.info()
+
+    async def del_port(self, name: str) -> None:
+        async with self._lock:
+            port = self._find(name)
+            if not isinstance(port, VhostPort):
+                raise NotFoundError(
+                    f'"{name}" is an uplink, not a port', hint=f"vswitchctl uplink del {name}"
+                )
+            await self._remove(port)
+            log.info("port %s: removed", name)
+            self._emit("port-removed", name)
+
+    async def add_uplink(self, settings: UplinkSettings) -> PortInfo:
+        async with self._lock:
+            self._check_free(settings)
+            tap = open_tap(settings.name, mtu=settings.mtu, bridge=settings.bridge)
+            try:
+                port = TapPort(settings, tap, self._new_fast_port(settings.name, tap.fd))
+            except BaseException:
+                tap.close()
+                raise
+            self._enter(port)
+            await self._settle()
+            log.info("uplink %s: %s", settings.name, port.state)
+            self._emit("uplink-added", settings.name)
+            return port.info()
+
+    async def del_uplink(self, name: str) -> None:
+        async with self._lock:
+            port = self._find(name)
+            if not isinstance(port, TapPort):
+                raise NotFoundError(
+                    f'"{name}" is a port, not an uplink', hint=f"vswitchctl del-port {name}"
+                )
+            await self._remove(port)
+            log.info("uplink %s: removed", name)
+            self._emit("uplink-removed", name)
+
+    def ports(self) -> list[PortInfo]:
+        return [port.info() for port in self._ports.values()]
+
+    def port(self, name: str) -> PortInfo:
+        return self._find(name).info()
+
+    def stats(self, name: str | None = None) -> list[PortStats]:
+        ports = list(self._ports.values()) if name is None else [self._find(name)]
+        return [
+            PortStats(name=port.name, id=port.fast.id, **self._engine.stats(port.fast))
+            for port in ports
+        ]
+
+    def workers(self) -> list[WorkerInfo]:
+        return self._threads.info()
+
+    # FDB
+
+    def fdb(self) -> list[FdbEntry]:
+        found = []
+        for key, number, static, age in self._engine.fdb.entries():
+            port = self._by_id.get(number)
+            if port is None:
+                continue  # of a port that is just being removed
+            mac, vlan = key_mac(key)
+            found.append(
+                FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age)
+            )
+        return sorted(found, key=lambda entry: (entry["vlan"], entry["mac"]))
+
+    def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
+        key = _key(mac, vlan)
+        target = self._find(port)
+        for other, number, static, _ in self._engine.fdb.entries():
+            if other == key and static and number != target.fast.id:
+                raise ExistsError(
+                    f"{mac} (VLAN {vlan}) is a static entry of port {self._by_id[number].name}",
+                    hint=f"delete it first: vswitchctl fdb del {mac}",
+                )
+        if not self._engine.fdb.add_static(key, target.fast.id):
+            raise VswitchError(
+                f"no room for {mac} in the FDB ({self._engine.fdb.size} addresses)",
+                hint="flush it, or set a greater fdb_size in [switch]",
+            )
+
+    def fdb_del(self, mac: str, vlan: int = 0) -> None:
+        if not self._engine.fdb.delete(_key(mac, vlan)):
+            raise NotFoundError(
+                f"{mac} (VLAN {vlan}) is not in the FDB", hint="vswitchctl fdb show lists it"
+            )
+
+    def fdb_flush(self, port: str | None = None) -> int:
+        return self._engine.fdb.flush(None if port is None else self._find(port).fast.id)
+
+    # Events
+
+    def subscribe(self, callback: Subscriber) -> Callable[[], None]:
+        self._subscribers.append(callback)
+        self._engine.report_macs = True
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):
+                self._subscribers.remove(callback)
+            self._engine.report_macs = bool(self._subscribers)
+
+        return unsubscribe
+
+    def _emit(self, event: EventName, port: str | None, reason: str | None = None) -> None:
+        if not self._subscribers:
+            return
+        record = Event(event=event, time=time.time(), port=port)
+        if reason is not None:
+            record["reason"] = reason
+        self._send(record)
+
+    def _send(self, record: Event) -> None:
+        for subscriber in list(self._subscribers):
+            subscriber(record)
+
+    def _on_events(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._engine.event_fd)
+        while True:
+            for event in self._engine.take_events():
+                self._on_event(*event)
+            if not self._engine.arm_events():
+                break
+
+    def _on_event(self, kind: str, number: int, other: int, key: int) -> None:
+        port = self._by_id.get(number)
+        if port is None:
+            return
+        if kind == "ring-fault" and isinstance(port, VhostPort):
+            port.ring_fault(other)
+        elif kind == "tap-lost" and isinstance(port, TapPort):
+            reason = port.lost()
+            log.error("uplink %s: %s", port.name, reason)
+            self._emit("port-fault", port.name, reason)
+        elif kind in _MAC_EVENTS and self._subscribers:
+            mac, vlan = key_mac(key)
+            record = Event(
+                event=_MAC_EVENTS[kind], time=time.time(), port=port.name, mac=mac, vlan=vlan
+            )
+            previous = self._by_id.get(other)
+            if kind == "mac-moved" and previous is not None:
+                record["previous_port"] = previous.name
+            self._send(record)
+
+    def _tick(self) -> None:
+        """Once a second: the FDB's clock, aging, and a look at the sockets."""
+        self._ticker = self._loop.call_later(1.0, self._tick)
+        fdb = self._engine.fdb
+        # From 1: 0 in an entry's stamp would look like one that was never set.
+        fdb.tick = 1 + int(time.monotonic() - self._tick_started)
+        limit = self._switch_settings.mac_aging_s
+        if limit and len(fdb):
+            for key, number in fdb.age(limit):
+                port = self._by_id.get(number)
+                if port is not None and self._subscribers:
+                    mac, vlan = key_mac(key)
+                    self._send(
+                        Event(
+                            event="mac-aged", time=time.time(), port=port.name, mac=mac, vlan=vlan
+                        )
+                    )
+        for port in self._ports.values():
+            port.check()
+
+    # Helpers
+
+    async def _settle(self) -> None:
+        """Publish what has changed and return when no worker uses anything older."""
+        ticket = self._engine.publish()
+        while not self._engine.wait(ticket):
+            await asyncio.sleep(_SETTLE_STEP_S)
+
+    def _find(self, name: str) -> AnyPort:
+        try:
+            return self._ports[name]
+        except KeyError:
+            raise NotFoundError(
+                f'there is no port or uplink "{name}"', hint="vswitchctl list-ports lists them"
+            ) from None
+
+    def _check_free(self, new: PortSettings | UplinkSettings) -> None:
+        """Raise ExistsError if the name or the socket is in use."""
+        if new.name in self._ports:
+            raise ExistsError(
+                f'there is a port or uplink "{new.name}" already', hint="choose another name"
+            )
+        if isinstance(new, PortSettings):
+            mine = {"name": new.name, "socket": new.socket}
+            there = [
+                {"name": port.name, "socket": port.settings.socket}
+                for port in self._ports.values()
+                if isinstance(port, VhostPort)
+            ]
+            for _, _, key, reason in find_clashes(self._switch_settings.control, [*there, mine], []):
+                raise ExistsError(
+                    f'port "{new.name}": {key} {new.socket} {reason}', hint="choose another path"
+                )
+
+    def _new_fast_port(self, name: str, tap_fd: int = -1) -> Port:
+        try:
+            return self._engine.add_port(name, tap_fd)
+        except OSError as exc:
+            raise VswitchError(f'port "{name}": {exc}') from exc
+
+    def _enter(self, port: AnyPort) -> None:
+        self._ports[port.name] = port
+        self._by_id[port.fast.id] = port
+
+    async def _remove(self, port: AnyPort) -> None:
+        if isinstance(port, VhostPort):
+            await port.close()
+        await self._retire(port.fast)
+        self._by_id.pop(port.fast.id, None)
+        self._ports.pop(port.name, None)
+        if isinstance(port, TapPort):
+            port.close()
+
+    async def _retire(self, fast: Port) -> None:
+        """Take a port out of the engine and wait until no worker knows it."""
+        self._engine.remove_port(fast)
+        await self._settle()
+        self._engine.forget(fast)
+
+
+def _key(mac: str, vlan: int) -> int:
+    try:
+        return mac_key(mac, vlan)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc

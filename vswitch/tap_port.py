@@ -1,0 +1,88 @@
+"""An uplink's port: a TAP interface of the host in the fast path."""
+
+from __future__ import annotations
+
+import logging
+
+from vswitch.control.api import PortInfo, PortState
+from vswitch.fastpath.port import Port
+from vswitch.settings import UplinkSettings
+from vswitch.uplinks.tap import Tap, link_state
+from vswitch.vhost_port import ETH_OVERHEAD
+
+log = logging.getLogger("vswitch.uplink")
+
+
+class TapPort:
+    """One `[uplink]`; owns its TAP."""
+
+    def __init__(self, settings: UplinkSettings, tap: Tap, port: Port) -> None:
+        self.settings = settings
+        self.fast = port
+        self._tap = tap
+        self._lost = False
+        self._mtu = tap.mtu
+        self.check()
+        if tap.warning:
+            log.warning('uplink "%s": %s', settings.name, tap.warning)
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    def check(self) -> None:
+        """Once a second: follow the interface's MTU, which anybody may change."""
+        state = link_state(self._tap.name)
+        if state is not None:
+            self._mtu = state[1]
+        self.fast.max_len = self._mtu + ETH_OVERHEAD
+
+    def close(self) -> None:
+        """Close the TAP; no worker may be using it any more."""
+        self._tap.close()
+
+    def lost(self) -> str:
+        """The interface was deleted under us; returns what to tell people."""
+        self._lost = True
+        return self._lost_text
+
+    @property
+    def _lost_text(self) -> str:
+        return (
+            f"interface {self._tap.name} was deleted; to have it back: "
+            f"vswitchctl uplink del {self.name}, vswitchctl uplink add {self.name}"
+        )
+
+    @property
+    def state(self) -> PortState:
+        if self._lost:
+            return "fault"
+        state = link_state(self._tap.name)
+        return "up" if state is not None and state[0] else "down"
+
+    def info(self) -> PortInfo:
+        state = self.state
+        warning = self._tap.warning
+        if state == "down":
+            warning = f"the interface is down; bring it up: ip link set {self._tap.name} up"
+        return PortInfo(
+            name=self.name,
+            id=self.fast.id,
+            kind="tap",
+            state=state,
+            socket=None,
+            mode=None,
+            queues=1,
+            mtu=self._mtu,
+            features=0,
+            feature_names=[],
+            protocol_features=0,
+            protocol_feature_names=[],
+            peer_pid=None,
+            connects=0,
+            connected_since=None,
+            error=self._lost_text if self._lost else None,
+            warning=warning if state != "fault" else None,
+            memory=[],
+            rings=[],
+        )

@@ -1,0 +1,380 @@
+"""A guest's port: its socket, its present frontend and that frontend's rings in the fast path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
+from vswitch.errors import ProtocolError
+from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.mapping import Memory
+from vswitch.fastpath.port import Port, Ring, RingError
+from vswitch.settings import PortSettings
+from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.connection import Connection
+from vswitch.vhost_user.datapath import DatapathError, RingSetup
+from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
+from vswitch.vhost_user.protocol import Feature, MemRegion, ProtocolFeature
+
+FEATURES = (
+    Feature.VERSION_1
+    | Feature.RING_INDIRECT_DESC
+    | Feature.RING_EVENT_IDX
+    | Feature.ANY_LAYOUT
+    | Feature.MRG_RXBUF
+    | Feature.MTU
+    | Feature.STATUS
+    | Feature.CTRL_VQ
+    | Feature.CTRL_RX
+    | Feature.CTRL_VLAN
+    | Feature.CTRL_RX_EXTRA
+    | Feature.CTRL_MAC_ADDR
+    | Feature.GUEST_ANNOUNCE
+    | Feature.MQ
+)
+"""What a port offers. CTRL_*, STATUS, ANNOUNCE and MQ are the frontend's to implement; to offer
+them says that nothing here stands in their way."""
+
+ETH_OVERHEAD = 14 + 4
+"""Bytes of a frame beyond its MTU: Ethernet header and one VLAN tag."""
+
+BROADCAST = b"\xff" * 6
+
+log = logging.getLogger("vswitch.port")
+
+Notify = Callable[[str, str | None], None]
+"""Called with an event's name and, for faults and disconnects, the reason."""
+
+
+class VhostPort:
+    """One `[[port]]`. Implements `vhost_user.datapath.Datapath` for its backend.
+
+    `settle` publishes the engine's state and returns when no worker uses an older one. `notify`
+    hears of the port's events.
+    """
+
+    def __init__(
+        self,
+        settings: PortSettings,
+        engine: Engine,
+        port: Port,
+        settle: Callable[[], Awaitable[None]],
+        notify: Notify,
+    ) -> None:
+        self.settings = settings
+        self.fast = port
+        self._engine = engine
+        self._settle = settle
+        self._notify = notify
+        self._endpoint: Endpoint
+        if settings.mode == "server":
+            self._endpoint = Listener(
+                settings.socket,
+                mode=settings.permission_bits,
+                owner=settings.owner,
+                group=settings.group,
+            )
+        else:
+            self._endpoint = Connector(settings.socket)
+        self._task: asyncio.Task[None] | None = None
+        self._backend: Backend | None = None
+        self._memory: Memory | None = None
+        self._unshared: set[tuple[int, int]] = set()
+        self._file_ids: list[tuple[int, int]] = []
+        self._connects = 0
+        self._connected_at: float | None = None
+        self._was_ready = False
+        self._fault: str | None = None
+        self._last_error: str | None = None
+        self._warning: str | None = None
+        self._problem_logged: str | None = None
+        self._limit_mtu(None)
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    # Life
+
+    def open(self) -> None:
+        """Listen, or begin to connect. Raises SocketError."""
+        self._endpoint.open()
+        self._task = asyncio.create_task(self._serve_for_ever(), name=f"port {self.name}")
+
+    async def close(self) -> None:
+        """Disconnect the frontend, free its memory and close the socket."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._endpoint.close()
+
+    def check(self) -> None:
+        """Once a second: notice what happens to the socket and say it once."""
+        if self._backend is None:
+            self._endpoint.check()
+            problem = self._endpoint.problem
+            if problem != self._problem_logged and problem is not None:
+                log.warning("port %s: %s", self.name, problem)
+            self._problem_logged = problem
+
+    async def _serve_for_ever(self) -> None:
+        while True:
+            sock = await self._endpoint.next()
+            connection = Connection(sock)
+            try:
+                await self._serve(connection)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                log.exception("port %s: internal error, frontend disconnected", self.name)
+            finally:
+                connection.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        """One frontend, from its connection to its end."""
+        pid = connection.peer_pid
+        backend = Backend(self.name, connection, self, self._rings_changed)
+        self._backend = backend
+        self._connects += 1
+        self._connected_at = time.time()
+        self._fault = self._last_error = self._warning = None
+        self._limit_mtu(None)
+        log.info("port %s: frontend connected (pid %s)", self.name, pid or "unknown")
+        self._notify("port-connected", None)
+        guard = asyncio.create_task(self._endpoint.guard(connection, self._refused))
+        reason = "closed by the frontend"
+        try:
+            await backend.run()
+        except ProtocolError as exc:
+            reason = self._last_error = exc.message
+            log.error("port %s: frontend disconnected: %s", self.name, exc.message)
+        except asyncio.CancelledError:
+            reason = "closed by the switch"
+            raise
+        finally:
+            guard.cancel()
+            self._backend = None
+            self._connected_at = None
+            self._was_ready = False
+            self._engine.fdb.flush(self.fast.id)
+            log.info("port %s: disconnected: %s", self.name, reason)
+            self._notify("port-disconnected", reason)
+
+    def _refused(self, pid: int | None) -> None:
+        log.warning(
+            "port %s: refused a second frontend (pid %s): one is connected already",
+            self.name, pid or "unknown",
+        )  # fmt: skip
+
+    # Datapath
+
+    @property
+    def queue_pairs(self) -> int:
+        return self.settings.queues
+
+    @property
+    def features(self) -> Feature:
+        return FEATURES
+
+    async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        self._file_ids = []
+        if not regions:
+            return
+        try:
+            self._memory = Memory(regions, fds)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
+
+    async def start_ring(self, index: int, setup: RingSetup) -> int:
+        if self._memory is None:
+            raise DatapathError(f"vring {index} is to start and there is no memory table")
+        ring = self.fast.rings.get(index) or Ring(self.fast, index)
+        self._look_for_sharing(ring, setup)
+        modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
+        ring.enabled = setup.enabled
+        ring.set_call(setup.call_fd)
+        try:
+            base = ring.start(
+                self._memory,
+                setup.size,
+                setup.desc_uva,
+                setup.used_uva,
+                setup.avail_uva,
+                hdr_len=12 if modern else 10,
+                event_idx=Feature.RING_EVENT_IDX in setup.features,
+                indirect=Feature.RING_INDIRECT_DESC in setup.features,
+                mergeable=Feature.MRG_RXBUF in setup.features,
+                base=setup.base,
+                poll_only=setup.kick_fd < 0,
+            )
+        except RingError as exc:
+            raise DatapathError(f"vring {index}: {exc}") from exc
+        self._fault = None
+        self._engine.attach(ring, setup.kick_fd)
+        await self._settle()
+        return base
+
+    async def stop_rings(self, indices: list[int]) -> list[int]:
+        rings = [self.fast.rings[index] for index in indices]
+        for ring in rings:
+            ring.unpublish()
+            self._engine.detach(ring)
+        await self._settle()
+        return [ring.mark_stopped() for ring in rings]
+
+    async def enable_ring(self, index: int, enabled: bool) -> None:
+        self.fast.rings[index].enabled = enabled
+        await self._settle()
+
+    async def set_call(self, index: int, fd: int) -> None:
+        self.fast.rings[index].set_call(fd)
+        await self._settle()
+
+    def set_mtu(self, mtu: int) -> None:
+        if self.settings.mtu is not None and mtu > self.settings.mtu:
+            raise DatapathError(f"MTU {mtu} is more than the port's mtu, {self.settings.mtu}")
+        self._limit_mtu(mtu)
+
+    def announce(self, mac: bytes) -> None:
+        log.info("port %s: announcing %s (RARP)", self.name, mac.hex(":"))
+        self._engine.inject(self.fast, rarp_frame(mac))
+
+    def _limit_mtu(self, negotiated: int | None) -> None:
+        mtu = negotiated or self.settings.mtu
+        self.fast.max_len = 65535 + ETH_OVERHEAD if mtu is None else mtu + ETH_OVERHEAD
+
+    # State
+
+    def ring_fault(self, index: int) -> None:
+        """A worker stopped a ring for what its driver did; the port is at fault until a reset."""
+        ring = self.fast.rings.get(index)
+        if ring is None or ring.fault is None:
+            return
+        name, text = ring.fault
+        self._fault = f"{_ring_name(index)}: {text} ({name})"
+        log.error("port %s: fault: %s", self.name, self._fault)
+        if self._backend is not None:
+            self._backend.signal_error(index)
+        self._notify("port-fault", self._fault)
+
+    @property
+    def state(self) -> PortState:
+        if self._backend is None:
+            return self._endpoint.waiting_state
+        if self._fault is not None:
+            return "fault"
+        return "ready" if self._is_ready() else "connected"
+
+    def info(self) -> PortInfo:
+        backend = self._backend
+        features = backend.features if backend else Feature(0)
+        protocol_features = backend.protocol_features if backend else ProtocolFeature(0)
+        return PortInfo(
+            name=self.name,
+            id=self.fast.id,
+            kind="vhost-user",
+            state=self.state,
+            socket=str(self.settings.socket),
+            mode=self.settings.mode,
+            queues=self.settings.queues,
+            mtu=self.settings.mtu,
+            features=int(features),
+            feature_names=[str(f.name) for f in features],
+            protocol_features=int(protocol_features),
+            protocol_feature_names=[str(f.name) for f in protocol_features],
+            peer_pid=backend.connection.peer_pid if backend else None,
+            connects=self._connects,
+            connected_since=self._connected_at,
+            error=self._error(),
+            warning=self._warning,
+            memory=self._memory_info(),
+            rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
+        )
+
+    def _error(self) -> str | None:
+        if self._backend is not None:
+            return self._fault
+        return self._endpoint.problem or self._last_error
+
+    def _memory_info(self) -> list[MemoryRegion]:
+        if self._memory is None:
+            return []
+        return [
+            MemoryRegion(gpa=gpa, size=size, uva=uva, mmap_offset=offset)
+            for gpa, size, uva, offset in self._memory.regions
+        ]
+
+    def _ring_info(self, index: int, ring: Ring) -> RingInfo:
+        fault = ring.fault if ring.started else None
+        return RingInfo(
+            index=index,
+            type="transmitq" if ring.is_transmitq else "receiveq",
+            size=ring.size,
+            started=ring.started,
+            enabled=ring.enabled,
+            avail_idx=ring.base,
+            used_idx=ring.used_idx,
+            fault=fault[1] if fault else None,
+        )
+
+    def _is_ready(self) -> bool:
+        return any(ring.started and ring.enabled for ring in self.fast.rings.values())
+
+    def _rings_changed(self) -> None:
+        ready = self._is_ready()
+        if ready and not self._was_ready:
+            log.info("port %s: ready", self.name)
+            self._notify("port-ready", None)
+        self._was_ready = ready
+
+    def _look_for_sharing(self, ring: Ring, setup: RingSetup) -> None:
+        """Warn when the driver's rings are not in the memory that we were given.
+
+        A driver has written its rings before it starts them. If the file has nothing there, the
+        guest's memory is a private copy of it. Our own first look at a ring makes the file's page
+        appear, so what was found of a file once counts until the ring there moves.
+        """
+        assert self._memory is not None
+        size = setup.size
+        hole = all(
+            self._memory.is_hole(uva, length)
+            for uva, length in (
+                (setup.desc_uva, 16 * size),
+                (setup.avail_uva, 6 + 2 * size),
+                (setup.used_uva, 6 + 8 * size),
+            )
+        )
+        if hole:
+            self._unshared.update(self._file_ids)
+        elif not (self._unshared.intersection(self._file_ids) and ring.base == 0):
+            return
+        if self._warning is not None:
+            return
+        self._warning = (
+            f"the guest's memory is not shared with the switch: nothing was ever written where "
+            f"{_ring_name(ring.index)} should be. Start QEMU with share=on, for example: -object "
+            "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+        )
+        log.warning("port %s: %s", self.name, self._warning)
+
+
+def _ring_name(index: int) -> str:
+    """receiveq0, transmitq0, receiveq1 ... counted from 0 as in `ethtool`."""
+    return f"{'transmitq' if index & 1 else 'receiveq'}{index // 2}"
+
+
+def rarp_frame(mac: bytes) -> bytes:
+    """The broadcast a host sends on behalf of a guest that moved (RFC 903), 60 bytes."""
+    body = b"\x00\x01\x08\x00\x06\x04\x00\x03" + mac + b"\0" * 4 + mac + b"\0" * 4
+    return (BROADCAST + mac + b"\x80\x35" + body).ljust(60, b"\0")

@@ -1,0 +1,411 @@
+"""The backend's state machine: what each request does to the device.
+
+One `Backend` serves one connection from its first message to its last. QEMU's
+docs/interop/vhost-user.rst is the specification; section names in quotes are its.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from vswitch.errors import ProtocolError
+from vswitch.vhost_user import protocol
+from vswitch.vhost_user.connection import Connection, ConnectionClosedError, Message
+from vswitch.vhost_user.datapath import Datapath, DatapathError
+from vswitch.vhost_user.protocol import (
+    FLAG_REPLY,
+    VRING_IDX_MASK,
+    VRING_NOFD,
+    Feature,
+    MalformedError,
+    MemRegion,
+    ProtocolFeature,
+    Reply,
+    Request,
+    VringState,
+)
+from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd, signal_fd
+
+PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.RARP
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.MTU
+    | ProtocolFeature.RESET_DEVICE
+)
+"""What the backend offers in GET_PROTOCOL_FEATURES."""
+
+MTU_MIN = 68
+MTU_MAX = 65535
+
+# The addresses a frontend may leave unaligned are none: VIRTIO 1.2 section 2.7.
+_ALIGNMENT = (("desc_uva", 16), ("used_uva", 4), ("avail_uva", 2))
+
+
+class Backend:
+    """The vhost-user device of one port, for as long as one frontend is connected.
+
+    `changed` is called, without arguments, whenever rings start or stop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connection: Connection,
+        datapath: Datapath,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.connection = connection
+        self.features = Feature(0)
+        self.protocol_features = ProtocolFeature(0)
+        self.regions: list[MemRegion] = []
+        self.vrings: dict[int, Vring] = {}
+        self._datapath = datapath
+        self._changed = changed
+        self._log = logging.LoggerAdapter(logging.getLogger("vswitch.vhost_user"), {"port": name})
+        self._name = name
+        self._offered = datapath.features | Feature.PROTOCOL_FEATURES
+        self._handlers: dict[Request, Callable[[Message], Awaitable[bytes | None]]] = {
+            Request.GET_FEATURES: self._get_features,
+            Request.SET_FEATURES: self._set_features,
+            Request.SET_OWNER: self._set_owner,
+            Request.RESET_OWNER: self._reset_owner,
+            Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.SET_VRING_NUM: self._set_vring_num,
+            Request.SET_VRING_ADDR: self._set_vring_addr,
+            Request.SET_VRING_BASE: self._set_vring_base,
+            Request.GET_VRING_BASE: self._get_vring_base,
+            Request.SET_VRING_KICK: self._set_vring_kick,
+            Request.SET_VRING_CALL: self._set_vring_call,
+            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.SEND_RARP: self._send_rarp,
+            Request.NET_SET_MTU: self._net_set_mtu,
+            Request.RESET_DEVICE: self._reset_device,
+        }
+
+    async def run(self) -> None:
+        """Serve the connection until the frontend goes.
+
+        Returns when it closes the connection between two messages; raises ProtocolError for
+        anything that ends it otherwise. Either way all rings are stopped, the memory is unmapped
+        and every descriptor is closed; closing the connection is the caller's.
+        """
+        try:
+            while True:
+                try:
+                    message = await self.connection.receive()
+                except ConnectionClosedError:
+                    return
+                with message:
+                    await self._serve(message)
+        except MalformedError as exc:
+            raise ProtocolError(str(exc), hint="the frontend sent this: it is broken") from exc
+        finally:
+            await self._release()
+
+    def signal_error(self, index: int) -> None:
+        """Tell the frontend that a virtqueue is broken (SET_VRING_ERR)."""
+        vring = self.vrings.get(index)
+        if vring is not None:
+            signal_fd(vring.err_fd)
+
+    # One message
+
+    async def _serve(self, message: Message) -> None:
+        """Handle one request and answer it as "Communication" and REPLY_ACK demand."""
+        number = message.header.request
+        wants_ack = message.header.need_reply and ProtocolFeature.REPLY_ACK in self.protocol_features
+        if message.header.is_reply:
+            raise MalformedError(
+                f"{protocol.request_name(number)}: marked as a reply, and nothing was asked"
+            )
+        try:
+            request = Request(number)
+            handler = self._handlers[request]
+        except (ValueError, KeyError):
+            if not wants_ack:
+                raise MalformedError(
+                    f"{protocol.request_name(number)} is not supported and was not offered"
+                ) from None
+            self._log.warning(
+                "port %s: %s is not supported", self._name, protocol.request_name(number)
+            )
+            await self._reply(number, protocol.encode_u64(1))
+            return
+        spec = protocol.check_shape(request, message.payload, len(message.fds))
+        if spec.needs and spec.needs not in self.protocol_features:
+            raise MalformedError(
+                f"{request.name}: protocol feature {spec.needs.name} was not negotiated"
+            )
+        self._log.debug("port %s: %s", self._name, request.name)
+        try:
+            answer = await handler(message)
+        except DatapathError as exc:
+            if not wants_ack or spec.reply is Reply.ALWAYS:
+                raise ProtocolError(f"{request.name}: {exc}") from exc
+            self._log.error("port %s: %s: %s", self._name, request.name, exc)
+            await self._reply(number, protocol.encode_u64(1))
+            return
+        if answer is not None:
+            await self._reply(number, answer)
+        elif wants_ack:
+            await self._reply(number, protocol.encode_u64(0))
+
+    async def _reply(self, request: int, payload: bytes) -> None:
+        try:
+            await self.connection.send(protocol.encode(request, payload, flags=FLAG_REPLY))
+        except ConnectionError as exc:
+            raise ProtocolError("the frontend went away without its reply") from exc
+
+    # Features
+
+    async def _get_features(self, message: Message) -> bytes:
+        return protocol.encode_u64(self._offered)
+
+    async def _set_features(self, message: Message) -> None:
+        value = protocol.decode_u64(message.payload)
+        unknown = value & ~int(self._offered)
+        if unknown:
+            raise MalformedError(f"SET_FEATURES: {value:#x} has bits {unknown:#x}, never offered")
+        features = Feature(value)
+        if features == self.features:
+            return
+        running = await self._stop(self._running())
+        self.features = features
+        # "Ring states": without PROTOCOL_FEATURES rings start enabled, SET_VRING_ENABLE is unknown.
+        if Feature.PROTOCOL_FEATURES not in features:
+            for vring in self.vrings.values():
+                vring.enabled = True
+        await self._start(running)
+
+    async def _get_protocol_features(self, message: Message) -> bytes:
+        return protocol.encode_u64(PROTOCOL_FEATURES)
+
+    async def _set_protocol_features(self, message: Message) -> None:
+        value = protocol.decode_u64(message.payload)
+        unknown = value & ~int(PROTOCOL_FEATURES)
+        if unknown:
+            raise MalformedError(
+                f"SET_PROTOCOL_FEATURES: {value:#x} has bits {unknown:#x}, never offered"
+            )
+        self.protocol_features = ProtocolFeature(value)
+
+    async def _get_queue_num(self, message: Message) -> bytes:
+        return protocol.encode_u64(self._datapath.queue_pairs)
+
+    # Ownership
+
+    async def _set_owner(self, message: Message) -> None:
+        """Nothing to do: whoever is connected is the owner."""
+
+    async def _reset_owner(self, message: Message) -> None:
+        """Deprecated; the document recommends to disable all rings, and so we do."""
+        await self._stop(self._running())
+        for vring in self.vrings.values():
+            vring.enabled = Feature.PROTOCOL_FEATURES not in self.features
+            vring.forget_kick()
+
+    async def _reset_device(self, message: Message) -> None:
+        """Back to the state after connecting, except for ownership, memory and the protocol."""
+        await self._stop(self._running())
+        for vring in self.vrings.values():
+            vring.close()
+        self.vrings.clear()
+        self.features = Feature(0)
+
+    # Memory
+
+    async def _set_mem_table(self, message: Message) -> None:
+        regions = protocol.decode_mem_table(message.payload)
+        if len(regions) != len(message.fds):
+            raise MalformedError(
+                f"SET_MEM_TABLE: {len(regions)} regions came with {len(message.fds)} "
+                "file descriptors"
+            )
+        running = await self._stop(self._running())
+        self.regions = []
+        await self._datapath.set_memory(regions, message.fds)
+        self.regions = regions
+        await self._start(running)
+        # Some frontends set up rings first.
+        await self._start([v for v in self.vrings.values() if v.complete and not v.started])
+
+    # Rings
+
+    async def _set_vring_num(self, message: Message) -> None:
+        index, size = protocol.decode_vring_state(message.payload)
+        vring = self._vring("SET_VRING_NUM", index)
+        if not 0 < size <= SIZE_MAX or size & (size - 1):
+            raise MalformedError(
+                f"SET_VRING_NUM: num {size} of vring {index} "
+                f"is not a power of two from 1 to {SIZE_MAX}"
+            )
+        if size != vring.size:
+            await self._change(vring, size=size)
+
+    async def _set_vring_addr(self, message: Message) -> None:
+        addr = protocol.decode_vring_addr(message.payload)
+        vring = self._vring("SET_VRING_ADDR", addr.index)
+        if addr.flags & ~1:
+            raise MalformedError(f"SET_VRING_ADDR: flags {addr.flags:#x} are unknown")
+        for field, align in _ALIGNMENT:
+            value = getattr(addr, field)
+            if value % align:
+                raise MalformedError(
+                    f"SET_VRING_ADDR: {field} {value:#x} of vring {addr.index} "
+                    f"is not aligned to {align} bytes"
+                )
+        new = {name: getattr(addr, name) for name, _ in _ALIGNMENT}
+        if not vring.placed or any(getattr(vring, name) != value for name, value in new.items()):
+            await self._change(vring, placed=True, **new)
+
+    async def _set_vring_base(self, message: Message) -> None:
+        index, base = protocol.decode_vring_state(message.payload)
+        vring = self._vring("SET_VRING_BASE", index)
+        if base > 0xFFFF:
+            raise MalformedError(
+                f"SET_VRING_BASE: num {base} of vring {index} is more than 16 bits"
+            )
+        if vring.started:
+            raise MalformedError(f"SET_VRING_BASE: vring {index} is running")
+        vring.base = base
+
+    async def _get_vring_base(self, message: Message) -> bytes:
+        index, _ = protocol.decode_vring_state(message.payload)
+        vring = self._vring("GET_VRING_BASE", index)
+        await self._stop([vring])
+        vring.forget_kick()
+        return protocol.encode_vring_state(VringState(index, vring.base))
+
+    async def _set_vring_kick(self, message: Message) -> None:
+        index, fd = self._take_vring_fd("SET_VRING_KICK", message)
+        vring = self.vrings[index]
+        running = await self._stop([vring])
+        close_fd(vring.kick_fd)
+        vring.kick_fd = fd
+        vring.kickable = True
+        if running or (vring.complete and self.regions):
+            await self._start([vring])
+
+    async def _set_vring_call(self, message: Message) -> None:
+        index, fd = self._take_vring_fd("SET_VRING_CALL", message)
+        vring = self.vrings[index]
+        old, vring.call_fd = vring.call_fd, fd
+        if vring.started:
+            await self._datapath.set_call(index, fd)
+        close_fd(old)
+        # What was signalled through the old descriptor may not have been seen.
+        signal_fd(fd)
+
+    async def _set_vring_err(self, message: Message) -> None:
+        index, fd = self._take_vring_fd("SET_VRING_ERR", message)
+        vring = self.vrings[index]
+        close_fd(vring.err_fd)
+        vring.err_fd = fd
+
+    async def _set_vring_enable(self, message: Message) -> None:
+        index, flag = protocol.decode_vring_state(message.payload)
+        vring = self._vring("SET_VRING_ENABLE", index)
+        if Feature.PROTOCOL_FEATURES not in self.features:
+            raise MalformedError("SET_VRING_ENABLE: feature PROTOCOL_FEATURES was not negotiated")
+        if flag > 1:
+            raise MalformedError(f"SET_VRING_ENABLE: num {flag} of vring {index} is not 0 or 1")
+        if vring.enabled != bool(flag):
+            vring.enabled = bool(flag)
+            if vring.started:
+                await self._datapath.enable_ring(index, vring.enabled)
+                self._changed()
+
+    # Network
+
+    async def _send_rarp(self, message: Message) -> None:
+        mac = message.payload[:6]
+        if mac[0] & 1 or not any(mac):
+            raise MalformedError(f"SEND_RARP: {mac.hex(':')} is not a unicast address")
+        self._datapath.announce(mac)
+
+    async def _net_set_mtu(self, message: Message) -> None:
+        mtu = protocol.decode_u64(message.payload)
+        if not MTU_MIN <= mtu <= MTU_MAX:
+            raise DatapathError(f"MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")
+        self._datapath.set_mtu(mtu)
+
+    # Helpers
+
+    def _vring(self, name: str, index: int) -> Vring:
+        count = 2 * self._datapath.queue_pairs
+        if index >= count:
+            raise MalformedError(f"{name}: vring index {index}, the port has {count} vrings")
+        if index not in self.vrings:
+            enabled = Feature.PROTOCOL_FEATURES not in self.features
+            self.vrings[index] = Vring(index, enabled=enabled)
+        return self.vrings[index]
+
+    def _take_vring_fd(self, name: str, message: Message) -> tuple[int, int]:
+        """Vring index and descriptor (-1 for none) of a SET_VRING_KICK, CALL or ERR."""
+        value = protocol.decode_u64(message.payload)
+        if value & ~(VRING_IDX_MASK | VRING_NOFD):
+            raise MalformedError(f"{name}: u64 {value:#x} has unknown bits")
+        expected = 0 if value & VRING_NOFD else 1
+        if len(message.fds) != expected:
+            raise MalformedError(
+                f"{name}: u64 {value:#x} came with {len(message.fds)} file descriptors, "
+                f"expected {expected}"
+            )
+        index = value & VRING_IDX_MASK
+        self._vring(name, index)
+        if not expected:
+            return index, -1
+        check_eventfd(name, message.fds[0])
+        return index, message.take_fd()
+
+    def _running(self) -> list[Vring]:
+        return [vring for vring in self.vrings.values() if vring.started]
+
+    async def _change(self, vring: Vring, **new: int) -> None:
+        """Change what a ring runs with; a running ring is stopped for that and goes on."""
+        running = await self._stop([vring])
+        for name, value in new.items():
+            setattr(vring, name, value)
+        if running or (vring.complete and self.regions):
+            await self._start([vring])
+
+    async def _start(self, vrings: list[Vring]) -> None:
+        for vring in vrings:
+            base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
+            vring.started = True
+            if base != vring.base:
+                self._log.info(
+                    "port %s: vring %d goes on from %d, where the used ring is, not from %d",
+                    self._name, vring.index, base, vring.base,
+                )  # fmt: skip
+            vring.base = base
+            # The driver may wait for what happened before: to be woken once too often is harmless.
+            signal_fd(vring.call_fd)
+        if vrings:
+            self._changed()
+
+    async def _stop(self, vrings: list[Vring]) -> list[Vring]:
+        """Stop those that run and note where; returns them."""
+        running = [vring for vring in vrings if vring.started]
+        if not running:
+            return []
+        bases = await self._datapath.stop_rings([vring.index for vring in running])
+        for vring, base in zip(running, bases, strict=True):
+            vring.started = False
+            vring.base = base
+        self._changed()
+        return running
+
+    async def _release(self) -> None:
+        await self._stop(self._running())
+        for vring in self.vrings.values():
+            vring.close()
+        self.vrings.clear()
+        self.regions = []
+        await self._datapath.set_memory([], [])

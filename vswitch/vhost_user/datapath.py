@@ -1,0 +1,85 @@
+"""What a backend needs from the switch: the interface between protocol and forwarding.
+
+The backend knows what the frontend said; a `Datapath` maps the memory, runs the rings and hides how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vswitch.vhost_user.protocol import Feature, MemRegion
+
+
+class DatapathError(Exception):
+    """The switch cannot do what a request asks; the text names the field and the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingSetup:
+    """All that is needed to run a virtqueue.
+
+    `size` counts entries; addresses are the frontend's; `base` is the avail index to go on from;
+    `kick_fd` -1 means that the driver cannot kick and the ring is polled, `call_fd` -1 that the
+    driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
+    """
+
+    size: int
+    desc_uva: int
+    used_uva: int
+    avail_uva: int
+    base: int
+    features: Feature
+    enabled: bool
+    kick_fd: int
+    call_fd: int
+
+
+class Datapath(Protocol):
+    """One port's rings, as the backend of its present frontend drives them.
+
+    Whatever a coroutine takes away - a ring, memory, a descriptor - is no longer in use by any
+    worker when it returns.
+    """
+
+    @property
+    def queue_pairs(self) -> int:
+        """The most queue pairs the port has."""
+        ...
+
+    @property
+    def features(self) -> Feature:
+        """Virtio features the port offers, without PROTOCOL_FEATURES."""
+        ...
+
+    async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
+        """Map new guest memory in place of the old; no ring may be running.
+
+        `fds` has a descriptor a region, may be closed afterwards. Raises DatapathError, and then
+        there is no memory at all.
+        """
+        ...
+
+    async def start_ring(self, index: int, setup: RingSetup) -> int:
+        """Run a virtqueue; returns the avail index it goes on from. Raises DatapathError."""
+        ...
+
+    async def stop_rings(self, indices: list[int]) -> list[int]:
+        """Stop running virtqueues; returns the avail index of each to go on from later."""
+        ...
+
+    async def enable_ring(self, index: int, enabled: bool) -> None:
+        """Let a running virtqueue carry frames, or have it discard them."""
+        ...
+
+    async def set_call(self, index: int, fd: int) -> None:
+        """Notify the driver of a running virtqueue through another descriptor from now on."""
+        ...
+
+    def set_mtu(self, mtu: int) -> None:
+        """The guest's MTU, in bytes. Raises DatapathError if it is more than the port's."""
+        ...
+
+    def announce(self, mac: bytes) -> None:
+        """Send a broadcast RARP for a guest that came here by live migration."""
+        ...

@@ -1,0 +1,91 @@
+"""What a frontend has said about one virtqueue, and the descriptors that belong to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from dataclasses import dataclass
+
+from vswitch.vhost_user.datapath import RingSetup
+from vswitch.vhost_user.protocol import Feature, MalformedError
+
+SIZE_MAX = 32768
+_EVENTFD = "anon_inode:[eventfd]"
+_ONE = struct.pack("=Q", 1)
+
+
+@dataclass(slots=True)
+class Vring:
+    """One virtqueue as set up by SET_VRING_*; descriptors are -1 where there is none."""
+
+    index: int
+    enabled: bool = False
+    started: bool = False
+    size: int = 0
+    desc_uva: int = 0
+    used_uva: int = 0
+    avail_uva: int = 0
+    placed: bool = False
+    """SET_VRING_ADDR has come."""
+    base: int = 0
+    kickable: bool = False
+    """SET_VRING_KICK has come, with a descriptor or without."""
+    kick_fd: int = -1
+    call_fd: int = -1
+    err_fd: int = -1
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is missing for it to run, save memory."""
+        return self.size > 0 and self.placed and self.kickable
+
+    def setup(self, features: Feature) -> RingSetup:
+        return RingSetup(
+            size=self.size,
+            desc_uva=self.desc_uva,
+            used_uva=self.used_uva,
+            avail_uva=self.avail_uva,
+            base=self.base,
+            features=features,
+            enabled=self.enabled,
+            kick_fd=self.kick_fd,
+            call_fd=self.call_fd,
+        )
+
+    def forget_kick(self) -> None:
+        """As after GET_VRING_BASE: the ring needs a new SET_VRING_KICK to start again."""
+        self.kickable = False
+        self.kick_fd = close_fd(self.kick_fd)
+
+    def close(self) -> None:
+        self.kickable = False
+        self.kick_fd = close_fd(self.kick_fd)
+        self.call_fd = close_fd(self.call_fd)
+        self.err_fd = close_fd(self.err_fd)
+
+
+def close_fd(fd: int) -> int:
+    """Close a descriptor if there is one; -1, to put in its place."""
+    if fd >= 0:
+        os.close(fd)
+    return -1
+
+
+def check_eventfd(name: str, fd: int) -> None:
+    """Raise MalformedError unless `fd` is an eventfd; make it non-blocking.
+
+    A worker writes to it and waits for it: a pipe that nobody reads or a file would stall or fail
+    there. Frontends' own eventfds are non-blocking already.
+    """
+    kind = os.readlink(f"/proc/self/fd/{fd}")
+    if kind != _EVENTFD:
+        raise MalformedError(f"{name}: the file descriptor is no eventfd but {kind}")
+    os.set_blocking(fd, False)
+
+
+def signal_fd(fd: int) -> None:
+    """Write to an eventfd if there is one; a full counter is a signal already."""
+    if fd >= 0:
+        with contextlib.suppress(BlockingIOError):
+            os.write(fd, _ONE)

@@ -1,0 +1,115 @@
+"""The poll threads: starting, pinning, naming and ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+from vswitch.control.api import WorkerInfo
+from vswitch.errors import ConfigError, VswitchError
+from vswitch.fastpath.engine import Engine, Worker
+
+log = logging.getLogger("vswitch.worker")
+
+_COMM_LEN_MAX = 15
+
+
+class WorkerThreads:
+    """Runs an engine's workers, each in a thread, optionally each on a CPU of its own.
+
+    `failed` gets an exception should one of them end without being told to.
+    """
+
+    def __init__(self, engine: Engine, cpus: list[int] | None) -> None:
+        self._engine = engine
+        self._cpus = cpus
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start them all. Raises ConfigError for a CPU that this process may not use."""
+        allowed = os.sched_getaffinity(0)
+        for cpu in self._cpus or ():
+            if cpu not in allowed:
+                raise ConfigError(
+                    f"switch.cpus: CPU {cpu} is not one this process may run on",
+                    hint=f"those are {', '.join(map(str, sorted(allowed)))}",
+                )
+        # Threads inherit the signal mask: signals are the main thread's.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            for worker in self._engine.workers:
+                thread = threading.Thread(target=self._run, args=(worker,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    def stop(self) -> None:
+        """End them all; they need microseconds."""
+        self._stopping = True
+        for worker in self._engine.workers:
+            worker.stop()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        if not self.failed.done():
+            self.failed.cancel()
+
+    def info(self) -> list[WorkerInfo]:
+        rings = [0] * len(self._engine.workers)
+        for port in self._engine.ports.values():
+            for ring in port.rings.values():
+                if ring.started and ring.worker >= 0:
+                    rings[ring.worker] += 1
+        found = []
+        for number, worker in enumerate(self._engine.workers):
+            stats = worker.stats()
+            found.append(
+                WorkerInfo(
+                    id=number,
+                    cpu=self._cpus[number] if self._cpus else None,
+                    rings=rings[number],
+                    state=stats["state"],
+                    loops=stats["loops"],
+                    bursts=stats["bursts"],
+                    frames=stats["frames"],
+                    sleeps=stats["sleeps"],
+                    wakeups=stats["wakeups"],
+                    busy_ns=stats["busy_ns"],
+                    idle_ns=stats["idle_ns"],
+                )
+            )
+        return found
+
+    def _run(self, worker: Worker) -> None:
+        try:
+            tid = threading.get_native_id()
+            with contextlib.suppress(OSError):  # the name is for `top -H` only
+                Path(f"/proc/self/task/{tid}/comm").write_text(f"vs-worker-{worker.id}"[:_COMM_LEN_MAX])
+            if self._cpus:
+                os.sched_setaffinity(tid, {self._cpus[worker.id]})
+            worker.run()
+        except BaseException as exc:
+            log.exception("worker %d failed", worker.id)
+            self._report(worker, exc)
+        else:
+            self._report(worker, None)
+
+    def _report(self, worker: Worker, exc: BaseException | None) -> None:
+        if self._stopping:
+            return
+        error = VswitchError(f"worker {worker.id} ended unexpectedly: {exc or 'no error'}")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: VswitchError) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
