@@ -40,6 +40,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),
     extension("vswitch.guest.driver"),
+    extension("vswitch.guest.load"),
     extension("vswitch.guest.mapping"),
 ]
 

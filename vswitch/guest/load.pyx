@@ -1,0 +1,663 @@
+"""A load generator on the software guest's rings: a loop without the GIL that only polls.
+
+A Flow sends numbered or plain frames from one transmitq and takes what arrives in one receiveq;
+`run` drives several flows from the calling thread. NullBackend is the other side of a ring without
+any switching, which shows how fast the generator itself is.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy
+
+from vswitch.guest.driver cimport ReceiveQueue, TransmitQueue
+from vswitch.guest.load cimport (
+    BURST,
+    RX_LENGTH,
+    RX_NOT_TOGETHER,
+    RX_NUM_BUFFERS,
+    SCRATCH_LEN,
+    Flow,
+    FlowC,
+    NullBackend,
+)
+from vswitch.guest.split cimport (
+    USED_F_NO_NOTIFY,
+    Desc,
+    Piece,
+    SplitRing,
+    UsedElem,
+    guest_load_acquire_u16,
+    guest_store_relaxed_u16,
+    guest_store_release_u16,
+    split_add,
+    split_calls_off,
+    split_kick_needed,
+    split_publish,
+    split_reap,
+    split_used_elem,
+)
+
+from typing import NamedTuple
+
+from vswitch.guest.errors import DeviceError
+
+
+cdef extern from "barriers.h" nogil:
+    int guest_load_relaxed_int(const int *p)
+    void guest_store_relaxed_int(int *p, int value)
+    void guest_pause()
+    uint64_t guest_now_ns()
+
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *buf, size_t count)
+
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
+cdef enum:
+    C_MAX_PIECES = 64
+    MAX_FLOWS = 64
+    SEQ_LEN = 8
+    CLOCK_EVERY = 64           # loops between two looks at the clock
+    YIELD_AFTER = 4096         # loops without work before the core is offered to others
+    WRITE_OFF_NS = 20000000    # a closed window without an arrival for so long: its frames are lost
+
+SEQUENCE_LEN = SEQ_LEN
+
+
+class FlowResult(NamedTuple):
+    """What one flow did in one run.
+
+    `seconds` is the time in which frames were sent; `received_in_time` counts arrivals in it, from
+    which `frames_per_s` comes; `received` includes those that arrived while the run settled. `lost`,
+    `misordered` and `corrupt` are found in verified flows only. `written_off` frames were given up
+    when a window stayed closed. Kicks are notifications sent.
+    """
+
+    seconds: float
+    sent: int
+    received: int
+    received_in_time: int
+    received_bytes: int
+    lost: int
+    misordered: int
+    corrupt: int
+    written_off: int
+    tx_kicks: int
+    rx_kicks: int
+
+    @property
+    def frames_per_s(self):
+        """Arrivals a second; of a flow that only sends, frames sent a second."""
+        return self.received_in_time / self.seconds if self.seconds else 0.0
+
+
+cdef inline void put(
+    Piece *piece, uint32_t offset, const uint8_t *data, uint32_t length
+) noexcept nogil:
+    cdef uint32_t room
+    while length:
+        if offset >= piece.len:
+            offset -= piece.len
+            piece += 1
+            continue
+        room = piece.len - offset
+        if room > length:
+            room = length
+        memcpy(piece.ptr + offset, data, room)
+        data += room
+        length -= room
+        offset += room
+
+
+cdef inline void take(Piece *piece, uint32_t offset, uint8_t *to, uint32_t length) noexcept nogil:
+    cdef uint32_t room
+    while length:
+        if offset >= piece.len:
+            offset -= piece.len
+            piece += 1
+            continue
+        room = piece.len - offset
+        if room > length:
+            room = length
+        memcpy(to, piece.ptr + offset, room)
+        to += room
+        length -= room
+        offset += room
+
+
+cdef inline void kick(int fd) noexcept nogil:
+    cdef uint64_t one = 1
+    write(fd, &one, 8)
+
+
+cdef inline int reap_transmitted(FlowC *flow) noexcept nogil:
+    cdef uint32_t slot = 0, length = 0, at
+    cdef int rc = 0
+    while True:
+        rc = split_reap(flow.tx, &slot, &length)
+        if rc <= 0:
+            return rc
+        at = flow.free_at + flow.free_count
+        if at >= flow.n_slots:
+            at -= flow.n_slots
+        flow.free_slots[at] = slot
+        flow.free_count += 1
+
+
+cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
+    """Up to BURST frames, as window, slots and descriptors allow. Returns how many."""
+    cdef uint32_t n = BURST, i, slot, left, pieces, kind
+    cdef Piece *piece
+    cdef Piece[C_MAX_PIECES] chain
+    cdef uint64_t gpa = 0
+    cdef Desc *table = NULL
+    if flow.window:
+        left = flow.window - <uint32_t>flow.in_flight if flow.in_flight < flow.window else 0
+        if n > left:
+            n = left
+    if n > flow.free_count:
+        n = flow.free_count
+    if n > flow.limit - flow.sent:
+        n = <uint32_t>(flow.limit - flow.sent)
+    for i in range(n):
+        slot = flow.free_slots[flow.free_at]
+        piece = flow.tx_pieces + slot * flow.tx_max_pieces
+        kind = <uint32_t>(flow.seq % flow.n_frames) if flow.verify else slot % flow.n_frames
+        left = flow.header_len + flow.frame_lens[kind]
+        pieces = 0
+        while left:
+            chain[pieces] = piece[pieces]
+            if chain[pieces].len > left:
+                chain[pieces].len = left
+            left -= chain[pieces].len
+            pieces += 1
+        if flow.tx_tables != NULL:
+            table = flow.tx_tables[slot]
+            gpa = flow.tx_table_gpas[slot]
+        elif pieces > flow.tx.num_free:
+            n = i
+            break
+        if flow.verify:
+            put(piece, flow.header_len, flow.frames[kind], flow.frame_lens[kind] - SEQ_LEN)
+            put(
+                piece, flow.header_len + flow.frame_lens[kind] - SEQ_LEN,
+                <const uint8_t *>&flow.seq, SEQ_LEN,
+            )
+        if split_add(flow.tx, chain, pieces, 0, slot, table, gpa) < 0:
+            n = i
+            break
+        flow.seq += 1
+        flow.free_at += 1
+        if flow.free_at == flow.n_slots:
+            flow.free_at = 0
+        flow.free_count -= 1
+    if n:
+        flow.sent += n
+        flow.in_flight += n
+        split_publish(flow.tx)
+        if split_kick_needed(flow.tx):
+            flow.tx_kicks += 1
+            kick(flow.tx_kick_fd)
+    return n
+
+
+cdef inline void check(FlowC *flow, uint32_t length) noexcept nogil:
+    """Hold the frame in `scratch` against what was sent."""
+    cdef uint64_t seq
+    cdef uint32_t kind
+    if length < SEQ_LEN:
+        flow.corrupt += 1
+        return
+    memcpy(&seq, flow.scratch + length - SEQ_LEN, SEQ_LEN)
+    kind = <uint32_t>(seq % flow.n_frames)
+    if (
+        length != flow.frame_lens[kind]
+        or memcmp(flow.scratch, flow.frames[kind], length - SEQ_LEN) != 0
+    ):
+        flow.corrupt += 1
+        return
+    if seq < flow.next_seq:
+        flow.misordered += 1
+        return
+    flow.lost += seq - flow.next_seq
+    flow.next_seq = seq + 1
+
+
+cdef inline void repost(FlowC *flow, uint32_t slot) noexcept nogil:
+    cdef Desc *table = NULL
+    cdef uint64_t gpa = 0
+    if flow.rx_tables != NULL:
+        table = flow.rx_tables[slot]
+        gpa = flow.rx_table_gpas[slot]
+    # It fits: its descriptors have just come back.
+    split_add(
+        flow.rx, flow.rx_pieces + slot * flow.rx_max_pieces, 0, flow.rx_max_pieces, slot, table, gpa
+    )
+
+
+cdef inline int receive_burst(FlowC *flow) noexcept nogil:
+    """Take up to BURST frames and post their buffers again. Returns how many, or a broken rule."""
+    cdef uint32_t slot = 0, length = 0, num_buffers, gathered, i
+    cdef int rc, n = 0
+    cdef uint8_t[12] header
+    cdef Piece *piece
+    while n < BURST:
+        rc = split_reap(flow.rx, &slot, &length)
+        if rc < 0:
+            return rc
+        if rc == 0:
+            break
+        if length > flow.rx_slot_len or length < flow.rx_header_len:
+            flow.rx.bad_value = length
+            return RX_LENGTH
+        piece = flow.rx_pieces + slot * flow.rx_max_pieces
+        num_buffers = 1
+        if flow.mergeable:
+            take(piece, 0, header, 12)
+            num_buffers = header[10] | (<uint32_t>header[11] << 8)
+            if num_buffers == 0:
+                flow.rx.bad_value = 0
+                return RX_NUM_BUFFERS
+        length -= flow.rx_header_len
+        if flow.verify:
+            take(piece, flow.rx_header_len, flow.scratch, length)
+        gathered = length
+        repost(flow, slot)
+        for i in range(1, num_buffers):
+            rc = split_reap(flow.rx, &slot, &length)
+            if rc < 0:
+                return rc
+            if rc == 0:
+                flow.rx.bad_value = num_buffers
+                return RX_NOT_TOGETHER
+            if length > flow.rx_slot_len or gathered + length > SCRATCH_LEN:
+                flow.rx.bad_value = length
+                return RX_LENGTH
+            if flow.verify:
+                piece = flow.rx_pieces + slot * flow.rx_max_pieces
+                take(piece, 0, flow.scratch + gathered, length)
+            gathered += length
+            repost(flow, slot)
+        if flow.verify:
+            check(flow, gathered)
+        flow.received += 1
+        flow.received_bytes += gathered
+        n += 1
+    if n:
+        flow.in_flight -= n if flow.in_flight > <uint64_t>n else flow.in_flight
+        split_publish(flow.rx)
+        if split_kick_needed(flow.rx):
+            flow.rx_kicks += 1
+            kick(flow.rx_kick_fd)
+    return n
+
+
+cdef inline int step(FlowC *flow, bint sending) noexcept nogil:
+    """One round of a flow: the number of frames moved, or a broken rule."""
+    cdef int rc, moved = 0
+    if flow.rx != NULL:
+        rc = receive_burst(flow)
+        if rc < 0:
+            flow.rx_broke = True
+            return rc
+        moved = rc
+    if flow.tx != NULL:
+        rc = reap_transmitted(flow)
+        if rc < 0:
+            return rc
+        if sending:
+            moved += <int>send_burst(flow)
+    return moved
+
+
+cdef inline void look_after(FlowC *flow, uint64_t now) noexcept nogil:
+    """What is due now and then: refuse notifications anew, give up what is lost."""
+    cdef uint16_t idx = flow.rx.used_idx if flow.rx != NULL else flow.tx.used_idx
+    if <uint16_t>(idx - flow.calls_off_idx) > 16384:
+        # Every 16384 of 65536: before the index reaches the event it was told.
+        flow.calls_off_idx = idx
+        if flow.tx != NULL:
+            split_calls_off(flow.tx)
+        if flow.rx != NULL:
+            split_calls_off(flow.rx)
+    if flow.window and flow.in_flight >= flow.window and now - flow.progress_ns > WRITE_OFF_NS:
+        flow.written_off += flow.in_flight
+        flow.in_flight = 0
+        flow.progress_ns = now
+
+
+cdef int loop(
+    FlowC **flows, uint32_t n_flows, uint64_t deadline, bint sending, uint64_t quiet_ns,
+    int *stopping, uint32_t *culprit,
+) noexcept nogil:
+    """Until the deadline, `stopping`, all sent (`sending`), or `quiet_ns` without work (if given)."""
+    cdef uint32_t i, loops = 0, idle = 0
+    cdef uint64_t now = guest_now_ns()
+    cdef uint64_t moved_ns = now
+    cdef int rc, moved
+    cdef bint done
+    while True:
+        moved = 0
+        for i in range(n_flows):
+            rc = step(flows[i], sending)
+            if rc < 0:
+                culprit[0] = i
+                return rc
+            if rc:
+                moved = 1
+                flows[i].progress_ns = now
+        loops += 1
+        if moved:
+            idle = 0
+            moved_ns = now
+        else:
+            idle += 1
+            guest_pause()
+            if idle % YIELD_AFTER == 0:
+                sched_yield()
+        if loops % CLOCK_EVERY:
+            continue
+        now = guest_now_ns()
+        done = sending
+        for i in range(n_flows):
+            look_after(flows[i], now)
+            if flows[i].tx == NULL or flows[i].sent < flows[i].limit:
+                done = False
+        if done or now >= deadline or guest_load_relaxed_int(stopping):
+            return 0
+        if quiet_ns and now - moved_ns >= quiet_ns:
+            return 0
+
+
+cdef class Flow:
+    """Frames from a transmitq to a receiveq, which may belong to different guests.
+
+    `tx` and `rx` are the queues of SoftwareGuest (GuestQueue); either may be None. `frames` are
+    sent in turn, header not included. `window` is the most frames in flight, 0: as many as the
+    rings hold. With `verify` the last SEQUENCE_LEN bytes of each frame carry a sequence number, and
+    every byte that arrives is compared; all frames that come to `rx` must then be this flow's.
+    Nobody else may use the queues during a run.
+    """
+
+    def __init__(
+        self, tx, rx, list frames not None, *, uint32_t window=0, bint verify=False
+    ):
+        cdef uint32_t i
+        cdef bytes frame
+        cdef FlowC *c = &self.c
+        if tx is None and rx is None:
+            raise ValueError("a flow needs a transmitq or a receiveq")
+        if c.scratch != NULL:
+            raise ValueError("a flow is set up once")
+        if not frames:
+            raise ValueError("a flow needs a frame to send or to compare with")
+        if window and (tx is None or rx is None):
+            raise ValueError("a window needs both a transmitq and a receiveq")
+        self.frames = [bytes(frame) for frame in frames]
+        c.window = window
+        c.verify = verify
+        c.n_frames = <uint32_t>len(frames)
+        c.frames = <uint8_t **>calloc(len(frames), sizeof(uint8_t *))
+        c.frame_lens = <uint32_t *>calloc(len(frames), sizeof(uint32_t))
+        c.scratch = <uint8_t *>calloc(1, SCRATCH_LEN)
+        if c.frames == NULL or c.frame_lens == NULL or c.scratch == NULL:
+            raise MemoryError()
+        for i in range(c.n_frames):
+            frame = self.frames[i]
+            c.frames[i] = <uint8_t *>PyBytes_AS_STRING(frame)
+            c.frame_lens[i] = <uint32_t>PyBytes_GET_SIZE(frame)
+            if c.frame_lens[i] < 14 + SEQ_LEN:
+                raise ValueError(f"frames of a flow have at least {14 + SEQ_LEN} bytes")
+        if tx is not None:
+            self.tx = tx.ring
+            c.tx = &self.tx.ring
+            c.tx_kick_fd = tx.kick_fd
+            c.tx_pieces = self.tx.pieces
+            c.tx_max_pieces = self.tx.max_pieces
+            c.tx_tables = self.tx.tables
+            c.tx_table_gpas = self.tx.table_gpas
+            c.header_len = self.tx.header_len
+            c.n_slots = self.tx.slots
+            longest = max([len(frame) for frame in self.frames])
+            if longest > self.tx.slot_len - c.header_len:
+                raise ValueError(
+                    f"{self.tx.name}: a frame of {longest} bytes, "
+                    f"slots hold {self.tx.slot_len - c.header_len}"
+                )
+            c.free_slots = <uint32_t *>calloc(c.n_slots, sizeof(uint32_t))
+            if c.free_slots == NULL:
+                raise MemoryError()
+        if rx is not None:
+            self.rx = rx.ring
+            c.rx = &self.rx.ring
+            c.rx_kick_fd = rx.kick_fd
+            c.rx_pieces = self.rx.pieces
+            c.rx_max_pieces = self.rx.max_pieces
+            c.rx_tables = self.rx.tables
+            c.rx_table_gpas = self.rx.table_gpas
+            c.rx_header_len = self.rx.header_len
+            c.rx_slot_len = self.rx.slot_len
+            c.mergeable = self.rx.mergeable
+
+    def __dealloc__(self):
+        free(self.c.frames)
+        free(self.c.frame_lens)
+        free(self.c.scratch)
+        free(self.c.free_slots)
+
+    def _begin(self, limit):
+        """Take the slots from the queue and fill them; counters start at zero."""
+        cdef FlowC *c = &self.c
+        cdef uint32_t i, slot
+        cdef uint8_t[12] zeros
+        for i in range(12):
+            zeros[i] = 0
+        c.limit = limit if limit else <uint64_t>-1
+        c.in_flight = 0
+        c.sent = c.received = c.received_bytes = 0
+        c.lost = c.misordered = c.corrupt = c.written_off = 0
+        c.tx_kicks = c.rx_kicks = 0
+        c.next_seq = c.seq
+        c.progress_ns = guest_now_ns()
+        if self.tx is not None:
+            c.free_at = 0
+            c.free_count = self.tx.num_free_slots
+            for i in range(c.free_count):
+                slot = self.tx.free_slots[c.free_count - 1 - i]
+                c.free_slots[i] = slot
+                put(self.tx.slot_pieces(slot), 0, zeros, c.header_len)
+                put(
+                    self.tx.slot_pieces(slot), c.header_len,
+                    c.frames[slot % c.n_frames], c.frame_lens[slot % c.n_frames],
+                )
+            self.tx.num_free_slots = 0
+            split_calls_off(c.tx)
+        if self.rx is not None:
+            self.rx.post()
+            split_calls_off(c.rx)
+            if split_kick_needed(c.rx):
+                kick(c.rx_kick_fd)
+        c.calls_off_idx = c.rx.used_idx if c.rx != NULL else c.tx.used_idx
+
+    def _end(self):
+        """Give the slots back to the queues."""
+        cdef FlowC *c = &self.c
+        cdef uint32_t i
+        if self.tx is not None:
+            for i in range(c.free_count):
+                self.tx.free_slots[i] = c.free_slots[
+                    (c.free_at + c.free_count - 1 - i) % c.n_slots
+                ]
+            self.tx.num_free_slots = c.free_count
+            self.tx.frames += c.sent
+            self.tx.kicks += c.tx_kicks
+            c.free_count = 0
+        if self.rx is not None:
+            self.rx.frames += c.received
+            self.rx.bytes += c.received_bytes
+            self.rx.kicks += c.rx_kicks
+
+    def _broken(self, int rule):
+        cdef FlowC *c = &self.c
+        if rule == RX_LENGTH:
+            return DeviceError(
+                f"{self.rx.name}: used length {c.rx.bad_value} does not suit buffers of "
+                f"{c.rx_slot_len} bytes"
+            )
+        if rule == RX_NUM_BUFFERS:
+            return DeviceError(f"{self.rx.name}: num_buffers is 0")
+        if rule == RX_NOT_TOGETHER:
+            return DeviceError(
+                f"{self.rx.name}: num_buffers is {c.rx.bad_value}, but not as many were used together"
+            )
+        return self.rx.broken(rule) if c.rx_broke else self.tx.broken(rule)
+
+    def _result(self, double seconds, uint64_t in_time):
+        cdef FlowC *c = &self.c
+        return FlowResult(
+            seconds, c.sent, c.received, in_time, c.received_bytes, c.lost, c.misordered,
+            c.corrupt, c.written_off, c.tx_kicks, c.rx_kicks,
+        )
+
+
+cdef class Load:
+    """Several flows driven from one thread; `run` as often as wanted."""
+
+    cdef list flows
+    cdef int stopping
+
+    def __init__(self, flows not None):
+        self.flows = [<Flow?>flow for flow in flows]
+        if not 1 <= len(self.flows) <= MAX_FLOWS:
+            raise ValueError(f"{len(self.flows)} flows, must be 1 to {MAX_FLOWS}")
+
+    def stop(self):
+        """End the present run soon; for another thread. The next run is not affected by it."""
+        guest_store_relaxed_int(&self.stopping, 1)
+
+    def run(self, double seconds, *, uint64_t frames=0, double settle_s=0.0, double quiet_s=0.01):
+        """Send for `seconds`, or until each flow has sent `frames` (0: no limit).
+
+        After that, frames under way are received until none has come for `quiet_s`, for `settle_s`
+        at most; 0 leaves them in the rings. Polls all the time, without the GIL. Returns a
+        FlowResult for each flow. DeviceError when the device breaks a rule.
+        """
+        cdef FlowC *pointers[MAX_FLOWS]
+        cdef uint64_t[MAX_FLOWS] in_time
+        cdef uint32_t i, culprit = 0
+        cdef uint32_t n = <uint32_t>len(self.flows)
+        cdef uint64_t start, end, deadline
+        cdef uint64_t quiet_ns = <uint64_t>(quiet_s * 1e9)
+        cdef uint64_t settle_ns = <uint64_t>(settle_s * 1e9)
+        cdef int rc
+        cdef Flow flow
+        guest_store_relaxed_int(&self.stopping, 0)
+        for i in range(n):
+            flow = self.flows[i]
+            flow._begin(frames)
+            pointers[i] = &flow.c
+        start = guest_now_ns()
+        deadline = start + <uint64_t>(seconds * 1e9)
+        with nogil:
+            rc = loop(pointers, n, deadline, True, 0, &self.stopping, &culprit)
+            end = guest_now_ns()
+            for i in range(n):
+                in_time[i] = pointers[i].received
+            if rc == 0 and settle_ns:
+                rc = loop(
+                    pointers, n, end + settle_ns, False, quiet_ns, &self.stopping, &culprit
+                )
+        for i in range(n):
+            flow = self.flows[i]
+            flow._end()
+        if rc < 0:
+            flow = self.flows[culprit]
+            raise flow._broken(rc)
+        results = []
+        for i in range(n):
+            flow = self.flows[i]
+            results.append(
+                flow._result(
+                    (end - start) / 1e9, in_time[i] if flow.rx is not None else flow.c.sent
+                )
+            )
+        return results
+
+
+cdef class NullBackend:
+    """Moves chains from a transmitq to a receiveq without looking into any of them.
+
+    Both belong to guests that are connected to nobody (SoftwareGuest.build_offline) and are polled
+    by a Load in another thread. Every frame "arrives" with `frame_len` bytes, whatever was sent; a
+    frame waits until there is a buffer for it.
+    """
+
+    def __init__(self, tx, rx, uint32_t frame_len):
+        cdef uint32_t slot
+        cdef uint8_t[12] header
+        for slot in range(12):
+            header[slot] = 0
+        header[10] = 1
+        self.tx = tx.ring
+        self.rx = rx.ring
+        self.used_len = self.rx.header_len + frame_len
+        if self.used_len > self.rx.slot_len:
+            raise ValueError(f"{self.rx.name}: buffers of {self.rx.slot_len} bytes are too small")
+        # num_buffers is 1 once and for all: nobody changes the buffers.
+        for slot in range(self.rx.slots):
+            put(self.rx.slot_pieces(slot), 0, header, self.rx.header_len)
+        self.stopping = 0
+
+    def stop(self):
+        """Make `run` return; for another thread."""
+        guest_store_relaxed_int(&self.stopping, 1)
+
+    def run(self):
+        """Forward until `stop` is called. Polls all the time, without the GIL."""
+        cdef SplitRing *tx = &self.tx.ring
+        cdef SplitRing *rx = &self.rx.ring
+        cdef uint16_t tx_idx, rx_idx, tx_avail, rx_avail, n, i
+        cdef uint32_t idle = 0
+        cdef uint32_t length = self.used_len
+        cdef UsedElem *elem
+        with nogil:
+            guest_store_relaxed_u16(tx.used, USED_F_NO_NOTIFY)
+            guest_store_relaxed_u16(rx.used, USED_F_NO_NOTIFY)
+            tx_idx = tx.used[1]
+            rx_idx = rx.used[1]
+            rx_avail = rx_idx
+            while not guest_load_relaxed_int(&self.stopping):
+                # Acquire: pairs with the release store in split_publish.
+                tx_avail = guest_load_acquire_u16(tx.avail + 1)
+                n = <uint16_t>(tx_avail - tx_idx)
+                if n > BURST:
+                    n = BURST
+                if <uint16_t>(rx_avail - rx_idx) < n:
+                    rx_avail = guest_load_acquire_u16(rx.avail + 1)
+                if <uint16_t>(rx_avail - rx_idx) < n:
+                    n = <uint16_t>(rx_avail - rx_idx)
+                if n == 0:
+                    idle += 1
+                    guest_pause()
+                    if idle % YIELD_AFTER == 0:
+                        sched_yield()
+                    continue
+                idle = 0
+                for i in range(n):
+                    elem = split_used_elem(tx, <uint16_t>(tx_idx + i))
+                    elem.id = tx.avail[2 + (<uint16_t>(tx_idx + i) & (tx.size - 1))]
+                    elem.len = 0
+                    elem = split_used_elem(rx, <uint16_t>(rx_idx + i))
+                    elem.id = rx.avail[2 + (<uint16_t>(rx_idx + i) & (rx.size - 1))]
+                    elem.len = length
+                tx_idx += n
+                rx_idx += n
+                # Release: pairs with the acquire load in split_more_used.
+                guest_store_release_u16(rx.used + 1, rx_idx)
+                guest_store_release_u16(tx.used + 1, tx_idx)
+                self.forwarded += n
