@@ -36,6 +36,7 @@ cdef class TransmitQueue(VirtQueue):
 cdef class ReceiveQueue(VirtQueue):
     cdef readonly bint mergeable
     cdef readonly uint32_t guard_len
+    cdef public bint strict
     cdef bytes gather(self, uint32_t slot, uint32_t offset, uint32_t end)
     cdef uint32_t take(self, uint32_t *length, uint32_t least) except *
     cdef int check_guard(self, uint32_t slot, uint32_t length) except -1

@@ -55,6 +55,7 @@ class TransmitQueue(VirtQueue):
 class ReceiveQueue(VirtQueue):
     mergeable: bool
     guard_len: int
+    strict: bool
     def __init__(
         self,
         mapping: Mapping,

@@ -318,12 +318,16 @@ cdef class ReceiveQueue(VirtQueue):
     With `guard_len`, that many bytes after each piece of a slot belong to the slot as well: they
     and the pieces are filled before they are posted, and what the device did not report as written
     must still be so when it is reaped.
+
+    `strict` holds the device to num_buffers = 1 without mergeable buffers as well (VIRTIO 1.2
+    section 5.1.6.4.1): drivers do not look at it there, and not every device writes it.
     """
 
     def __init__(self, *args, bint mergeable, uint32_t guard_len=0, **kwargs):
         super().__init__(*args, **kwargs)
         self.mergeable = mergeable
         self.guard_len = guard_len
+        self.strict = True
 
     def post(self, int most=-1):
         """Post free slots, at most `most` (negative: all that fit), and publish them."""
@@ -387,7 +391,9 @@ cdef class ReceiveQueue(VirtQueue):
             frame = self.gather(slot, self.header_len, length)
             if self.header_len >= 12:
                 num_buffers = (<uint8_t>header[10]) | (<uint32_t><uint8_t>header[11] << 8)
-                if not self.mergeable and num_buffers != 1:
+                if not self.mergeable and not self.strict:
+                    num_buffers = 1
+                elif not self.mergeable and num_buffers != 1:
                     raise DeviceError(
                         f"{self.name}: num_buffers is {num_buffers} without mergeable buffers, "
                         "must be 1"

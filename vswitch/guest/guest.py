@@ -68,6 +68,7 @@ class SoftwareGuest:
     rx_guard_len, slot_offset: see QueueShape; a guard makes every write past the reported length
         an error.
     first_idx: where the free-running indices of fresh rings begin, 0 to 65535.
+    strict: see ReceiveQueue; False for devices that are a little lax.
     polling: never sleep, ask the device for no notifications. Settable at any time.
     auto_post: post receive buffers again once they were read. Settable at any time.
     """
@@ -93,6 +94,7 @@ class SoftwareGuest:
         rx_guard_len: int = 0,
         slot_offset: int = 0,
         first_idx: int = 0,
+        strict: bool = True,
         polling: bool = False,
     ) -> None:
         self.name = mac
@@ -113,6 +115,7 @@ class SoftwareGuest:
         self._guard_len = rx_guard_len
         self._offset = slot_offset
         self._first_idx = first_idx
+        self._strict = strict
         self._tx_size = queue_size
         self._rx_size = rx_queue_size or queue_size
 
@@ -315,8 +318,9 @@ class SoftwareGuest:
             build_transmit_queue(self.memory, pair, transmit, self.features, self.name)
             for pair in range(self.queue_pairs)
         ]
-        if self.auto_post:
-            for queue in self.receiveqs:
+        for queue in self.receiveqs:
+            queue.ring.strict = self._strict
+            if self.auto_post:
                 queue.ring.post()
 
     def start_rings(self) -> None:
