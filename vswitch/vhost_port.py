@@ -161,6 +161,8 @@ class VhostPort:
             self._backend = None
             self._connected_at = None
             self._was_ready = False
+            self._warning = None
+            self.fast.rings.clear()
             self._engine.fdb.flush(self.fast.id)
             log.info("port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)

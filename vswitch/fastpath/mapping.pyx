@@ -18,7 +18,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
     void *MAP_FAILED
 
-DEF_PAGE = os.sysconf("SC_PAGE_SIZE")
+PAGE = os.sysconf("SC_PAGE_SIZE")
 U64_END = 1 << 64
 
 
@@ -46,7 +46,7 @@ def _check_region(index, region, fd, earlier):
             f"region {index}: mmap offset {offset:#x} plus size {size:#x} is beyond "
             f"the end of its file ({info.st_size:#x} bytes)"
         )
-    return max(DEF_PAGE, info.st_blksize)
+    return info
 
 
 cdef class Memory:
@@ -60,6 +60,8 @@ cdef class Memory:
 
     def __cinit__(self, regions, fds):
         self.regions = []
+        self.is_huge = []
+        self.huge_empty = []
         self.table = <MemTable *>calloc(1, sizeof(MemTable))
         if self.table == NULL:
             raise MemoryError
@@ -73,7 +75,8 @@ cdef class Memory:
             self._map(index, tuple(region), fd)
 
     def _map(self, index, region, int fd):
-        cdef uint64_t page = _check_region(index, region, fd, self.regions)
+        info = _check_region(index, region, fd, self.regions)
+        cdef uint64_t page = max(PAGE, info.st_blksize)
         cdef uint64_t gpa = region[0], size = region[1], uva = region[2], offset = region[3]
         # hugetlbfs wants file offset and length in whole huge pages; st_blksize tells their size.
         cdef uint64_t start = offset - offset % page
@@ -97,6 +100,8 @@ cdef class Memory:
         slot.map_len = length
         self.table.count += 1
         self.regions.append(region)
+        self.is_huge.append(page > <uint64_t>PAGE)
+        self.huge_empty.append(info.st_blocks == 0)
 
     def is_hole(self, uint64_t uva, uint64_t length):
         """True when no page behind a user address range was ever written.
@@ -104,13 +109,23 @@ cdef class Memory:
         A driver has always written its rings before it starts them. When the file has no page
         there, the guest's writes went elsewhere: its memory is mapped privately, without share=on.
         """
-        cdef char *host = uva_to_host(self.table, uva, length)
+        cdef char *host
         cdef unsigned char present
-        cdef uint64_t page = DEF_PAGE, at, first
+        cdef uint64_t page = PAGE, at
+        cdef size_t i
+        for i in range(self.table.count):
+            if uva - self.table.regions[i].uva < self.table.regions[i].size:
+                break
+        else:
+            return False
+        # mincore() looks into the file for ordinary shared memory, but only into our own page
+        # table for huge pages; there the file as a whole must do.
+        if self.is_huge[i]:
+            return self.huge_empty[i]
+        host = uva_to_host(self.table, uva, length)
         if host == NULL:
             return False
-        first = <uint64_t>host - <uint64_t>host % page
-        at = first
+        at = <uint64_t>host - <uint64_t>host % page
         while at < <uint64_t>host + length:
             if mincore(<void *>at, page, &present) < 0 or present & 1:
                 return False
