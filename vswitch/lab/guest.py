@@ -1,0 +1,277 @@
+"""A QEMU guest with one virtio network card behind a vhost-user socket."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from vswitch.lab import process
+from vswitch.lab.accel import QEMU, Accelerator, accelerator, qemu_version
+from vswitch.lab.errors import GuestError
+from vswitch.lab.image import GuestImage
+from vswitch.lab.process import Deadline
+from vswitch.lab.qmp import Qmp
+from vswitch.lab.shell import CommandResult, GuestShell
+
+BOOT_TIMEOUT_S = 90.0
+"""Three seconds on an idle core under TCG; several guests share two cores with other work."""
+
+MemoryBackend = Literal["memfd", "shm", "hugetlbfs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestSettings:
+    """What to boot. Sizes of rings are entries, `memory_mib` is MiB."""
+
+    name: str
+    socket: Path
+    mac: str
+    ip: str | None = None
+    """Address and prefix length of eth0, such as 10.77.0.1/24; None leaves it without one."""
+    listen: bool = False
+    """QEMU creates the vhost-user socket and the switch connects to it, not the other way round."""
+    memory_mib: int = 192
+    memory_backend: MemoryBackend = "memfd"
+    share: bool = True
+    """False maps guest memory privately: what a careless command line does."""
+    cpus: int = 1
+    queues: int = 1
+    queue_size: int = 256
+    mtu: int | None = None
+    mrg_rxbuf: bool = True
+    packed: bool = False
+    event_idx: bool = True
+    modern: bool = True
+    """False leaves the legacy (virtio 0.9) interface only."""
+    device_options: str = ""
+    """More properties of virtio-net-pci, as on QEMU's command line: `csum=off,guest_tso4=off`."""
+
+
+class Guest:
+    """A running guest. A context manager: leaving it stops QEMU, whatever happened inside.
+
+    Start it from a thread that lives as long as the guest shall (see `process`). The console and
+    what QEMU says are kept in `log_dir`, and the end of both is part of every GuestError.
+    """
+
+    def __init__(
+        self,
+        settings: GuestSettings,
+        image: GuestImage,
+        log_dir: Path,
+        accel: Accelerator | None = None,
+    ) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.console_log = log_dir / f"{settings.name}.console.log"
+        self.qemu_log = log_dir / f"{settings.name}.qemu.log"
+        self._image = image
+        self._accel = accel
+        self._process: subprocess.Popen[bytes] | None = None
+        self._shell: GuestShell | None = None
+        self._qmp: Qmp | None = None
+
+    @property
+    def ip(self) -> str:
+        """The guest's address without the prefix length; empty if it has none."""
+        return (self.settings.ip or "").partition("/")[0]
+
+    def start(self) -> Self:
+        """Start QEMU and return at once; `wait_up` waits for the guest."""
+        if self.running:
+            raise GuestError(f"guest {self.name} is running already")
+        accel = self._accel or accelerator(self._image)
+        shell, shell_peer = socket.socketpair()
+        qmp, qmp_peer = socket.socketpair()
+        self._shell, self._qmp = GuestShell(shell), Qmp(qmp)
+        with shell_peer, qmp_peer:
+            # Connected sockets by descriptor: no paths that could be stale, taken or too long.
+            fds = (shell_peer.fileno(), qmp_peer.fileno())
+            self._process = process.start(
+                self._command(accel, *fds), log=self.qemu_log, pass_fds=fds
+            )
+        return self
+
+    @property
+    def running(self) -> bool:
+        """Whether the QEMU process is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Process id of QEMU."""
+        if self._process is None:
+            raise GuestError(f"guest {self.name} was never started")
+        return self._process.pid
+
+    @property
+    def qmp(self) -> Qmp:
+        """QEMU's monitor. It answers only once QEMU has met its vhost-user peer."""
+        if self._qmp is None:
+            raise GuestError(f"guest {self.name} is not running")
+        return self._qmp
+
+    def wait_up(self, timeout_s: float = BOOT_TIMEOUT_S) -> Self:
+        """Wait until the guest's shell answers, with eth0 configured."""
+        with self._with_logs("waiting for it to boot"):
+            self._channel().wait_ready(None, Deadline(timeout_s))
+        return self
+
+    def run(self, script: str, timeout_s: float = 30.0) -> CommandResult:
+        """Run a shell script in the guest; exit code and output (stdout and stderr mixed)."""
+        with self._with_logs(f"running {script!r}"):
+            return self._channel().run(script, timeout_s)
+
+    def check(self, script: str, timeout_s: float = 30.0) -> str:
+        """Like `run`, but raises GuestError unless the script exits with 0; returns the output."""
+        result = self.run(script, timeout_s)
+        if result.exit_code:
+            raise GuestError(
+                f"guest {self.name}: {script!r} exited with {result.exit_code}:\n{result.output}"
+            )
+        return result.output
+
+    def ping(self, address: str, count: int = 1, timeout_s: float = 3.0) -> bool:
+        """Whether `address` answers every one of `count` echo requests within `timeout_s`."""
+        target = shlex.quote(address)
+        result = self.run(
+            f"ping -q -A -c {count} -w {max(1, round(timeout_s))} {target}", timeout_s + 2
+        )
+        found = re.search(r"(\d+) packets transmitted, (\d+) packets received", result.output)
+        return found is not None and int(found.group(2)) >= count
+
+    def carrier(self) -> bool:
+        """Whether the guest sees a link: QEMU takes it away while the switch is gone."""
+        return self.check("cat /sys/class/net/eth0/carrier").strip() == "1"
+
+    def reboot(self, timeout_s: float = BOOT_TIMEOUT_S) -> Self:
+        """Press the reset button and wait until the guest is up again."""
+        shell = self._channel()
+        with self._with_logs("rebooting it"):
+            deadline = Deadline(timeout_s)
+            before, seen = shell.boot_id, len(self.qmp.events)
+            self.qmp.command("system_reset", timeout_s=timeout_s)
+            self.qmp.wait_event("RESET", after=seen, timeout_s=deadline.left())
+            shell.wait_ready(before, deadline)
+        return self
+
+    def stop(self) -> None:
+        """Stop QEMU, politely and then not; does nothing if it is not running."""
+        if self._process is not None:
+            process.stop(self._process)
+        self._hang_up()
+
+    def kill(self) -> None:
+        """End QEMU at once, as a crash would."""
+        if self._process is not None:
+            process.kill(self._process)
+        self._hang_up()
+
+    def logs(self) -> str:
+        """The end of the console and of what QEMU said."""
+        return (
+            f"--- {self.console_log}\n{process.tail(self.console_log)}\n"
+            f"--- {self.qemu_log}\n{process.tail(self.qemu_log)}"
+        )
+
+    def __enter__(self) -> Self:
+        return self if self.running else self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _channel(self) -> GuestShell:
+        if self._shell is None:
+            raise GuestError(f"guest {self.name} is not running")
+        return self._shell
+
+    def _hang_up(self) -> None:
+        for connection in (self._shell, self._qmp):
+            if connection is not None:
+                connection.close()
+        self._shell = self._qmp = None
+
+    @contextlib.contextmanager
+    def _with_logs(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except GuestError as error:
+            raise GuestError(
+                f"guest {self.name}, {doing}: {error.message}\n{self.logs()}", hint=error.hint
+            ) from None
+
+    def _command(self, accel: Accelerator, shell_fd: int, qmp_fd: int) -> list[str]:
+        one = self.settings
+        words = [f"lab.name={one.name}"]
+        words += [f"lab.ip={one.ip}"] if one.ip else []
+        words += [f"lab.mtu={one.mtu}"] if one.mtu else []
+        return [
+            QEMU, "-name", one.name, "-accel", accel,
+            "-cpu", "host" if accel == "kvm" else "max",
+            "-smp", str(one.cpus), "-m", str(one.memory_mib),
+            "-nodefaults", "-no-user-config", "-display", "none",
+            "-object", _memory_object(one), "-machine", "pc,memory-backend=mem",
+            "-chardev", f"file,id=console,path={self.console_log}", "-serial", "chardev:console",
+            "-chardev", f"socket,id=shell,fd={shell_fd}", "-serial", "chardev:shell",
+            "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
+            "-chardev", _socket_chardev(one),
+            "-netdev", f"vhost-user,id=net,chardev=vhost,queues={one.queues}",
+            "-device", _network_card(one, accel),
+            "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
+            "-append", "console=ttyS0 quiet panic=-1 mitigations=off " + " ".join(words),
+        ]  # fmt: skip
+
+
+def _memory_object(one: GuestSettings) -> str:
+    common = f"id=mem,size={one.memory_mib}M,share={_on_off(one.share)}"
+    match one.memory_backend:
+        case "memfd":
+            return f"memory-backend-memfd,{common}"
+        case "shm":
+            return f"memory-backend-file,{common},mem-path=/dev/shm"
+        case "hugetlbfs":
+            return f"memory-backend-memfd,{common},hugetlb=on,hugetlbsize=2M"
+
+
+def _socket_chardev(one: GuestSettings) -> str:
+    common = f"socket,id=vhost,path={one.socket}"
+    if one.listen:
+        return f"{common},server=on,wait=off"
+    # QEMU 9.2 renamed the option.
+    return f"{common},reconnect-ms=1000" if qemu_version() >= (9, 2) else f"{common},reconnect=1"
+
+
+def _network_card(one: GuestSettings, accel: Accelerator) -> str:
+    card = (
+        f"virtio-net-pci,netdev=net,mac={one.mac},romfile=,"
+        f"rx_queue_size={one.queue_size},mrg_rxbuf={_on_off(one.mrg_rxbuf)},"
+        f"packed={_on_off(one.packed)},event_idx={_on_off(one.event_idx)},"
+        f"disable-modern={_on_off(not one.modern)},disable-legacy=off"
+    )
+    if one.queues > 1:
+        card += ",mq=on"
+    if one.mtu:
+        card += f",host_mtu={one.mtu}"
+    if accel == "tcg" and qemu_version() < (8, 0):
+        # Debian 12's QEMU 7.2 crashes with vhost-user and MSI-X under TCG.
+        card += ",vectors=0"
+    elif one.queues > 1:
+        card += f",vectors={2 * one.queues + 2}"
+    return f"{card},{one.device_options}" if one.device_options else card
+
+
+def _on_off(value: bool) -> str:
+    return "on" if value else "off"
