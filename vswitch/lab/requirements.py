@@ -1,0 +1,173 @@
+"""What the build, the demo and the tests need from the system, and how to get it.
+
+Uses the standard library only and runs before there is a virtual environment:
+`python3 -m vswitch.lab.requirements --install build test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from vswitch.lab.errors import LabError
+
+Progress = Callable[[str], None]
+
+_SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One thing needed, how to see whether it is there, and the Debian package that has it."""
+
+    what: str
+    package: str
+    present: Callable[[], bool]
+
+
+def _program(name: str, package: str) -> Requirement:
+    return Requirement(name, package, lambda: shutil.which(name, path=_SYSTEM_PATH) is not None)
+
+
+def _python_headers() -> bool:
+    return Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _c_library_headers() -> bool:
+    return Path("/usr/include/stdio.h").exists()
+
+
+def _versioned(package: str) -> str:
+    """Debian's package of the running interpreter: python3.12-dev belongs to python3.12."""
+    system = Path("/usr/bin/python3").resolve() == Path(sys.executable).resolve()
+    if system:
+        return f"python3-{package}"
+    return f"python{sys.version_info.major}.{sys.version_info.minor}-{package}"
+
+
+BUILD = (
+    Requirement("Python's venv module", _versioned("venv"), lambda: bool(find_spec("ensurepip"))),
+    Requirement("Python's headers", _versioned("dev"), _python_headers),
+    _program("gcc", "gcc"),
+    Requirement("the C library's headers", "libc6-dev", _c_library_headers),
+)
+"""For the virtual environment and the Cython extensions."""
+
+DEMO = (
+    _program("qemu-system-x86_64", "qemu-system-x86"),
+    _program("busybox", "busybox-static"),
+    _program("zstd", "zstd"),
+    _program("ip", "iproute2"),
+)
+"""For QEMU guests. The guests' kernel is downloaded by `vswitch.lab.image`, not installed."""
+
+TEST = (
+    *DEMO,
+    _program("dpdk-testpmd", "dpdk"),
+    _program("ethtool", "ethtool"),
+    _program("setpriv", "util-linux"),
+)
+"""For `make test`: QEMU guests, and DPDK as a second, independent vhost-user frontend."""
+
+GROUPS = {"build": BUILD, "demo": DEMO, "test": TEST}
+
+
+def missing(requirements: Iterable[Requirement]) -> list[Requirement]:
+    """Those of `requirements` that are not there."""
+    return [one for one in requirements if not one.present()]
+
+
+def has_apt() -> bool:
+    return shutil.which("apt-get") is not None
+
+
+def advice(wanted: Iterable[Requirement]) -> str:
+    """The exact command that installs `wanted`, or what to look for where there is no apt."""
+    packages = " ".join(dict.fromkeys(one.package for one in wanted))
+    if has_apt():
+        root = "" if os.geteuid() == 0 else "sudo "
+        return f"{root}apt-get update && {root}apt-get install {packages}"
+    return f"this system has no apt; install what Debian packages as: {packages}"
+
+
+def ensure(requirements: Iterable[Requirement], progress: Progress = lambda _: None) -> None:
+    """Install what is missing, as root through apt; raises LabError where that cannot be done.
+
+    `progress` is given each line that apt prints.
+    """
+    wanted = missing(requirements)
+    if not wanted:
+        return
+    names = ", ".join(one.what for one in wanted)
+    if not has_apt() or os.geteuid() != 0:
+        why = "only root may install it" if has_apt() else "there is no apt here to install it with"
+        raise LabError(f"missing: {names}; {why}", hint=advice(wanted))
+    packages = list(dict.fromkeys(one.package for one in wanted))
+    progress(f"installing {' '.join(packages)}")
+    # Lists may be absent (fresh containers) or older than the archive, so they are always renewed.
+    _apt(["update"], progress)
+    _apt(["install", "--yes", "--no-install-recommends", *packages], progress)
+    if still := missing(wanted):
+        raise LabError(
+            f"apt installed {' '.join(packages)}, but these are still missing: "
+            + ", ".join(one.what for one in still),
+            hint="look for them on PATH, or report it as a bug with the name of your distribution",
+        )
+
+
+def _apt(arguments: list[str], progress: Progress) -> None:
+    command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", *arguments]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    last = ""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                last = line.strip()
+                progress(last)
+    if process.returncode:
+        raise LabError(
+            f"`{' '.join(command)}` failed with {process.returncode}: {last}",
+            hint="see whether the machine reaches its package mirror, then run the command by hand",
+        )
+
+
+def main() -> int:
+    """`python3 -m vswitch.lab.requirements [--install] GROUP...`; exit code 0: all is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--install", action="store_true", help="install what is missing")
+    parser.add_argument("groups", nargs="+", choices=sorted(GROUPS), metavar="GROUP")
+    arguments = parser.parse_args()
+    wanted = missing(one for name in arguments.groups for one in GROUPS[name])
+    if not wanted:
+        return 0
+    if arguments.install:
+        try:
+            ensure(wanted, lambda line: print(f"  {line}", flush=True))
+        except LabError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+    print("missing: " + ", ".join(one.what for one in wanted), file=sys.stderr)
+    print(advice(wanted), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
