@@ -1,0 +1,62 @@
+# Two targets matter to most people: `make demo` and `make test`. Both prepare what they need.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+
+# The first interpreter that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: setup demo test test-all check format clean help
+
+help:
+	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
+	@echo 'make test      run the tests (unit, conformance, end to end with QEMU guests)'
+	@echo 'make test-all  the same and the longer matrices'
+	@echo 'make check     ruff, mypy, and which package may import which'
+	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
+	@echo 'make format    let ruff format the code'
+	@echo 'make clean     remove what was built, the virtual environment too'
+
+setup: $(VENV)/.built
+	@$(BIN)/python -m vswitch.lab.requirements --install test
+
+demo: $(VENV)/.built
+	@$(BIN)/vswitch demo $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+format: $(VENV)/.built
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.installed: Makefile
+	@[ -n "$(PYTHON)" ] || { echo 'error: vswitch needs Python 3.11 or newer, and none is on PATH' >&2; \
+		echo '  hint: install it and try again, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -m vswitch.lab.requirements --install build
+	@echo 'creating the virtual environment in $(VENV)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check 'setuptools>=77' 'cython>=3.1'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
+	@echo 'installing vswitch and building its Cython extensions'
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find vswitch \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	for source in $(filter %.pyx,$(SOURCES)); do rm -f "$${source%.pyx}.c" "$${source%.pyx}.html"; done
