@@ -9,13 +9,14 @@ SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: setup demo test test-all check format clean help
+.PHONY: help setup demo test test-all check bench format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
 	@echo 'make test      run the tests (unit, conformance, end to end with QEMU guests)'
 	@echo 'make test-all  the same and the longer matrices'
 	@echo 'make check     ruff, mypy, and which package may import which'
+	@echo 'make bench     measure throughput with software guests and testpmd'
 	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
 	@echo 'make format    let ruff format the code'
 	@echo 'make clean     remove what was built, the virtual environment too'
@@ -38,11 +39,14 @@ check: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
+bench: setup
+	@$(BIN)/python -m benchmarks $(ARGS)
+
 format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/.installed: Makefile
+$(VENV)/.installed:
 	@[ -n "$(PYTHON)" ] || { echo 'error: vswitch needs Python 3.11 or newer, and none is on PATH' >&2; \
 		echo '  hint: install it and try again, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@$(PYTHON) -m vswitch.lab.requirements --install build
