@@ -179,9 +179,7 @@ class Switch:
             if port is None:
                 continue  # of a port that is just being removed
             mac, vlan = key_mac(key)
-            found.append(
-                FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age)
-            )
+            found.append(FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age))
         return sorted(found, key=lambda entry: (entry["vlan"], entry["mac"]))
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
@@ -287,7 +285,7 @@ class Switch:
     async def _settle(self) -> None:
         """Publish what has changed and return when no worker uses anything older."""
         ticket = self._engine.publish()
-        while not self._engine.wait(ticket):
+        while not self._engine.wait(ticket):  # noqa: ASYNC110 - workers set no events
             await asyncio.sleep(_SETTLE_STEP_S)
 
     def _find(self, name: str) -> AnyPort:
@@ -311,7 +309,9 @@ class Switch:
                 for port in self._ports.values()
                 if isinstance(port, VhostPort)
             ]
-            for _, _, key, reason in find_clashes(self._switch_settings.control, [*there, mine], []):
+            for _, _, key, reason in find_clashes(
+                self._switch_settings.control, [*there, mine], []
+            ):
                 raise ExistsError(
                     f'port "{new.name}": {key} {new.socket} {reason}', hint="choose another path"
                 )

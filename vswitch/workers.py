@@ -93,7 +93,9 @@ class WorkerThreads:
         try:
             tid = threading.get_native_id()
             with contextlib.suppress(OSError):  # the name is for `top -H` only
-                Path(f"/proc/self/task/{tid}/comm").write_text(f"vs-worker-{worker.id}"[:_COMM_LEN_MAX])
+                Path(f"/proc/self/task/{tid}/comm").write_text(
+                    f"vs-worker-{worker.id}"[:_COMM_LEN_MAX]
+                )
             if self._cpus:
                 os.sched_setaffinity(tid, {self._cpus[worker.id]})
             worker.run()

@@ -303,9 +303,9 @@ class Frontend:
                 f"{self.path}: the reply to GET_VRING_BASE has {len(reply)} bytes, must have 8"
             )
         state = protocol.decode_vring_state(reply)
-        if state.index != index:
+        if state.vring != index:
             raise BackendRefusedError(
-                f"{self.path}: GET_VRING_BASE of vring {index} was answered for {state.index}"
+                f"{self.path}: GET_VRING_BASE of vring {index} was answered for {state.vring}"
             )
         return state.num
 

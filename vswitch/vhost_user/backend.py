@@ -63,7 +63,7 @@ class Backend:
         self.vrings: dict[int, Vring] = {}
         self._datapath = datapath
         self._changed = changed
-        self._log = logging.LoggerAdapter(logging.getLogger("vswitch.vhost_user"), {"port": name})
+        self._log = logging.getLogger("vswitch.vhost_user")
         self._name = name
         self._offered = datapath.features | Feature.PROTOCOL_FEATURES
         self._handlers: dict[Request, Callable[[Message], Awaitable[bytes | None]]] = {
@@ -119,7 +119,9 @@ class Backend:
     async def _serve(self, message: Message) -> None:
         """Handle one request and answer it as "Communication" and REPLY_ACK demand."""
         number = message.header.request
-        wants_ack = message.header.need_reply and ProtocolFeature.REPLY_ACK in self.protocol_features
+        wants_ack = (
+            message.header.need_reply and ProtocolFeature.REPLY_ACK in self.protocol_features
+        )
         if message.header.is_reply:
             raise MalformedError(
                 f"{protocol.request_name(number)}: marked as a reply, and nothing was asked"
@@ -164,7 +166,7 @@ class Backend:
 
     # Features
 
-    async def _get_features(self, message: Message) -> bytes:
+    async def _get_features(self, _: Message) -> bytes:
         return protocol.encode_u64(self._offered)
 
     async def _set_features(self, message: Message) -> None:
@@ -183,7 +185,7 @@ class Backend:
                 vring.enabled = True
         await self._start(running)
 
-    async def _get_protocol_features(self, message: Message) -> bytes:
+    async def _get_protocol_features(self, _: Message) -> bytes:
         return protocol.encode_u64(PROTOCOL_FEATURES)
 
     async def _set_protocol_features(self, message: Message) -> None:
@@ -195,22 +197,22 @@ class Backend:
             )
         self.protocol_features = ProtocolFeature(value)
 
-    async def _get_queue_num(self, message: Message) -> bytes:
+    async def _get_queue_num(self, _: Message) -> bytes:
         return protocol.encode_u64(self._datapath.queue_pairs)
 
     # Ownership
 
-    async def _set_owner(self, message: Message) -> None:
+    async def _set_owner(self, _: Message) -> None:
         """Nothing to do: whoever is connected is the owner."""
 
-    async def _reset_owner(self, message: Message) -> None:
+    async def _reset_owner(self, _: Message) -> None:
         """Deprecated; the document recommends to disable all rings, and so we do."""
         await self._stop(self._running())
         for vring in self.vrings.values():
             vring.enabled = Feature.PROTOCOL_FEATURES not in self.features
             vring.forget_kick()
 
-    async def _reset_device(self, message: Message) -> None:
+    async def _reset_device(self, _: Message) -> None:
         """Back to the state after connecting, except for ownership, memory and the protocol."""
         await self._stop(self._running())
         for vring in self.vrings.values():
@@ -250,14 +252,14 @@ class Backend:
 
     async def _set_vring_addr(self, message: Message) -> None:
         addr = protocol.decode_vring_addr(message.payload)
-        vring = self._vring("SET_VRING_ADDR", addr.index)
+        vring = self._vring("SET_VRING_ADDR", addr.vring)
         if addr.flags & ~1:
             raise MalformedError(f"SET_VRING_ADDR: flags {addr.flags:#x} are unknown")
         for field, align in _ALIGNMENT:
             value = getattr(addr, field)
             if value % align:
                 raise MalformedError(
-                    f"SET_VRING_ADDR: {field} {value:#x} of vring {addr.index} "
+                    f"SET_VRING_ADDR: {field} {value:#x} of vring {addr.vring} "
                     f"is not aligned to {align} bytes"
                 )
         new = {name: getattr(addr, name) for name, _ in _ALIGNMENT}

@@ -71,9 +71,9 @@ class Connection:
     async def receive(self) -> Message:
         """The next message.
 
-        Raises ConnectionClosedError at the end of the stream, ProtocolError for an end in the middle of
-        a message, for one that takes longer than MESSAGE_PATIENCE_S and for more than MAX_FDS
-        descriptors, MalformedError for a header that cannot be.
+        Raises ConnectionClosedError at the end of the stream, ProtocolError for an end in the
+        middle of a message, for one that takes longer than MESSAGE_PATIENCE_S and for more than
+        MAX_FDS descriptors, MalformedError for a header that cannot be.
         """
         fds: list[int] = []
         try:
@@ -88,7 +88,8 @@ class Connection:
                     payload = await self._read_exactly(header.size, fds, name)
             except TimeoutError:
                 raise ProtocolError(
-                    f"the frontend began a message and did not finish it in {MESSAGE_PATIENCE_S:g} s"
+                    "the frontend began a message and did not finish it in "
+                    f"{MESSAGE_PATIENCE_S:g} s"
                 ) from None
         except BaseException:
             for fd in fds:
@@ -151,9 +152,7 @@ class Connection:
                     came.frombytes(raw[: len(raw) - len(raw) % _FD_LEN])
                     fds.extend(came)
             if flags & socket.MSG_CTRUNC or len(fds) > MAX_FDS:
-                raise ProtocolError(
-                    f"more than {MAX_FDS} file descriptors came with one message"
-                )
+                raise ProtocolError(f"more than {MAX_FDS} file descriptors came with one message")
             return data
 
     async def _wait(

@@ -1,6 +1,7 @@
 """What a backend needs from the switch: the interface between protocol and forwarding.
 
-The backend knows what the frontend said; a `Datapath` maps the memory, runs the rings and hides how.
+The backend knows what the frontend said; a `Datapath` maps the memory and
+runs the rings, and hides how.
 """
 
 from __future__ import annotations

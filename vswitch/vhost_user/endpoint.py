@@ -110,8 +110,8 @@ class Listener:
             self.problem = None
         else:
             self.problem = (
-                f"another process replaced {self._path} and listens there itself: both ends listen. "
-                "Start QEMU without server=on, or give the port mode client"
+                f"another process replaced {self._path} and listens there itself: "
+                "both ends listen. Start QEMU without server=on, or give the port mode client"
             )
 
     def close(self) -> None:
@@ -182,7 +182,12 @@ class Connector:
                 self._connected_at = time.monotonic()
                 return sock
 
-    async def guard(self, connection: Connection, refused: Callable[[int | None], None]) -> None:
+    async def guard(
+        self,
+        connection: Connection,  # noqa: ARG002
+        refused: Callable[[int | None], None],  # noqa: ARG002
+    ) -> None:
+        """Nobody else can come."""
         await asyncio.get_running_loop().create_future()
 
     def check(self) -> None:

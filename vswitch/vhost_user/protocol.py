@@ -107,7 +107,7 @@ class ProtocolFeature(enum.IntFlag):
 
 
 class Feature(enum.IntFlag):
-    """Virtio feature bits (VIRTIO 1.2 sections 5.1.3 and 6), and vhost-user's own bit 30, as masks."""
+    """Virtio feature bits (VIRTIO 1.2, 5.1.3 and 6) and vhost-user's own bit 30, as masks."""
 
     CSUM = 1 << 0
     GUEST_CSUM = 1 << 1
@@ -172,14 +172,14 @@ class Payload(enum.Enum):
 class VringState(NamedTuple):
     """A vring index and a number: ring size (entries), base (free-running index) or enable flag."""
 
-    index: int
+    vring: int
     num: int
 
 
 class VringAddr(NamedTuple):
     """Where a vring lies; ring addresses are in the frontend's own address space (`_uva`)."""
 
-    index: int
+    vring: int
     flags: int
     desc_uva: int
     used_uva: int
@@ -236,7 +236,7 @@ class Spec:
     min_fds: int = 0
     max_fds: int = 0
     reply: Reply = Reply.ACK
-    needs: ProtocolFeature = ProtocolFeature(0)
+    needs: ProtocolFeature | None = None
 
 
 _F = ProtocolFeature
@@ -305,7 +305,9 @@ def decode_header(data: bytes) -> Header:
     header = Header(*HEADER.unpack(data))
     name = request_name(header.request)
     if header.version != VERSION:
-        raise MalformedError(f"{name}: flags {header.flags:#x} carry version {header.version}, not 1")
+        raise MalformedError(
+            f"{name}: flags {header.flags:#x} carry version {header.version}, not 1"
+        )
     if header.size > MAX_PAYLOAD_LEN:
         raise MalformedError(
             f"{name}: size {header.size} is more than the {MAX_PAYLOAD_LEN} bytes of any message"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 from vswitch.vhost_user.datapath import RingSetup
 from vswitch.vhost_user.protocol import Feature, MalformedError
@@ -78,7 +79,7 @@ def check_eventfd(name: str, fd: int) -> None:
     A worker writes to it and waits for it: a pipe that nobody reads or a file would stall or fail
     there. Frontends' own eventfds are non-blocking already.
     """
-    kind = os.readlink(f"/proc/self/fd/{fd}")
+    kind = str(Path(f"/proc/self/fd/{fd}").readlink())
     if kind != _EVENTFD:
         raise MalformedError(f"{name}: the file descriptor is no eventfd but {kind}")
     os.set_blocking(fd, False)
