@@ -79,7 +79,7 @@ Message = Request | Response | Notification
 
 
 class InvalidRequestError(ProtocolError):
-    """A whole message that is no request; the connection can go on. `msgid` if it has one."""
+    """A whole message that is none of ours; answerable, and no reason to end, if it has a msgid."""
 
     code = "invalid-request"
 

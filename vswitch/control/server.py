@@ -41,7 +41,7 @@ EVENTS_QUEUED_MAX = 1024
 _CHUNK_LEN = 1 << 16
 _GOODBYE_S = 1.0
 _SO_PEERGROUPS = 59
-_GROUPS_MAX = 65536
+_GROUPS_MAX = 256  # more than that do not fit into what getsockopt() of Python returns
 
 
 class Peer(NamedTuple):
@@ -220,9 +220,13 @@ class _Connection:
                     if isinstance(message, Request):
                         await self._answer(message)
                     else:
-                        raise InvalidRequestError("a client sends requests: [0, msgid, ...]")
+                        raise InvalidRequestError(
+                            "a client sends requests, [0, msgid, method, params]"
+                        )
                 return
             except InvalidRequestError as exc:
+                if exc.msgid is None:
+                    raise  # no client at all: the first letter of HTTP would be a message
                 _log.warning("%s: invalid request: %s", self._label, exc.message)
                 self._writer.write(pack_response(exc.msgid, exc))
                 await self._writer.drain()
