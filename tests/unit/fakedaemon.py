@@ -9,7 +9,8 @@ import os
 import sys
 import types
 
-from tests.unit.fakeswitch import FakeSwitch
+from fakeswitch import FakeSwitch
+
 from vswitch.cli.main import main
 
 

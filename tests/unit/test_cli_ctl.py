@@ -1,0 +1,309 @@
+"""The `vswitchctl` command line against a control server on a fake switch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+from controlled import DEADLINE_S, Controlled
+from test_daemon import environment
+
+from vswitch import __version__
+from vswitch.cli import ctl
+from vswitch.cli.tables import event_line, rates
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> object:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(
+    controlled: Controlled, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs a command line as the console script does."""
+    monkeypatch.setenv("VSWITCH_SOCKET", str(controlled.path))
+
+    def function(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["vswitchctl", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            ctl.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(caught.value.code, captured.out, captured.err)
+
+    return function
+
+
+def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+    socket = tmp_path / "vm1"
+    added = run("add-port", "vm1", str(socket), "--queues", "2", "--permissions", "0660")
+    assert added == (0, f"added port vm1 (ready, {socket})\n", "")
+    assert controlled.do(lambda: controlled.switch.settings.ports[0].queues) == 2
+    done = run("add-port", "vm2", "/nowhere/vm2", "--client", "--mtu", "9000", "--json")
+    assert done.json["mode"] == "client"
+    assert done.json["mtu"] == 9000
+
+    table = run("list-ports").out.splitlines()
+    assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "MODE", "SOCKET"]
+    assert table[1].split() == ["vm1", "0", "vhost-user", "ready", "server", str(socket)]
+    assert [port["name"] for port in run("list-ports", "--json").json] == ["vm1", "vm2"]
+
+    shown = run("show", "vm1").out
+    for text in ("ready", "MRG_RXBUF VERSION_1", "256 MiB", "0x7f0000000000", "transmitq", "4711"):
+        assert text in shown
+    assert "guest [vm] memory is small" in shown
+    assert "vm2" not in shown
+    assert "vm2" in run("show").out
+    assert [port["name"] for port in run("show", "--json").json] == ["vm1", "vm2"]
+    assert run("show", "vm1", "--json").json[0]["rings"][3]["index"] == 3
+
+    assert run("del-port", "vm1", "vm2").out == "deleted port vm1, vm2\n"
+    assert "add-port" in run("show").out
+    assert run("list-ports", "--json").json == []
+
+
+def test_relative_sockets_are_those_of_the_caller(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("add-port", "vm1", "here", "--json").json["socket"] == str(tmp_path / "here")
+    assert run("save", "saved.toml", "--json").json == {"path": str(tmp_path / "saved.toml")}
+    assert "vm1" in (tmp_path / "saved.toml").read_text()
+
+
+def test_mac_addresses(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+    run("add-port", "vm1", str(tmp_path / "vm1"))
+    assert run("fdb", "add", "52:54:00:00:00:01", "vm1", "--vlan", "7").code == 0
+    controlled.do(controlled.switch.learn, "52:54:00:00:00:02", "vm1")
+    rows = [line.split() for line in run("fdb", "show").out.splitlines()]
+    assert rows == [
+        ["MAC", "VLAN", "PORT", "TYPE", "AGE"],
+        ["52:54:00:00:00:02", "0", "vm1", "learned", "9", "s"],
+        ["52:54:00:00:00:01", "7", "vm1", "static", "-"],
+    ]
+    assert len(run("--json", "fdb", "show").json) == 2
+    assert run("fdb", "flush", "vm1").out == "deleted 1 learned addresses\n"
+    assert run("fdb", "flush", "--json").json == {"removed": 0}
+    assert run("fdb", "del", "52:54:00:00:00:01", "--vlan", "7").code == 0
+    assert run("fdb", "show", "--json").json == []
+
+
+def test_counters(run: Run, tmp_path: Path) -> None:
+    run("add-port", "vm1", str(tmp_path / "vm1"))
+    header, row = run("stats").out.splitlines()
+    assert header.split()[0] == "NAME"
+    assert row.split() == ["vm1", "1000", "1500000", "7", "420", "3", "5", "6", "0", "runt", "3"]
+    assert run("stats", "vm1", "--json").json[0]["ingress_bytes"] == 1_500_000
+    watched = run("stats", "--watch", "--interval", "0.1", "--count", "2")
+    assert watched.code == 0
+    assert watched.out.count("IN FRAMES/S") == 2
+    lines = run("stats", "-w", "--interval", "0.1", "--count", "2", "--json").out.splitlines()
+    assert [json.loads(line)[0]["name"] for line in lines] == ["vm1", "vm1"]
+
+
+def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
+    from rich.console import Console
+
+    def stats(port: int, frames: int, runts: int) -> dict:
+        return {
+            "name": "vm1",
+            "id": port,
+            "ingress_frames": frames,
+            "ingress_bytes": frames * 1000,
+            "egress_frames": 0,
+            "egress_bytes": 0,
+            "drops": {"runt": runts},
+            "kicks": 0,
+            "calls": 0,
+            "stalls": 0,
+        }
+
+    def row(before: list, now: list) -> list[str]:
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(rates(before, now, 2.0))
+        return capture.get().splitlines()[1].split()
+
+    assert row([stats(1, 1000, 4)], [stats(1, 5000, 6)]) == (
+        ["vm1", "2.00k", "16.00M", "0", "0", "1", "0", "0", "runt", "2"]
+    )
+    assert row([stats(1, 10**9, 4)], [stats(2, 40, 0)])[1] == "20"
+
+
+def test_uplinks_and_workers(run: Run) -> None:
+    assert run("uplink", "add", "tap7", "--mtu", "1400", "--bridge", "br0").code == 0
+    assert run("list-ports", "--json").json[0]["kind"] == "tap"
+    assert run("uplink", "del", "tap7", "--json").json == {"removed": ["tap7"]}
+    row = run("worker", "show").out.splitlines()[1].split()
+    assert row == ["0", "any", "sleeping", "3", "5.0", "%", "1007", "251.8", "10", "2", "2"]
+    assert run("worker", "show", "--json").json[0]["busy_ns"] == 5_000_000
+
+
+def test_the_switch(run: Run) -> None:
+    assert run("ping").out.startswith(f"pong from pid {os.getpid()} in ")
+    assert run("ping", "--json").json["pid"] == os.getpid()
+    assert f"vswitchctl {__version__}\nlab: vswitch {__version__}, " in run("version").out
+    assert run("version", "--json").json["switch"]["name"] == "lab"
+    assert run("--version").out == f"vswitchctl {__version__}\n"
+    level = run("log-level").out.strip()
+    assert run("log-level", level, "--json").json == {"level": level}
+
+
+def test_stop(run: Run, controlled: Controlled) -> None:
+    assert run("stop").out == f"stopped the switch with pid {os.getpid()}\n"
+    assert controlled.switch.closed
+    assert run("ping").code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what", "hint"),
+    [
+        (["show", "nix"], 4, 'no port "nix"', "list-ports"),
+        (["del-port", "nix"], 4, 'no port "nix"', "list-ports"),
+        (["stats", "nix"], 4, 'no port "nix"', "list-ports"),
+        (["fdb", "del", "52:54:00:00:00:01"], 4, "52:54:00:00:00:01", ""),
+        (["fdb", "add", "52:54:00:00:00:01", "nix"], 4, 'no port "nix"', ""),
+        (["fdb", "add", "nix", "vm1"], 1, "must be a MAC address such as", ""),
+        (["fdb", "add", "52:54:00:00:00:01", "vm1", "--vlan", "5000"], 1, "at most 4094", ""),
+        (["add-port", "vm1", "/tmp/other"], 5, 'port "vm1" exists', "another name"),
+        (["add-port", "no-socket", "/tmp/x"], 1, "cannot listen", "another path"),
+        (["add-port", "a b", "/tmp/x"], 1, "may contain only letters", ""),
+        (["add-port", "x", "/" + "x" * 120], 1, "at most 107", ""),
+        (["add-port", "x", "/tmp/x", "--queues", "0"], 1, "queues: must be at least 1", ""),
+        (["add-port", "x", "/tmp/x", "--client", "--group", "0"], 1, 'mode = "server" only', ""),
+        (["uplink", "add", "x" * 20], 1, "at most 15", ""),
+        (["save"], 1, "without a configuration file", "name the file"),
+        (["events", "nix"], 1, "port-ready", ""),
+        (["--socket", "/nonexistent/c", "ping"], 3, "no such socket", "vswitch start"),
+        (["log-level", "loud"], 2, "'loud' is not one of", ""),
+        (["add-port", "x"], 2, "Missing argument 'SOCKET'", ""),
+        (["frobnicate"], 2, "No such command", ""),
+        (["stats", "--interval", "0"], 2, "--interval", ""),
+    ],
+)
+def test_errors(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, what: str, hint: str
+) -> None:
+    run("add-port", "vm1", str(tmp_path / "vm1"))
+    done = run(*arguments)
+    assert done.code == code
+    assert done.out == ""
+    assert what in done.err
+    assert hint in done.err
+    if code != 2:
+        error = json.loads(run("--json", *arguments).err)["error"]
+        assert what in error["message"]
+        assert hint in error["hint"]
+
+
+def test_events(controlled: Controlled, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from vswitch.cli.ctl import main; main()", "events", "--json"],
+        env=environment(VSWITCH_SOCKET=str(controlled.path)),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        controlled.wait(lambda: controlled.switch.subscribers)
+        controlled.do(controlled.switch.emit, "port-ready", "vm1")
+        assert json.loads(process.stdout.readline())["event"] == "port-ready"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_events_end_at_a_count_or_with_the_switch(controlled: Controlled) -> None:
+    for arguments, end, code in (
+        (["--count", "1"], lambda: None, 0),
+        ([], controlled.close, 3),
+    ):
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from vswitch.cli.ctl import main; main()",
+                "events",
+                *arguments,
+            ],
+            env=environment(VSWITCH_SOCKET=str(controlled.path)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        controlled.wait(lambda: controlled.switch.subscribers)
+        controlled.do(controlled.switch.emit, "mac-moved", "vm2", mac="a", previous_port="vm1")
+        line = process.stdout.readline()
+        assert line.endswith(" mac-moved         vm2 mac=a previous_port=vm1\n")
+        end()
+        _, err = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == code
+        assert "Traceback" not in err
+
+
+def test_a_reader_that_has_enough_is_no_error(controlled: Controlled) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -c 'from vswitch.cli.ctl import main; main()' completion bash | true",
+        shell=True,
+        env=environment(VSWITCH_SOCKET=str(controlled.path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_event_lines_cannot_drive_the_terminal() -> None:
+    line = event_line(
+        {"event": "port-fault", "time": 0.25, "port": "vm1", "reason": "\x1b[2J evil"}
+    )
+    assert "\x1b" not in line
+    assert ".250 port-fault" in line
+
+
+def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+    for name in ("vm1", "vm2", "router"):
+        run("add-port", name, str(tmp_path / name))
+    words = {"_VSWITCHCTL_COMPLETE": "bash_complete", "COMP_WORDS": "vswitchctl show v"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from vswitch.cli.ctl import main; main()"],
+        env=environment(VSWITCH_SOCKET=str(controlled.path), COMP_CWORD="2", **words),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["plain,vm1", "plain,vm2"]
+    assert "_VSWITCHCTL_COMPLETE" in run("completion", "bash").out
+
+
+def test_every_command_takes_json() -> None:
+    def walk(command: click.Command) -> None:
+        assert any("--json" in parameter.opts for parameter in command.params) or isinstance(
+            command, click.Group
+        ), command.name
+        if isinstance(command, click.Group):
+            for each in command.commands.values():
+                walk(each)
+
+    walk(ctl.cli)

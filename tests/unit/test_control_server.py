@@ -1,0 +1,385 @@
+"""The control server against clients that keep the protocol, and against those that do not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgpack
+import pytest
+from controlled import DEADLINE_S, Controlled
+
+from vswitch.control import server as server_module
+from vswitch.control.protocol import REQUEST_LEN_MAX
+from vswitch.control.server import EVENTS_QUEUED_MAX, Peer, is_allowed
+
+
+class Raw:
+    """A client that sends what it likes."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(str(path))
+        self._unpacker = msgpack.Unpacker()
+
+    def send(self, *values: object) -> None:
+        self.socket.sendall(b"".join(map(msgpack.packb, values)))
+
+    def receive(self) -> list:
+        """The next message; an empty list at the end of the stream."""
+        while True:
+            for message in self._unpacker:
+                return message
+            data = self.socket.recv(65536)
+            if not data:
+                return []
+            self._unpacker.feed(data)
+
+    def call(self, method: str, *params: object) -> object:
+        self.send([0, 77, method, list(params)])
+        kind, msgid, error, result = self.receive()
+        assert (kind, msgid, error) == (1, 77, None)
+        return result
+
+
+@pytest.fixture
+def raw(controlled: Controlled) -> Iterator[Raw]:
+    client = Raw(controlled.path)
+    yield client
+    client.socket.close()
+
+
+def test_the_socket_is_for_its_owner_only(controlled: Controlled) -> None:
+    status = controlled.path.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_uid == os.geteuid()
+
+
+def test_requests_are_answered_in_order(raw: Raw) -> None:
+    raw.send(*([0, i, "ping", []] for i in range(500)))
+    assert [raw.receive() for _ in range(500)] == [[1, i, None, "pong"] for i in range(500)]
+
+
+def test_hello(raw: Raw) -> None:
+    hello = raw.call("hello", {"protocol": 1, "client": "test"})
+    assert hello["name"] == "lab"
+    assert hello["protocol"] == 1
+    assert hello["pid"] == os.getpid()
+    raw.send([0, 2, "hello", [{"protocol": 2}]])
+    error = raw.receive()[2]
+    assert error["code"] == "unsupported-version"
+    assert "protocol version 2" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code", "text"),
+    [
+        ("", {}, "unknown-method", "unknown method"),
+        ("add-port", {}, "unknown-method", "add_port"),
+        ("x" * 100_000, {}, "unknown-method", "known are hello"),
+        ("ping", {"x": 1}, "invalid-params", "ping: x: unknown key"),
+        ("add_port", {}, "invalid-params", "add_port: name: is missing"),
+        ("add_port", {"name": "a", "socket": "rel"}, "invalid-params", "absolute path"),
+        ("add_port", {"name": "a", "socket": "/" + "x" * 200}, "invalid-params", "at most 107"),
+        ("add_port", {"name": "a", "socket": "/x", "queues": 0}, "invalid-params", "at least 1"),
+        ("add_port", {"name": "a", "soket": "/x"}, "invalid-params", 'did you mean "socket"'),
+        ("add_port", {"name": "no-socket", "socket": "/x"}, "socket", "choose another path"),
+        ("port", {"name": "nix"}, "not-found", "nix"),
+        ("port", {"name": 1}, "invalid-params", "must be text"),
+        ("fdb_add", {"mac": "1:2:3", "port": "a"}, "invalid-params", "52:54:00:12:34:56"),
+        ("fdb_add", {"mac": "33:33:00:00:00:01", "port": "a"}, "invalid-params", "group address"),
+        ("fdb_add", {"mac": "00:00:00:00:00:00", "port": "a"}, "invalid-params", "no address"),
+        ("fdb_del", {"mac": "52:54:00:00:00:01", "vlan": 4095}, "invalid-params", "at most 4094"),
+        ("log_level", {"level": "loud"}, "invalid-params", "warning"),
+        ("save", {}, "invalid-config", "without a configuration file"),
+        ("save", {"path": "rel.toml"}, "invalid-params", "absolute path"),
+        ("save", {"path": "/a\0b"}, "invalid-params", "absolute path"),
+        ("subscribe", {"events": ["port-explodes"]}, "invalid-params", "port-ready"),
+    ],
+)
+def test_wrong_requests(raw: Raw, method: str, params: dict, code: str, text: str) -> None:
+    raw.send([0, 3, method, [params]])
+    kind, msgid, error, result = raw.receive()
+    assert (kind, msgid, result) == (1, 3, None)
+    assert error["code"] == code
+    assert text in error["message"] + error["hint"]
+    assert len(error["message"]) < 1000
+    assert raw.call("ping") == "pong"
+
+
+def test_all_wrong_parameters_are_reported_at_once(raw: Raw) -> None:
+    raw.send([0, 3, "add_port", [{"name": "a b", "socket": "rel", "queues": "2", "mut": 1}]])
+    lines = raw.receive()[2]["message"].splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["name", "socket", "queues", "mut"]
+
+
+def test_an_error_inside_the_switch_costs_one_request(raw: Raw, caplog) -> None:
+    raw.send([0, 4, "add_port", [{"name": "bug", "socket": "/tmp/bug"}]])
+    error = raw.receive()[2]
+    assert error["code"] == "internal"
+    assert "nobody thought of" not in str(error)
+    assert raw.call("ping") == "pong"
+    assert "nobody thought of" in caplog.text
+
+
+def test_a_request_of_the_wrong_shape_is_answered(raw: Raw) -> None:
+    raw.send([0, 5, "ping", "x"], [0, 6, 7, []], [0, 7, "ping", []])
+    answers = [raw.receive() for _ in range(3)]
+    assert [answer[1] for answer in answers] == [5, 6, 7]
+    assert [answer[2] and answer[2]["code"] for answer in answers] == ["invalid-request"] * 2 + [
+        None
+    ]
+
+
+@pytest.mark.parametrize("value", ["hello?", 71, None, [], {}, [2, "note", []], [1, 1, None, 1]])
+def test_a_message_that_is_no_request_ends_the_connection(raw: Raw, value: object) -> None:
+    raw.send(value)
+    _, msgid, error, _ = raw.receive()
+    assert msgid is None
+    assert error["code"] == "invalid-request"
+    assert raw.receive() == []
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\xc1",
+        b"\x00" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\x91" * 100_000,
+        b"\x94\x00\x01\xdb\x00\x0f\xff\xff" + b"x" * (REQUEST_LEN_MAX + 10),
+    ],
+)
+def test_garbage_costs_its_sender_the_connection_and_nobody_else(
+    controlled: Controlled, raw: Raw, garbage: bytes, caplog
+) -> None:
+    other = Raw(controlled.path)
+    assert other.call("ping") == "pong"
+    answers = []
+    with contextlib.suppress(ConnectionError):  # it may close while we are still sending
+        raw.socket.sendall(garbage)
+        while answer := raw.receive():
+            answers.append(answer)
+    if answers:
+        assert answers[-1][1] is None
+        assert answers[-1][2]["code"] in ("protocol", "invalid-request")
+    assert other.call("ping") == "pong"
+    assert re.search(rf"control client \d+ \(pid {os.getpid()}, uid \d+\): closed: ", caplog.text)
+    other.socket.close()
+
+
+def test_clients_that_leave_in_mid_request(controlled: Controlled) -> None:
+    for data in (b"", b"\x94", b"\x94\x00\x01\xa4pi"):
+        client = Raw(controlled.path)
+        client.socket.sendall(data)
+        client.socket.close()
+    controlled.wait(lambda: not controlled.server._tasks)
+    assert Raw(controlled.path).call("ping") == "pong"
+
+
+def test_a_client_that_reads_nothing_holds_up_nobody(controlled: Controlled) -> None:
+    lazy = Raw(controlled.path)
+    lazy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    lazy.socket.setblocking(False)
+    requests = msgpack.packb([0, 1, "stats", []]) * 1000
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while sent < 1 << 28:
+            sent += lazy.socket.send(requests)
+    # Its requests are not taken in any more either: the server holds little of them.
+    assert sent < 4 << 20
+    other = Raw(controlled.path)
+    assert other.call("ping") == "pong"
+    lazy.socket.close()
+    other.socket.close()
+
+
+def test_events(controlled: Controlled, raw: Raw) -> None:
+    assert raw.call("subscribe", {"events": ["port-added", "mac-learned"]}) == {
+        "events": ["mac-learned", "port-added"]
+    }
+    controlled.do(controlled.switch.emit, "port-ready", "vm1")
+    controlled.do(controlled.switch.learn, "52:54:00:00:00:01", "vm1")
+    assert raw.receive() == [
+        2,
+        "event",
+        [
+            {
+                "event": "mac-learned",
+                "time": 1.5,
+                "port": "vm1",
+                "mac": "52:54:00:00:00:01",
+                "vlan": 0,
+            }
+        ],
+    ]
+    everything = raw.call("subscribe")["events"]
+    assert "port-ready" in everything
+    controlled.do(controlled.switch.emit, "port-ready", "vm1")
+    assert raw.receive()[2][0]["event"] == "port-ready"
+    raw.call("unsubscribe")
+    assert controlled.do(lambda: controlled.switch.subscribers) == 0
+    raw.call("unsubscribe")
+
+
+def test_a_subscription_ends_with_its_connection(controlled: Controlled) -> None:
+    client = Raw(controlled.path)
+    client.call("subscribe")
+    assert controlled.do(lambda: controlled.switch.subscribers) == 1
+    client.socket.close()
+    controlled.wait(lambda: controlled.switch.subscribers == 0)
+
+
+def test_a_slow_subscriber_loses_events_and_is_told_how_many(
+    controlled: Controlled, raw: Raw, caplog
+) -> None:
+    raw.call("subscribe")
+    n_events = 20 * EVENTS_QUEUED_MAX
+
+    def storm() -> None:
+        for i in range(n_events):
+            controlled.switch.emit("mac-learned", "vm1", vlan=i, filler="x" * 200)
+
+    controlled.do(storm)
+    got, lost = [], 0
+    while len(got) + lost < n_events:
+        _, method, [params] = raw.receive()
+        if method == "event":
+            got.append(params["vlan"])
+        else:
+            assert method == "lost"
+            lost += params["count"]
+    assert lost >= n_events - EVENTS_QUEUED_MAX - 100
+    assert got == sorted(got)
+    assert "loses events" in caplog.text
+    assert raw.call("ping") == "pong"
+
+
+def test_too_many_clients(controlled: Controlled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "CLIENTS_MAX", 3)
+    clients = [Raw(controlled.path) for _ in range(3)]
+    assert all(client.call("ping") == "pong" for client in clients)
+    one_more = Raw(controlled.path)
+    _, msgid, error, _ = one_more.receive()
+    assert msgid is None
+    assert error["code"] == "busy"
+    assert one_more.receive() == []
+    clients.pop().socket.close()
+    controlled.wait(lambda: len(controlled.server._tasks) < 3)
+    assert Raw(controlled.path).call("ping") == "pong"
+
+
+def test_who_is_allowed() -> None:
+    def status(mode: int, uid: int = 1000, gid: int = 100) -> SimpleNamespace:
+        return SimpleNamespace(st_mode=stat.S_IFSOCK | mode, st_uid=uid, st_gid=gid)
+
+    stranger = Peer(1, 4242, frozenset({4242, 100}))
+    assert is_allowed(Peer(1, 0, frozenset()), None)
+    assert is_allowed(Peer(1, os.geteuid(), frozenset()), None)
+    assert not is_allowed(stranger, None)
+    assert not is_allowed(stranger, status(0o600))
+    assert is_allowed(stranger, status(0o660))
+    assert not is_allowed(stranger, status(0o660, gid=101))
+    assert not is_allowed(stranger, status(0o606))  # its group is what counts for a member
+    assert is_allowed(stranger, status(0o606, gid=101))
+    assert is_allowed(stranger, status(0o200, uid=4242))
+    assert not is_allowed(stranger, status(0o066, uid=4242))
+
+
+@pytest.mark.parametrize(
+    ("mode", "gids", "answer"),
+    [(0o666, [4242], "pong"), (0o660, [4242, 0], "pong"), (0o660, [4242], "EACCES")],
+)
+def test_another_user(tmp_path: Path, mode: int, gids: list[int], answer: str) -> None:
+    running = Controlled(tmp_path / "c", mode=mode)
+    try:
+        open_the_way_to(tmp_path)
+        assert as_user(4242, gids, tmp_path / "c") == answer
+    finally:
+        running.close()
+
+
+def test_a_connection_made_with_rights_that_are_gone_is_refused(tmp_path: Path) -> None:
+    # Who kept a descriptor of the directory, or is let in by the file system, is still looked at.
+    running = Controlled(tmp_path / "c", mode=0o666)
+    try:
+        open_the_way_to(tmp_path)
+        running.do(setattr, server_module, "is_allowed", lambda *_: False)
+        assert as_user(4242, [4242], tmp_path / "c") == "permission-denied"
+    finally:
+        server_module.is_allowed = is_allowed
+        running.close()
+
+
+def open_the_way_to(directory: Path) -> None:
+    """Let everybody search a directory of pytest's, which are for their owner only."""
+    for each in (directory, *directory.parents):
+        mode = each.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            each.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
+
+
+def as_user(uid: int, gids: list[int], path: Path) -> str:
+    """What `ping` gives another user: its result, the code of an error, or a name of errno."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups(gids[1:])
+            os.setgid(gids[0])
+            os.setuid(uid)
+            try:
+                client = Raw(path)
+                with contextlib.suppress(BrokenPipeError):
+                    client.send([0, 77, "ping", []])
+                _, _, error, result = client.receive()
+                text = result or error["code"]
+            except OSError as exc:
+                text = errno.errorcode[exc.errno]
+            os.write(writing, text.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def test_the_log_level(raw: Raw) -> None:
+    logger = logging.getLogger("vswitch")
+    before = logger.level
+    try:
+        assert raw.call("log_level", {"level": "error"}) == {"level": "error"}
+        assert logger.level == logging.ERROR
+        assert raw.call("log_level") == {"level": "error"}
+    finally:
+        logger.setLevel(before)
+
+
+def test_closing_removes_the_socket_and_ends_connections(controlled: Controlled, raw: Raw) -> None:
+    assert raw.call("ping") == "pong"
+    controlled.close()
+    assert raw.receive() == []
+    assert not controlled.path.exists()
+
+
+def test_closing_leaves_the_socket_of_a_successor_alone(controlled: Controlled) -> None:
+    controlled.path.unlink()
+    successor = socket.socket(socket.AF_UNIX)
+    successor.bind(str(controlled.path))
+    controlled.close()
+    assert controlled.path.exists()
+    successor.close()
