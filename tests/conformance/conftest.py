@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from running import RunningSwitch, Wire
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,23 @@ def run_dir() -> Iterator[Path]:
     """A directory with a path short enough for sockets (107 bytes is the limit)."""
     with tempfile.TemporaryDirectory(prefix="vswitch-") as path:
         yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def switch(run_dir: Path) -> Iterator[RunningSwitch]:
+    """`vswitch start` without ports, for all tests of a module."""
+    running = RunningSwitch(run_dir)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def wire(switch: RunningSwitch) -> Iterator[Wire]:
+    """Ports and guests of one test."""
+    wire = Wire(switch)
+    try:
+        yield wire
+    finally:
+        wire.close()

@@ -1,0 +1,182 @@
+"""A switch in a process of its own, as a user starts it, and software guests on its ports."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from frames import BROADCAST, frame, mac
+
+from vswitch.control.api import PortInfo, PortStats
+from vswitch.control.client import Client
+from vswitch.guest import SoftwareGuest
+from vswitch.guest.packets import format_mac
+
+DEADLINE_S = 10.0
+
+
+class RunningSwitch:
+    """`vswitch start` with an empty configuration; ports come and go over the control socket.
+
+    What it logs is in `log`.
+    """
+
+    def __init__(self, run_dir: Path, **settings: object) -> None:
+        self.run_dir = run_dir
+        control = run_dir / "control.sock"
+        lines = ["[switch]", f'control = "{control}"']
+        lines += [
+            f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}"
+            for key, value in settings.items()
+        ]
+        config = run_dir / "ports.toml"
+        config.write_text("\n".join(lines) + "\n")
+        self.log = ""
+        self._more = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vswitch", "start", "--config", str(config)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, name="switch log", daemon=True)
+        self._reader.start()
+        try:
+            self.wait_for_log("vswitch: ready")
+            self.client = Client(control)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._more:
+                self.log += line
+                self._more.notify_all()
+
+    def wait_for_log(self, text: str, start: int = 0, timeout: float = DEADLINE_S) -> None:
+        """Wait until `text` stands in the log after position `start`."""
+        with self._more:
+            found = self._more.wait_for(lambda: self.log.find(text, start) >= 0, timeout)
+            assert found, f"no {text!r} in the log after {timeout:g} s:\n{self.log[start:]}"
+
+    def stop(self) -> None:
+        """Stop it as a user does, and see that it went in good order."""
+        self.client.close()
+        self.process.terminate()
+        try:
+            status = self.process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self._reader.join()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
+        assert status == 0, self.log
+        assert "Traceback" not in self.log, self.log
+
+
+class Wire:
+    """One test's ports and guests on a running switch; all are gone after `close`."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, switch: RunningSwitch) -> None:
+        self.switch = switch
+        self.client = switch.client
+        self.log_start = len(switch.log)
+        self._names: list[str] = []
+        self._stack = contextlib.ExitStack()
+
+    def port(self, name: str, **options: Any) -> Path:
+        """Add a port; returns its socket. `options` as for Client.add_port."""
+        socket = self.switch.run_dir / f"{next(self._numbers)}.sock"
+        self.client.add_port(name, socket, **options)
+        self._names.append(name)
+        return socket
+
+    def guest(
+        self, name: str, n: int, ip: str | None = None, *, mode: str = "server",
+        mtu_of_port: int | None = None, **options: Any,
+    ) -> SoftwareGuest:  # fmt: skip
+        """The n-th guest, connected to a port of its own. `options` as for SoftwareGuest."""
+        guest = self._stack.enter_context(SoftwareGuest(mac(n), ip, **options))
+        queues = options.get("queues", 1)
+        if mode == "server":
+            guest.connect(self.port(name, mtu=mtu_of_port, queues=queues))
+        else:
+            socket = self.switch.run_dir / f"{next(self._numbers)}.sock"
+            guest.listen(socket)
+            self.client.add_port(name, socket, mode="client", mtu=mtu_of_port, queues=queues)
+            self._names.append(name)
+            guest.accept()
+        return guest
+
+    def enter(self, guest: SoftwareGuest) -> SoftwareGuest:
+        """Close this guest too at the end of the test."""
+        return self._stack.enter_context(guest)
+
+    def info(self, name: str) -> PortInfo:
+        return self.client.port(name)
+
+    def stats(self, name: str) -> PortStats:
+        return self.client.stats(name)[0]
+
+    def drops(self, name: str) -> dict[str, int]:
+        return self.stats(name)["drops"]
+
+    def learned(self) -> dict[str, str]:
+        """MAC address to port, untagged."""
+        return {entry["mac"]: entry["port"] for entry in self.client.fdb() if not entry["vlan"]}
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Ask until `condition` holds; for what the switch does on its own time."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not after {DEADLINE_S:g} s"
+            time.sleep(0.005)
+
+    def wait_state(self, name: str, state: str) -> None:
+        self.wait_until(lambda: self.info(name)["state"] == state, f"port {name} becomes {state}")
+
+    def wait_log(self, text: str) -> None:
+        """Wait until the switch has logged `text` since this test began."""
+        self.switch.wait_for_log(text, self.log_start)
+
+    def remove(self, name: str) -> None:
+        self.client.del_port(name)
+        self._names.remove(name)
+
+    def close(self) -> None:
+        self._stack.close()
+        for name in self._names:
+            self.client.del_port(name)
+
+
+def teach(*guests: SoftwareGuest) -> None:
+    """Have the switch learn every guest: each sends a frame of its own, heard by the others."""
+    for guest in guests:
+        hello = frame(BROADCAST, format_mac(guest.mac), 60, 999)
+        guest.send([hello])
+        for other in guests:
+            if other is not guest:
+                assert other.recv(1) == [hello]
+
+
+def silent(*guests: SoftwareGuest) -> bool:
+    """Whether nothing waits in these guests' receiveqs.
+
+    Meaningful once the switch has handled what could have come: after drain() of the senders, since
+    it gives a frame's buffer back only when every copy of it has been delivered.
+    """
+    return not any(guest.poll_frames(1) for guest in guests)

@@ -1,0 +1,244 @@
+"""Where frames go: learning, flooding, static entries, aging, moves, VLANs, reserved groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from frames import BROADCAST, frame, frames, mac
+from running import RunningSwitch, Wire, silent, teach
+
+from vswitch.errors import ExistsError, NotFoundError
+from vswitch.guest import SoftwareGuest
+from vswitch.guest.packets import parse_mac
+
+
+@pytest.fixture
+def trio(wire: Wire) -> tuple[SoftwareGuest, SoftwareGuest, SoftwareGuest]:
+    """Three guests a, b, c on ports of these names; nothing is learned yet."""
+    return wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+
+
+A, B, C = mac(1), mac(2), mac(3)
+Trio = tuple[SoftwareGuest, SoftwareGuest, SoftwareGuest]
+
+
+def tagged(dst: str, src: str, vlan: int, length: int = 64, tag: int = 0) -> bytes:
+    plain = frame(dst, src, length - 4, tag)
+    return plain[:12] + b"\x81\x00" + (0xE000 | vlan).to_bytes(2, "big") + plain[12:]
+
+
+def test_unknown_unicast_floods_and_known_does_not(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    first = frame(B, A, tag=1)
+    a.send([first])
+    assert b.recv(1) == c.recv(1) == [first]
+    reply = frame(A, B, tag=2)
+    b.send([reply])
+    assert a.recv(1) == [reply]
+    again = frame(B, A, tag=3)
+    a.send([again])
+    assert b.recv(1) == [again]
+    a.drain()
+    b.drain()
+    assert silent(a, b, c)
+    assert wire.learned() == {A: "a", B: "b"}
+    assert wire.drops("a") == wire.drops("b") == wire.drops("c") == {}
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        BROADCAST,
+        "33:33:00:00:00:01",
+        "01:00:5e:00:00:fb",
+        *(f"01:80:c2:00:00:{n:02x}" for n in (0, 1, 2, 3, 0xE, 0xF, 0x10)),
+    ],
+)
+def test_groups_reach_everyone_else(wire: Wire, trio: Trio, group: str) -> None:
+    """Also the reserved ones (STP, pause, LACP, 802.1X, LLDP): labs run them between guests."""
+    a, b, c = trio
+    sent = frames(group, A, [60, 64, 128, 1514])
+    a.send(sent)
+    assert b.recv(4) == c.recv(4) == sent
+    a.drain()
+    assert silent(a)
+    assert group not in wire.learned()
+
+
+def test_no_hairpin(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    teach(a, b, c)
+    # Two addresses behind one port, and a frame to itself.
+    a.send([frame(A, mac(9))])
+    a.send([frame(A, A)])
+    a.drain()
+    assert silent(a, b, c)
+    assert wire.drops("a") == {"same-port": 2}
+
+
+def test_move(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    teach(a, b, c)
+    from_b = frame(BROADCAST, A)
+    b.send([from_b])
+    assert a.recv(1) == c.recv(1) == [from_b]
+    assert wire.learned() == {A: "b", B: "b", C: "c"}
+    moved = frame(A, C, tag=5)
+    c.send([moved])
+    assert b.recv(1) == [moved]
+    c.drain()
+    assert silent(a)
+    # Back again: A itself speaks.
+    a.send([frame(B, A)])
+    assert len(b.recv(1)) == 1
+    c.send([moved])
+    assert a.recv(1) == [moved]
+    c.drain()
+    assert silent(b)
+
+
+def test_static_entries(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    teach(a, b, c)
+    client = wire.client
+    client.fdb_add(mac(7), "b")
+    a.send([frame(mac(7), A)])
+    assert len(b.recv(1)) == 1
+    # A static entry neither moves nor is flushed.
+    c.send([frame(B, mac(7))])
+    assert len(b.recv(1)) == 1
+    assert wire.learned()[mac(7)] == "b"
+    assert client.fdb_flush() == 3
+    assert wire.learned() == {mac(7): "b"}
+    with pytest.raises(ExistsError, match="static entry of port b"):
+        client.fdb_add(mac(7), "c")
+    client.fdb_del(mac(7))
+    with pytest.raises(NotFoundError):
+        client.fdb_del(mac(7))
+    unknown = frame(mac(7), A, tag=4)
+    a.send([unknown])
+    assert b.recv(1) == c.recv(1) == [unknown]
+
+
+def test_flush_of_one_port(wire: Wire, trio: Trio) -> None:
+    teach(*trio)
+    assert wire.client.fdb_flush("b") == 1
+    assert wire.learned() == {A: "a", C: "c"}
+    # What is forgotten is flooded, however warm the caches of the rings are.
+    a, b, c = trio
+    a.send([frame(B, A)])
+    assert b.recv(1) == c.recv(1) == [frame(B, A)]
+
+
+def test_vlans_learn_apart(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    in_5 = tagged(BROADCAST, A, 5)
+    a.send([in_5])
+    assert b.recv(1) == c.recv(1) == [in_5]
+    in_6 = tagged(BROADCAST, A, 6)
+    b.send([in_6])
+    assert a.recv(1) == c.recv(1) == [in_6]
+    entries = {(e["mac"], e["vlan"]): e["port"] for e in wire.client.fdb()}
+    assert entries == {(A, 5): "a", (A, 6): "b"}
+    for vlan, there, elsewhere in ((5, a, b), (6, b, a)):
+        sent = tagged(A, C, vlan, tag=vlan)
+        c.send([sent])
+        assert there.recv(1) == [sent]
+        c.drain()
+        assert silent(elsewhere)
+    untagged = frame(A, C)
+    c.send([untagged])
+    assert a.recv(1) == b.recv(1) == [untagged]
+
+
+def test_many_addresses(wire: Wire, trio: Trio) -> None:
+    """Thousands behind each port, all found again."""
+    a, b, c = trio
+    teach(c)
+    teach_others = [(a, 0x1000), (b, 0x8000)]
+    for guest, base in teach_others:
+        for start in range(base, base + 2000, 100):
+            guest.send([frame(C, mac(n), tag=n) for n in range(start, start + 100)])
+            assert len(c.recv(100)) == 100
+    learned = wire.learned()
+    assert sum(port == "a" for port in learned.values()) >= 2000
+    assert sum(port == "b" for port in learned.values()) >= 2000
+    for guest, base in teach_others:
+        guest.poll_frames(256)
+        for start in range(base, base + 2000, 100):
+            sent = [frame(mac(n), C, tag=n) for n in range(start, start + 100)]
+            c.send(sent)
+            assert guest.recv(100) == sent
+    c.drain()
+    assert silent(a, b)
+
+
+def test_disconnect_forgets(wire: Wire, trio: Trio) -> None:
+    a, b, c = trio
+    teach(a, b, c)
+    b.disconnect()
+    wire.wait_state("b", "listening")
+    assert wire.learned() == {A: "a", C: "c"}
+    a.send([frame(B, A)])
+    assert len(c.recv(1)) == 1
+
+
+def test_rarp_announces_a_guest(wire: Wire, trio: Trio) -> None:
+    """SEND_RARP: the switch says on the guest's behalf where it is now."""
+    a, b, c = trio
+    teach(a, b, c)
+    b.frontend.send_rarp(parse_mac(A))
+    heard = a.recv(1)
+    assert heard == c.recv(1)
+    assert heard[0][:14] == parse_mac(BROADCAST) + parse_mac(A) + b"\x80\x35"
+    assert wire.learned() == {A: "b", B: "b", C: "c"}
+
+
+def test_pings(wire: Wire) -> None:
+    a = wire.guest("a", 1, "10.0.0.1")
+    b = wire.guest("b", 2, "10.0.0.2")
+    c = wire.guest("c", 3, "10.0.0.3")
+    for guest in (b, c):
+        guest.start_responder()
+    assert a.ping("10.0.0.2")
+    assert a.ping("10.0.0.3")
+    assert a.ping(str(b.stack.addresses[1]))
+    a.start_responder()
+    assert b.ping("10.0.0.1")
+    assert not c.ping("10.0.0.4", timeout=0.1)
+    for guest in (a, b, c):
+        guest.stop_responder()
+
+
+@pytest.fixture
+def quick_aging(run_dir: Path) -> Iterator[Wire]:
+    directory = run_dir / "aging"
+    directory.mkdir()
+    running = RunningSwitch(directory, mac_aging_s=1)
+    wire = Wire(running)
+    try:
+        yield wire
+    finally:
+        wire.close()
+        running.stop()
+
+
+def test_aging(quick_aging: Wire) -> None:
+    wire = quick_aging
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    events = wire.client.events("mac-learned", "mac-aged", timeout=10.0)
+    teach(a, b)
+    wire.client.fdb_add(mac(8), "a")
+    assert len(c.recv(2)) == 2
+    aged = set()
+    for event in events:
+        if event["event"] == "mac-aged":
+            aged.add((event["mac"], event["port"]))
+        if len(aged) == 2:
+            break
+    assert aged == {(A, "a"), (B, "b")}
+    assert wire.learned() == {mac(8): "a"}
+    a.send([frame(B, A)])
+    assert b.recv(1) == c.recv(1) == [frame(B, A)]
