@@ -1,0 +1,191 @@
+"""A frontend's end of a socket pair, and a Datapath that writes down what it is told."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from vswitch.vhost_user import protocol
+from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.connection import Connection
+from vswitch.vhost_user.datapath import DatapathError, RingSetup
+from vswitch.vhost_user.protocol import (
+    FLAG_NEED_REPLY,
+    HEADER,
+    Feature,
+    MemRegion,
+    VringAddr,
+    VringState,
+)
+
+OFFERED = Feature.VERSION_1 | Feature.MRG_RXBUF | Feature.RING_EVENT_IDX
+
+
+class RecordingDatapath:
+    """Does nothing, remembers all of it; `refuse` maps a call's name to why it fails."""
+
+    def __init__(self, queue_pairs: int = 2) -> None:
+        self.queue_pairs = queue_pairs
+        self.features = OFFERED
+        self.calls: list[tuple[Any, ...]] = []
+        self.running: dict[int, RingSetup] = {}
+        self.stop_at = 100
+        self.refuse: dict[str, str] = {}
+
+    def _note(self, name: str, *what: Any) -> None:
+        self.calls.append((name, *what))
+        if name in self.refuse:
+            raise DatapathError(self.refuse[name])
+
+    async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
+        assert not self.running, "memory changed under a running ring"
+        assert len(regions) == len(fds)
+        for fd in fds:
+            os.fstat(fd)
+        self._note("set_memory", list(regions))
+
+    async def start_ring(self, index: int, setup: RingSetup) -> int:
+        assert index not in self.running
+        for fd in (setup.kick_fd, setup.call_fd):
+            if fd >= 0:
+                os.fstat(fd)
+        self._note("start", index)
+        self.running[index] = setup
+        return setup.base
+
+    async def stop_rings(self, indices: list[int]) -> list[int]:
+        for index in indices:
+            setup = self.running.pop(index)
+            if setup.kick_fd >= 0:
+                os.fstat(setup.kick_fd)
+        self._note("stop", *indices)
+        await asyncio.sleep(0)
+        return [self.stop_at + index for index in indices]
+
+    async def enable_ring(self, index: int, enabled: bool) -> None:
+        self._note("enable", index, enabled)
+
+    async def set_call(self, index: int, fd: int) -> None:
+        if fd >= 0:
+            os.fstat(fd)
+        self._note("set_call", index)
+
+    def set_mtu(self, mtu: int) -> None:
+        self._note("set_mtu", mtu)
+
+    def announce(self, mac: bytes) -> None:
+        self._note("announce", mac.hex(":"))
+
+
+class Peer:
+    """The frontend's end. Its calls block, but never for long: both ends are in this process."""
+
+    def __init__(self, datapath: RecordingDatapath, connection: Connection, sock: socket.socket):
+        self.datapath = datapath
+        self.sock = sock
+        self.backend = Backend("p", connection, datapath)
+        self.task = asyncio.create_task(self._run(connection))
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await self.backend.run()
+        finally:
+            connection.close()
+
+    async def send(
+        self, request: int, payload: bytes = b"", fds: list[int] | None = None, *, flags: int = 0
+    ) -> None:
+        await self.send_raw(protocol.encode(request, payload, flags=flags), fds or [])
+
+    async def send_raw(self, data: bytes, fds: list[int]) -> None:
+        rights = array.array("i", fds)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
+        self.sock.sendmsg([data], ancillary)
+
+    async def reply(self) -> tuple[int, int, bytes]:
+        """Request, flags and payload of the next reply. ConnectionError at the end."""
+        loop = asyncio.get_running_loop()
+        raw = await loop.sock_recv(self.sock, HEADER.size)
+        if not raw:
+            raise ConnectionResetError
+        request, flags, size = HEADER.unpack(raw)
+        return request, flags, await loop.sock_recv(self.sock, size) if size else b""
+
+    async def ask(self, request: int, payload: bytes = b"") -> bytes:
+        await self.send(request, payload)
+        answered, flags, data = await self.reply()
+        assert (answered, flags) == (request, 0x5)
+        return data
+
+    async def ack(self, request: int, payload: bytes = b"", fds: list[int] | None = None) -> int:
+        """Send with NEED_REPLY and return the status."""
+        await self.send(request, payload, fds, flags=FLAG_NEED_REPLY)
+        answered, flags, data = await self.reply()
+        assert (answered, flags) == (request, 0x5)
+        return protocol.decode_u64(data)
+
+    async def hung_up(self) -> BaseException | None:
+        """Wait for the backend to end; why it did."""
+        await asyncio.wait([self.task])
+        return self.task.exception()
+
+
+def with_peer(
+    test: Callable[[Peer], Awaitable[None]], datapath: RecordingDatapath | None = None
+) -> None:
+    """Run `test` with a connected peer, then close it and see that no descriptor is left."""
+
+    async def run() -> None:
+        before = open_fds()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        peer = Peer(datapath or RecordingDatapath(), Connection(ours), theirs)
+        try:
+            async with asyncio.timeout(10):
+                await test(peer)
+        finally:
+            theirs.close()
+            await asyncio.wait([peer.task])
+        if not peer.task.cancelled():
+            peer.task.exception()
+        assert open_fds() == before
+        assert not peer.datapath.running
+
+    asyncio.run(run())
+
+
+def open_fds() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the directory's own
+    return found
+
+
+def state(vring: int, num: int) -> bytes:
+    return protocol.encode_vring_state(VringState(vring, num))
+
+
+def addr(vring: int, **other: int) -> bytes:
+    fields = {"desc_uva": 0x1000, "used_uva": 0x3000, "avail_uva": 0x2000} | other
+    return protocol.encode_vring_addr(VringAddr(vring, fields.pop("flags", 0), **fields, log_gpa=0))
+
+
+class Eventfd:
+    """An eventfd that closes itself."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.fd)
