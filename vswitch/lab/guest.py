@@ -141,12 +141,20 @@ class Guest:
 
     def ping(self, address: str, count: int = 1, timeout_s: float = 3.0) -> bool:
         """Whether `address` answers every one of `count` echo requests within `timeout_s`."""
-        target = shlex.quote(address)
-        result = self.run(
-            f"ping -q -A -c {count} -w {max(1, round(timeout_s))} {target}", timeout_s + 2
-        )
-        found = re.search(r"(\d+) packets transmitted, (\d+) packets received", result.output)
-        return found is not None and int(found.group(2)) >= count
+        return self.ping_ms(address, count, timeout_s) is not None
+
+    def ping_ms(self, address: str, count: int = 1, timeout_s: float = 3.0) -> float | None:
+        """The shortest round trip of `count` echo requests in milliseconds; None if one got lost.
+
+        Stops at the `count`th answer, at the latest after `timeout_s` seconds.
+        """
+        limit = max(1, round(timeout_s))
+        result = self.run(f"ping -q -A -c {count} -w {limit} {shlex.quote(address)}", timeout_s + 2)
+        counts = re.search(r"(\d+) packets transmitted, (\d+) packets received", result.output)
+        trips = re.search(r"min/avg/max = ([\d.]+)/", result.output)
+        if counts is None or trips is None or int(counts[2]) < count:
+            return None
+        return float(trips[1])
 
     def carrier(self) -> bool:
         """Whether the guest sees a link: QEMU takes it away while the switch is gone."""
