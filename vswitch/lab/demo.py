@@ -212,7 +212,7 @@ class Demo:
     def _show_matrix(
         self, stations: list[Station], answers: dict[tuple[str, str], float | None]
     ) -> None:
-        table = Table(title="Ping round trips in ms, from row to column", title_justify="left")
+        table = Table()
         table.add_column("")
         for station in stations:
             table.add_column(station.name, justify="right")
@@ -226,7 +226,7 @@ class Demo:
                 lost = Text("lost", style="bold red")
                 cells.append(lost if answer is None else Text(f"{answer:.2f}", style="green"))
             table.add_row(*cells)
-        self._console.print()
+        self._console.print("\nPing round trips in ms, from row to column:")
         self._console.print(table)
 
     def _show_command(self, plan: Plan, words: list[str]) -> None:

@@ -61,10 +61,20 @@ BUILD = (
 )
 """For the virtual environment and the Cython extensions."""
 
+
+def _can_read_modules() -> bool:
+    """Ubuntu compresses kernel modules with zstd; Debian does not."""
+    try:
+        release = Path("/etc/os-release").read_text()
+    except OSError:
+        release = ""
+    return "ubuntu" not in release.lower() or shutil.which("zstd") is not None
+
+
 DEMO = (
     _program("qemu-system-x86_64", "qemu-system-x86"),
     _program("busybox", "busybox-static"),
-    _program("zstd", "zstd"),
+    Requirement("zstd", "zstd", _can_read_modules),
     _program("ip", "iproute2"),
 )
 """For QEMU guests. The guests' kernel is downloaded by `vswitch.lab.image`, not installed."""
