@@ -184,8 +184,13 @@ cdef inline uint32_t flow_hash(WorkerC *w, const Frame *frame) noexcept nogil:
         h ^= proto
     else:
         h = vs_get32(data + 2) ^ vs_get32(data + 8) ^ vs_get16(data) ^ vs_get16(data + 6)
-    h *= <uint32_t>0x9E3779B1u
-    return h ^ (h >> 15)
+    # Every bit of the sum reaches the low ones, of which few decide: addresses of one lab differ in
+    # a byte that may lie anywhere. (The finalizer of MurmurHash3.)
+    h ^= h >> 16
+    h *= <uint32_t>0x85EBCA6Bu
+    h ^= h >> 13
+    h *= <uint32_t>0xC2B2AE35u
+    return h ^ (h >> 16)
 
 
 cdef inline void learn(
