@@ -75,6 +75,8 @@ async def _run(settings: Settings, config_path: Path | None, create: Create) -> 
     stopping = asyncio.Event()
     seen: list[int] = []
     for number in _SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup: it is to outlive its terminal
         loop.add_signal_handler(number, _on_signal, number, seen, stopping)
 
     # First of all, because a second switch with the same configuration must fail before it

@@ -94,6 +94,19 @@ def test_signals_end_it_in_order(start: Start, tmp_path: Path, number: int) -> N
     assert sockets(tmp_path) == []
 
 
+def test_nohup_lets_it_outlive_its_terminal(start: Start, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    with Client(tmp_path / "run/deep/c.sock", timeout=DEADLINE_S) as client:
+        assert client.ping() > 0
+        client.stop()
+    assert end(process)[0] == 0
+
+
 def test_stop_over_the_control_socket(start: Start, tmp_path: Path) -> None:
     process = start()
     with Client(tmp_path / "run/deep/c.sock", timeout=DEADLINE_S) as client:
