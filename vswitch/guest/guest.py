@@ -181,12 +181,23 @@ class SoftwareGuest:
         return self._frontend
 
     @property
+    def path(self) -> str:
+        """The socket of the present or last connection."""
+        if self._path is None:
+            raise GuestError(f"{self.name}: this guest was never connected")
+        return str(self._path)
+
+    @property
     def connected(self) -> bool:
         """Whether there is a connection that the backend has not closed."""
         return self._frontend is not None and not self._frontend.closed_by_backend
 
     def connect(self, path: str | Path, timeout: float = DEFAULT_TIMEOUT_S) -> None:
-        """Connect to a backend in server mode and start with fresh rings."""
+        """Connect to a backend in server mode and start with fresh rings.
+
+        An older connection is dropped first: backends take one frontend at a time.
+        """
+        self.drop()
         self._path = path
         self._start(Frontend.connect(path, timeout), fresh=True)
 
@@ -199,6 +210,7 @@ class SoftwareGuest:
         """Wait for the backend to connect and start with fresh rings."""
         if self._listener is None:
             raise GuestError(f"{self.name}: this guest does not listen")
+        self.drop()
         self._start(self._listener.accept(timeout), fresh=True)
 
     def reconnect(self, timeout: float = DEFAULT_TIMEOUT_S) -> None:
@@ -324,9 +336,16 @@ class SoftwareGuest:
                 queue.ring.post()
 
     def start_rings(self) -> None:
-        """Hand memory and rings to the backend and enable them, each from its `base`."""
+        """Hand memory and rings to the backend and enable them, each from its `base`.
+
+        They are enabled before they start: a backend discards what lies in a transmitq that is
+        started and disabled.
+        """
         frontend = self.frontend
         frontend.set_mem_table(*self.memory.table())
+        if Feature.PROTOCOL_FEATURES in self.features:
+            for queue in self.queues():
+                frontend.set_vring_enable(queue.index, True)
         for queue in self.queues():
             frontend.set_vring_num(queue.index, queue.layout.size)
             frontend.set_vring_base(queue.index, queue.base)
@@ -334,9 +353,6 @@ class SoftwareGuest:
             frontend.set_vring_call(queue.index, queue.call_fd)
             frontend.set_vring_err(queue.index, queue.err_fd)
             frontend.set_vring_kick(queue.index, queue.kick_fd)
-        if Feature.PROTOCOL_FEATURES in self.features:
-            for queue in self.queues():
-                frontend.set_vring_enable(queue.index, True)
         frontend.sync()
         for queue in self.queues():
             queue.kick()
