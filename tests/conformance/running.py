@@ -68,6 +68,18 @@ class RunningSwitch:
             found = self._more.wait_for(lambda: self.log.find(text, start) >= 0, timeout)
             assert found, f"no {text!r} in the log after {timeout:g} s:\n{self.log[start:]}"
 
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+        self._close_log()
+
+    def _close_log(self) -> None:
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
     def stop(self) -> None:
         """Stop it as a user does, and see that it went in good order."""
         self.client.close()
@@ -79,9 +91,7 @@ class RunningSwitch:
             self.process.wait()
             raise
         finally:
-            self._reader.join()
-            assert self.process.stderr is not None
-            self.process.stderr.close()
+            self._close_log()
         assert status == 0, self.log
         assert "Traceback" not in self.log, self.log
 
