@@ -354,12 +354,33 @@ def test_requests_need_the_feature_they_belong_to() -> None:
         await peer.send(Request.SEND_RARP, u64(0x123456))
         assert "protocol feature RARP was not negotiated" in complaint(await peer.hung_up())
 
-    async def enable(peer: Peer) -> None:
-        await peer.send(Request.SET_VRING_ENABLE, state(0, 1))
-        assert "PROTOCOL_FEATURES was not negotiated" in complaint(await peer.hung_up())
-
     with_peer(rarp)
-    with_peer(enable)
+
+
+def test_enabling_before_the_features_as_qemu_does() -> None:
+    async def test(peer: Peer) -> None:
+        await peer.send(Request.SET_VRING_ENABLE, state(0, 1))
+        await peer.send(Request.SET_VRING_ENABLE, state(1, 0))
+        await running(peer)
+        await start(peer, 1, enable=False)
+        assert peer.datapath.running[0].enabled
+        assert not peer.datapath.running[1].enabled
+        assert ("enable", 0, True) not in peer.datapath.calls
+
+    with_peer(test)
+
+
+def test_enabling_means_nothing_without_protocol_features() -> None:
+    async def test(peer: Peer) -> None:
+        await peer.send(Request.SET_FEATURES, u64(OFFERED))
+        await give_memory(peer)
+        await start(peer, enable=False)
+        await peer.send(Request.SET_VRING_ENABLE, state(0, 0))
+        await peer.ask(Request.GET_FEATURES)
+        assert "enable" not in [call[0] for call in peer.datapath.calls]
+        assert peer.datapath.running[0].enabled
+
+    with_peer(test)
 
 
 def test_a_base_cannot_be_set_under_a_running_ring() -> None:

@@ -179,10 +179,6 @@ class Backend:
             return
         running = await self._stop(self._running())
         self.features = features
-        # "Ring states": without PROTOCOL_FEATURES rings start enabled, SET_VRING_ENABLE is unknown.
-        if Feature.PROTOCOL_FEATURES not in features:
-            for vring in self.vrings.values():
-                vring.enabled = True
         await self._start(running)
 
     async def _get_protocol_features(self, _: Message) -> bytes:
@@ -209,7 +205,7 @@ class Backend:
         """Deprecated; the document recommends to disable all rings, and so we do."""
         await self._stop(self._running())
         for vring in self.vrings.values():
-            vring.enabled = Feature.PROTOCOL_FEATURES not in self.features
+            vring.wanted = False
             vring.forget_kick()
 
     async def _reset_device(self, _: Message) -> None:
@@ -313,15 +309,14 @@ class Backend:
     async def _set_vring_enable(self, message: Message) -> None:
         index, flag = protocol.decode_vring_state(message.payload)
         vring = self._vring("SET_VRING_ENABLE", index)
-        if Feature.PROTOCOL_FEATURES not in self.features:
-            raise MalformedError("SET_VRING_ENABLE: feature PROTOCOL_FEATURES was not negotiated")
         if flag > 1:
             raise MalformedError(f"SET_VRING_ENABLE: num {flag} of vring {index} is not 0 or 1")
-        if vring.enabled != bool(flag):
-            vring.enabled = bool(flag)
-            if vring.started:
-                await self._datapath.enable_ring(index, vring.enabled)
-                self._changed()
+        before = vring.enabled(self.features)
+        vring.wanted = bool(flag)
+        now = vring.enabled(self.features)
+        if vring.started and now != before:
+            await self._datapath.enable_ring(index, now)
+            self._changed()
 
     # Network
 
@@ -344,8 +339,7 @@ class Backend:
         if index >= count:
             raise MalformedError(f"{name}: vring index {index}, the port has {count} vrings")
         if index not in self.vrings:
-            enabled = Feature.PROTOCOL_FEATURES not in self.features
-            self.vrings[index] = Vring(index, enabled=enabled)
+            self.vrings[index] = Vring(index)
         return self.vrings[index]
 
     def _take_vring_fd(self, name: str, message: Message) -> tuple[int, int]:

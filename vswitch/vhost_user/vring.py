@@ -21,7 +21,8 @@ class Vring:
     """One virtqueue as set up by SET_VRING_*; descriptors are -1 where there is none."""
 
     index: int
-    enabled: bool = False
+    wanted: bool = False
+    """What SET_VRING_ENABLE said last; it counts only with PROTOCOL_FEATURES, see `enabled`."""
     started: bool = False
     size: int = 0
     desc_uva: int = 0
@@ -41,6 +42,13 @@ class Vring:
         """Nothing is missing for it to run, save memory."""
         return self.size > 0 and self.placed and self.kickable
 
+    def enabled(self, features: Feature) -> bool:
+        """ "Ring states": without PROTOCOL_FEATURES rings are enabled from their start.
+
+        QEMU sends SET_VRING_ENABLE before SET_FEATURES, so what it said is kept until it counts.
+        """
+        return self.wanted or Feature.PROTOCOL_FEATURES not in features
+
     def setup(self, features: Feature) -> RingSetup:
         return RingSetup(
             size=self.size,
@@ -49,7 +57,7 @@ class Vring:
             avail_uva=self.avail_uva,
             base=self.base,
             features=features,
-            enabled=self.enabled,
+            enabled=self.enabled(features),
             kick_fd=self.kick_fd,
             call_fd=self.call_fd,
         )
