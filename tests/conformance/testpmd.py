@@ -31,12 +31,20 @@ class Testpmd:
         for vdev in vdevs:
             command += ["--vdev", vdev]
         self.log = ""
-        self._process = subprocess.Popen(
-            [*command, "--", "-i", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        # A terminal to write to: into a pipe it would keep its output back in a buffer.
+        self._terminal, terminal = os.openpty()
+        try:
+            self._process = subprocess.Popen(
+                [*command, "--", "-i", *options],
+                stdin=subprocess.PIPE,
+                stdout=terminal,
+                stderr=subprocess.STDOUT,
+            )
+        except BaseException:
+            os.close(self._terminal)
+            raise
+        finally:
+            os.close(terminal)
         self._more = threading.Condition()
         self._ended = False
         self._reader = threading.Thread(target=self._read, name="testpmd output", daemon=True)
@@ -64,9 +72,12 @@ class Testpmd:
         }
 
     def _read(self) -> None:
-        """Take in output as it comes: testpmd stops dead when the pipe is full."""
-        assert self._process.stdout is not None
-        while data := os.read(self._process.stdout.fileno(), 65536):
+        """Take in output as it comes: testpmd stops dead when the terminal is full."""
+        while True:
+            try:
+                data = os.read(self._terminal, 65536)
+            except OSError:  # EIO: the last writer has gone
+                break
             with self._more:
                 self.log += data.decode(errors="replace")
                 self._more.notify_all()
@@ -96,9 +107,9 @@ class Testpmd:
                 self._process.kill()
                 self._process.wait()
         self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        os.close(self._terminal)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def __enter__(self) -> Testpmd:
         return self
