@@ -177,6 +177,15 @@ class Frontend:
             data += part
         return data
 
+    def read_to_end(self) -> bytes:
+        """All that the backend still sends until it closes the connection."""
+        data = b""
+        while True:
+            try:
+                data += self.receive(1)
+            except BackendClosedError:
+                return data
+
     # Messages.
 
     def send(
