@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from fakeswitch import FakeSwitch
 
 from vswitch.control.server import ControlServer
@@ -28,7 +30,7 @@ class Controlled:
         self.switch: FakeSwitch
         self.server: ControlServer
         self._started = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # as in a real switch
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         assert self._started.wait(DEADLINE_S)
@@ -70,6 +72,7 @@ class Controlled:
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # its loop has ended just now
+                self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()

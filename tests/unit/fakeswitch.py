@@ -25,6 +25,8 @@ class FakeSwitch:
         self._ids: dict[str, int] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
+        self.may_go_on = asyncio.Event()
+        """Until then, adding a port named `slow` waits."""
 
     @classmethod
     async def create(cls, settings: Settings) -> FakeSwitch:
@@ -60,6 +62,8 @@ class FakeSwitch:
             raise ExistsError(f'port "{settings.name}" exists', hint="choose another name")
         if settings.name == "no-socket":
             raise SocketError("cannot listen", hint="choose another path")
+        if settings.name == "slow":
+            await self.may_go_on.wait()
         if settings.name == "bug":
             raise RuntimeError("an error nobody thought of")
         if settings.mode == "server":

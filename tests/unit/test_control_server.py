@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import re
@@ -187,6 +188,38 @@ def test_clients_that_leave_in_mid_request(controlled: Controlled) -> None:
         client.socket.close()
     controlled.wait(lambda: not controlled.server._tasks)
     assert Raw(controlled.path).call("ping") == "pong"
+
+
+def test_clients_that_leave_before_their_answers_or_events(controlled: Controlled, caplog) -> None:
+    for how in ("close", "reset"):
+        for _ in range(20):
+            client = Raw(controlled.path)
+            client.call("subscribe")
+            client.send(*([0, i, "stats", []] for i in range(300)))
+            if how == "close":
+                client.socket.shutdown(socket.SHUT_WR)
+            client.socket.close()
+            for i in range(100):
+                controlled.do(controlled.switch.emit, "mac-learned", "vm1", vlan=i)
+    controlled.wait(lambda: not controlled.server._tasks)
+    assert controlled.do(lambda: controlled.switch.subscribers) == 0
+    gc.collect()
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_client_that_leaves_while_its_request_is_served(controlled: Controlled, caplog) -> None:
+    client = Raw(controlled.path)
+    client.call("subscribe")
+    client.send([0, 1, "add_port", [{"name": "slow", "socket": "/nowhere/x", "mode": "client"}]])
+    client.send([0, 2, "ping", []])
+    client.socket.close()
+    for i in range(20):
+        controlled.do(controlled.switch.emit, "mac-learned", "vm1", vlan=i)
+    controlled.do(controlled.switch.may_go_on.set)
+    controlled.wait(lambda: not controlled.server._tasks)
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_client_that_reads_nothing_holds_up_nobody(controlled: Controlled) -> None:

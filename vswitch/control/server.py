@@ -207,7 +207,7 @@ class _Connection:
                 await self._handle(decoder, data)
         except ProtocolError as exc:
             _log.warning("%s: closed: %s", self._label, exc.message)
-            self._writer.write(pack_response(None, exc))
+            await self._send(pack_response(None, exc))
         finally:
             self._unsubscribe()
             pump.cancel()
@@ -228,8 +228,7 @@ class _Connection:
                 if exc.msgid is None:
                     raise  # no client at all: the first letter of HTTP would be a message
                 _log.warning("%s: invalid request: %s", self._label, exc.message)
-                self._writer.write(pack_response(exc.msgid, exc))
-                await self._writer.drain()
+                await self._send(pack_response(exc.msgid, exc))
                 data = b""
 
     async def _answer(self, request: Request) -> None:
@@ -250,8 +249,13 @@ class _Connection:
         if error is not None:
             _log.debug("%s: %s: %s", self._label, request.method, error.message)
             response = pack_response(request.msgid, error)
-        self._writer.write(response)
-        # Until the client has read most of it, it gets no other answer: memory stays bounded.
+        await self._send(response)
+
+    async def _send(self, data: bytes) -> None:
+        """Return when the client has read most of it: memory stays bounded. Raises OSError."""
+        if self._writer.is_closing():
+            raise ConnectionResetError  # uvloop's own error for that is a RuntimeError
+        self._writer.write(data)
         await self._writer.drain()
 
     def _subscribe(self, names: frozenset[str] | None) -> None:
@@ -284,8 +288,7 @@ class _Connection:
                 await self._has_events.wait()
                 self._has_events.clear()
                 while self._events:
-                    self._writer.write(self._events.popleft())
-                    await self._writer.drain()
+                    await self._send(self._events.popleft())
                     if self._lost and not self._events:
-                        self._writer.write(pack_notification("lost", {"count": self._lost}))
-                        self._lost = 0
+                        lost, self._lost = self._lost, 0
+                        await self._send(pack_notification("lost", {"count": lost}))
