@@ -13,7 +13,6 @@ from frames import BROADCAST, frame, mac
 from running import Wire, teach
 
 from vswitch.guest import (
-    BackendClosedError,
     BackendRefusedError,
     Frontend,
     SoftwareGuest,
