@@ -33,6 +33,7 @@ cdef struct FlowC:
     int tx_kick_fd
     int rx_kick_fd
     uint32_t window            # frames in flight at most; 0: what the rings hold
+    uint64_t write_off_ns      # a window without an arrival for so long is lost
     uint32_t n_frames          # templates
     uint8_t **frames
     uint32_t *frame_lens

@@ -33,6 +33,7 @@ class Flow:
         *,
         window: int = 0,
         verify: bool = False,
+        write_off_s: float = 0.1,
     ) -> None: ...
 
 class Load:

@@ -64,7 +64,6 @@ cdef enum:
     SEQ_LEN = 8
     CLOCK_EVERY = 64           # loops between two looks at the clock
     YIELD_AFTER = 4096         # loops without work before the core is offered to others
-    WRITE_OFF_NS = 20000000    # a closed window without an arrival for so long: its frames are lost
 
 SEQUENCE_LEN = SEQ_LEN
 
@@ -325,7 +324,7 @@ cdef inline void look_after(FlowC *flow, uint64_t now) noexcept nogil:
             split_calls_off(flow.tx)
         if flow.rx != NULL:
             split_calls_off(flow.rx)
-    if flow.window and flow.in_flight >= flow.window and now - flow.progress_ns > WRITE_OFF_NS:
+    if flow.window and flow.in_flight >= flow.window and now - flow.progress_ns > flow.write_off_ns:
         flow.written_off += flow.in_flight
         flow.in_flight = 0
         flow.progress_ns = now
@@ -379,13 +378,15 @@ cdef class Flow:
 
     `tx` and `rx` are the queues of SoftwareGuest (GuestQueue); either may be None. `frames` are
     sent in turn, header not included. `window` is the most frames in flight, 0: as many as the
-    rings hold. With `verify` the last SEQUENCE_LEN bytes of each frame carry a sequence number, and
-    every byte that arrives is compared; all frames that come to `rx` must then be this flow's.
-    Nobody else may use the queues during a run.
+    rings hold; what is in a window where nothing arrives for `write_off_s` is taken for lost. With
+    `verify` the last SEQUENCE_LEN bytes of each frame carry a sequence number, and every byte that
+    arrives is compared; all frames that come to `rx` must then be this flow's. Nobody else may use
+    the queues during a run.
     """
 
     def __init__(
-        self, tx, rx, list frames not None, *, uint32_t window=0, bint verify=False
+        self, tx, rx, list frames not None, *, uint32_t window=0, bint verify=False,
+        double write_off_s=0.1,
     ):
         cdef uint32_t i
         cdef bytes frame
@@ -401,6 +402,7 @@ cdef class Flow:
         self.frames = [bytes(frame) for frame in frames]
         c.window = window
         c.verify = verify
+        c.write_off_ns = <uint64_t>(write_off_s * 1e9)
         c.n_frames = <uint32_t>len(frames)
         c.frames = <uint8_t **>calloc(len(frames), sizeof(uint8_t *))
         c.frame_lens = <uint32_t *>calloc(len(frames), sizeof(uint32_t))
