@@ -161,7 +161,9 @@ def test_verified_load(backend: tuple[Path, Path]) -> None:
         a.connect(backend[0])
         b.connect(backend[1])
         templates = frames(B, A, [60, 128, 1514])
-        flow = Flow(a.transmitqs[0], b.receiveqs[0], templates, window=64, verify=True)
+        flow = Flow(
+            a.transmitqs[0], b.receiveqs[0], templates, window=64, verify=True, write_off_s=10.0
+        )
         (result,) = Load([flow]).run(10.0, frames=200_000, settle_s=1.0)
         assert result.sent == result.received == 200_000
         assert (result.lost, result.misordered, result.corrupt, result.written_off) == (0, 0, 0, 0)

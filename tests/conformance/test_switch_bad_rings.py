@@ -286,7 +286,7 @@ def test_neighbours_under_load(wire: Wire) -> None:
     flows = [
         Flow(
             sender.transmitqs[0], receiver.receiveqs[0], frames(dst, src, [60, 1514]),
-            window=64, verify=True,
+            window=64, verify=True, write_off_s=10.0,
         )
         for sender, receiver, dst, src in ((b, c, C, B), (c, b, B, C))
     ]  # fmt: skip

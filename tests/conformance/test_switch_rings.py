@@ -150,6 +150,7 @@ def test_indices_wrap_under_load(wire: Wire, polling: bool) -> None:
             frames(format_mac(receiver.mac), format_mac(sender.mac), [60, 128, 1514]),
             window=100,
             verify=True,
+            write_off_s=10.0,
         )
         for sender, receiver in ((a, b), (b, a))
     ]
