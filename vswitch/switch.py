@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Self, cast
 
 from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
@@ -173,14 +174,15 @@ class Switch:
     # FDB
 
     def fdb(self) -> list[FdbEntry]:
+        names = {number: port.name for number, port in self._by_id.items()}
         found = []
         for key, number, static, age in self._engine.fdb.entries():
-            port = self._by_id.get(number)
-            if port is None:
+            if number not in names:
                 continue  # of a port that is just being removed
             mac, vlan = key_mac(key)
-            found.append(FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age))
-        return sorted(found, key=lambda entry: (entry["vlan"], entry["mac"]))
+            found.append(FdbEntry(mac=mac, vlan=vlan, port=names[number], static=static, age_s=age))
+        found.sort(key=itemgetter("vlan", "mac"))
+        return found
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
         key = _key(mac, vlan)
@@ -189,7 +191,8 @@ class Switch:
             if other == key and static and number != target.fast.id:
                 raise ExistsError(
                     f"{mac} (VLAN {vlan}) is a static entry of port {self._by_id[number].name}",
-                    hint=f"delete it first: vswitchctl fdb del {mac}",
+                    hint="delete it first: vswitchctl fdb del "
+                    + (mac if not vlan else f"{mac} --vlan {vlan}"),
                 )
         if not self._engine.fdb.add_static(key, target.fast.id):
             raise VswitchError(

@@ -244,8 +244,7 @@ def test_idle_workers_sleep_and_busy_polling_does_not() -> None:
         assert awake.workers[0].stats()["sleeps"] == 0
         still = sleepy.workers[0].stats()["loops"]
         settle(sleepy)
-        eventually(lambda: sleepy.workers[0].stats()["state"] == "sleeping")
-        assert sleepy.workers[0].stats()["loops"] > still
+        eventually(lambda: sleepy.workers[0].stats()["loops"] > still)
 
 
 def test_port_numbers_come_back_and_end() -> None:
