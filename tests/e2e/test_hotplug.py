@@ -1,0 +1,36 @@
+"""Ports come and go while others forward."""
+
+from __future__ import annotations
+
+from testbed import NAMES, NETWORK, Testbed, pinging, pings_until_answered, wait_until
+
+from vswitch.guest import SoftwareGuest
+
+
+def test_ports_come_and_go_while_others_forward(testbed: Testbed) -> None:
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    path = testbed.socket("hot")
+    with pinging(vm1, vm2):
+        for _ in range(5):
+            testbed.ctl("add-port", "hot", path)
+            with SoftwareGuest("52:54:00:77:00:aa", f"{NETWORK}.100") as guest:
+                guest.connect(path)
+                assert guest.ping(vm1.ip)
+                assert testbed.fdb()["52:54:00:77:00:aa"] == "hot"
+                testbed.ctl("del-port", "hot")
+            assert not path.exists()
+            assert "52:54:00:77:00:aa" not in testbed.fdb()
+
+
+def test_port_of_a_running_guest_is_deleted_and_added_again(testbed: Testbed) -> None:
+    vm1, vm2, vm3 = testbed.require(*NAMES)
+    with pinging(vm1, vm2):
+        testbed.ctl("del-port", "vm3")
+        assert testbed.ctl_refused("show", "vm3").code == "not-found"
+        wait_until("vm3 sees the link go", lambda: not vm3.carrier())
+        assert not vm3.ping(vm1.ip, timeout_s=1)
+        testbed.ctl("add-port", "vm3", testbed.socket("vm3"))
+        testbed.wait_state("vm3", "ready")
+        wait_until("vm3 sees the link come back", vm3.carrier)
+    pings_until_answered(vm3, vm1.ip)
+    assert vm2.ping(vm3.ip, count=3, timeout_s=5)

@@ -1,0 +1,73 @@
+"""Wrong command lines of QEMU: the switch says what is wrong, and the others keep forwarding."""
+
+from __future__ import annotations
+
+from testbed import Testbed, pinging, wait_until
+
+
+def test_guest_memory_without_share_on(testbed: Testbed) -> None:
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    with testbed.in_place_of("vm3", share=False) as vm3, pinging(vm1, vm2):
+        logged = testbed.log_len()
+        testbed.ctl("add-port", "vm3", testbed.socket("vm3"))
+        vm3.start().wait_up()
+        wait_until(
+            "the switch says so in its log", lambda: "share=on" in testbed.logged_after(logged)
+        )
+        assert "port vm3: the guest's memory is not shared" in testbed.logged_after(logged)
+        shown = testbed.show("vm3")
+        assert "share=on" in (shown["warning"] or shown["error"])
+        assert not vm3.ping(vm1.ip, timeout_s=1)
+        for other in ("vm1", "vm2"):
+            assert testbed.show(other)["warning"] is None
+    # The same port with a good command line.
+    (vm3,) = testbed.require("vm3")
+    assert vm3.ping(vm1.ip, count=3, timeout_s=5)
+    assert testbed.show("vm3")["warning"] is None
+
+
+def test_both_ends_listen_and_qemu_was_first(testbed: Testbed) -> None:
+    path = testbed.socket("vm3")
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    with testbed.in_place_of("vm3", listen=True) as vm3, pinging(vm1, vm2):
+        vm3.start()
+        wait_until("QEMU listens", path.exists)
+        refusal = testbed.ctl_refused("add-port", "vm3", path)
+        assert refusal.code == "socket"
+        assert str(path) in refusal.message
+        assert f"process {vm3.pid} (qemu-system" in refusal.message
+        assert "--client" in refusal.hint
+        # What the hint says helps.
+        testbed.ctl("add-port", "--client", "vm3", path)
+        with testbed.client() as client:
+            wait_until("QEMU is connected", lambda: client.port("vm3")["connects"] == 1)
+
+
+def test_both_ends_listen_and_the_switch_was_first(testbed: Testbed) -> None:
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    with testbed.in_place_of("vm3", listen=True) as vm3, pinging(vm1, vm2):
+        logged = testbed.log_len()
+        testbed.ctl("add-port", "vm3", testbed.socket("vm3"))
+        vm3.start()  # QEMU removes the switch's socket and puts its own there.
+        wait_until("the port says so", lambda: testbed.show("vm3")["error"])
+        assert "both ends listen" in testbed.show("vm3")["error"]
+        assert "port vm3: " in testbed.logged_after(logged)
+        assert "both ends listen" in testbed.logged_after(logged)
+
+
+def test_both_ends_connect(testbed: Testbed) -> None:
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    path = testbed.socket("vm3")
+    with testbed.in_place_of("vm3") as vm3, pinging(vm1, vm2):
+        logged = testbed.log_len()
+        testbed.ctl("add-port", "--client", "vm3", path)
+        vm3.start()
+        testbed.wait_state("vm3", "connecting")
+        wait_until("the port says so", lambda: testbed.show("vm3")["error"])
+        assert "server=on" in testbed.show("vm3")["error"]
+        wait_until("the log says so", lambda: "server=on" in testbed.logged_after(logged))
+        # One end listens: QEMU, which tries every second, finds it.
+        testbed.ctl("del-port", "vm3")
+        testbed.ctl("add-port", "vm3", path)
+        with testbed.client() as client:
+            wait_until("QEMU is connected", lambda: client.port("vm3")["connects"] == 1)

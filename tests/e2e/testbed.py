@@ -1,0 +1,288 @@
+"""One switch and three QEMU guests that all end-to-end tests share.
+
+A test says with `require` which guests it needs and gets them booted and on the wire, whatever an
+earlier test left behind; at most three run at a time. The switch is driven as a user would, with
+`vswitchctl --json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vswitch import Client
+from vswitch.lab import process
+from vswitch.lab.guest import Guest, GuestSettings
+from vswitch.lab.image import GuestImage
+from vswitch.lab.switch_process import SwitchProcess
+
+NAMES = ("vm1", "vm2", "vm3")
+NETWORK = "10.77.0"
+HOST_IP = f"{NETWORK}.254"
+
+VSWITCHCTL = Path(sys.executable).with_name("vswitchctl")
+
+
+def wait_until(
+    what: str, condition: Callable[[], object], timeout_s: float = 15.0, interval_s: float = 0.02
+) -> None:
+    """Wait for `condition` to be true, AssertionError after `timeout_s` seconds."""
+    deadline = process.Deadline(timeout_s)
+    while not condition():
+        assert not deadline.passed(), f"not within {timeout_s:g} s: {what}"
+        time.sleep(interval_s)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a failed `vswitchctl --json` said."""
+
+    exit_code: int
+    code: str
+    message: str
+    hint: str
+
+
+class Testbed:
+    """See the module. `directory` holds configuration, sockets and logs."""
+
+    __test__ = False
+
+    def __init__(self, directory: Path, image: GuestImage) -> None:
+        self.directory = directory
+        self.image = image
+        self.control = directory / "control.sock"
+        self.config = directory / "ports.toml"
+        self.log = directory / "vswitch.log"
+        self.switch = SwitchProcess(self.config, self.control, self.log)
+        self.guests = {name: self._guest(self.settings(name)) for name in NAMES}
+        ports = [
+            f'[[port]]\nname = "{name}"\nsocket = "{self.socket(name)}"\nmode = "server"\n'
+            for name in NAMES
+        ]
+        self.config.write_text(
+            "\n".join([f'[switch]\nname = "e2e"\ncontrol = "{self.control}"\n', *ports])
+        )
+
+    def close(self) -> None:
+        """Stop the guests, then the switch, which must end well."""
+        for guest in self.guests.values():
+            guest.stop()
+        if self.switch.running:
+            assert self.switch.stop() == 0, "the switch's exit code"
+
+    # Guests.
+
+    def socket(self, port: str) -> Path:
+        return self.directory / f"{port}.sock"
+
+    def settings(self, name: str) -> GuestSettings:
+        """How a guest is when nothing special is asked for. Two kinds of memory are among them."""
+        number = NAMES.index(name) + 1
+        return GuestSettings(
+            name=name,
+            socket=self.socket(name),
+            mac=f"52:54:00:77:00:{number:02x}",
+            ip=f"{NETWORK}.{number}/24",
+            memory_mib=160,
+            memory_backend="shm" if name == "vm2" else "memfd",
+        )
+
+    def _guest(self, settings: GuestSettings) -> Guest:
+        return Guest(settings, self.image, self.directory)
+
+    def require(self, *names: str) -> list[Guest]:
+        """The named guests, running, booted, and with a port that forwards."""
+        if not self.switch.running:
+            self.switch.start()
+        ports = {port["name"] for port in self.ctl("list-ports")}
+        started = []
+        for name in names:
+            if name not in ports:
+                self.ctl("add-port", name, self.socket(name))
+            if not self.guests[name].running:
+                started.append(self.guests[name].start())
+        for guest in started:
+            guest.wait_up()
+        for name in names:
+            self.wait_state(name, "ready")
+        return [self.guests[name] for name in names]
+
+    @contextmanager
+    def in_place_of(self, name: str, **changes: Any) -> Iterator[Guest]:
+        """A guest that differs from the usual one called `name`, which is stopped for it.
+
+        It is not started, and the port is gone: the test does both. Afterwards all is as before.
+        """
+        usual = self.guests[name]
+        usual.stop()
+        self._remove_port(name)
+        guest = self._guest(replace(self.settings(name), **changes))
+        self.guests[name] = guest
+        try:
+            yield guest
+        finally:
+            guest.stop()
+            self._remove_port(name)
+            self.socket(name).unlink(missing_ok=True)
+            self.guests[name] = usual
+
+    def _remove_port(self, name: str) -> None:
+        if self.switch.running and name in {port["name"] for port in self.ctl("list-ports")}:
+            self.ctl("del-port", name)
+
+    # The switch.
+
+    def ctl(self, *words: object) -> Any:
+        """What `vswitchctl --json WORDS` prints; it must succeed."""
+        done = self._ctl(words)
+        assert done.returncode == 0, f"vswitchctl {words}: {done.stderr}"
+        return json.loads(done.stdout)
+
+    def ctl_refused(self, *words: object) -> Refusal:
+        """How `vswitchctl --json WORDS` fails; it must."""
+        done = self._ctl(words)
+        assert done.returncode != 0, f"vswitchctl {words} succeeded: {done.stdout}"
+        error = json.loads(done.stderr)["error"]
+        return Refusal(done.returncode, error["code"], error["message"], error["hint"])
+
+    def _ctl(self, words: tuple[object, ...]) -> subprocess.CompletedProcess[str]:
+        argv = [str(VSWITCHCTL), "--socket", str(self.control), "--json", *map(str, words)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+
+    def client(self) -> Client:
+        return Client(self.control)
+
+    def show(self, port: str) -> Any:
+        """What `vswitchctl --json show PORT` says about it."""
+        shown = self.ctl("show", port)
+        return shown[0] if isinstance(shown, list) else shown
+
+    def wait_state(self, port: str, state: str, timeout_s: float = 15.0) -> None:
+        with self.client() as client:
+            wait_until(
+                f"port {port} is {state}",
+                lambda: client.port(port)["state"] == state,
+                timeout_s,
+            )
+
+    def fdb(self) -> dict[str, str]:
+        """MAC address -> port."""
+        return {entry["mac"]: entry["port"] for entry in self.ctl("fdb", "show")}
+
+    def logged_after(self, offset: int) -> str:
+        """What the switch logged since its log was `offset` bytes long."""
+        return self.log.read_bytes()[offset:].decode()
+
+    def log_len(self) -> int:
+        return self.log.stat().st_size
+
+
+class SteadyPing:
+    """A ping that runs in a guest meanwhile; see `pinging`."""
+
+    def __init__(self, source: Guest, address: str) -> None:
+        self._source = source
+        source.check(f"ping -q -i 0.05 {address} >/tmp/ping.log 2>&1 & echo $! >/tmp/ping.pid")
+
+    def stop(self) -> tuple[int, int]:
+        """End it; how many requests it sent and how many answers came."""
+        said = self._source.check(
+            "pid=$(cat /tmp/ping.pid); kill -INT $pid; "
+            "while kill -0 $pid 2>/dev/null; do usleep 10000; done; cat /tmp/ping.log"
+        )
+        found = re.search(r"(\d+) packets transmitted, (\d+) packets received", said)
+        assert found is not None, said
+        return int(found[1]), int(found[2])
+
+
+@contextmanager
+def pinging(source: Guest, target: Guest) -> Iterator[None]:
+    """Twenty pings a second from guest to guest while the block runs, of which none may get lost.
+
+    One request may be on its way when the ping is stopped.
+    """
+    assert source.ping(target.ip), f"{source.name} does not reach {target.name} to begin with"
+    steady = SteadyPing(source, target.ip)
+    try:
+        yield
+    finally:
+        sent, answered = steady.stop()
+    assert sent >= 5, "the block was too short to mean anything"
+    assert answered >= sent - 1, f"{source.name} -> {target.name}: {sent - answered} of {sent} lost"
+
+
+def pings_until_answered(source: Guest, address: str, timeout_s: float = 20.0) -> None:
+    """Wait until an address answers, as someone would with `ping` in a terminal."""
+    wait_until(
+        f"{address} answers {source.name}", lambda: source.ping(address, timeout_s=1), timeout_s
+    )
+
+
+class Transfer:
+    """Bytes through a TCP connection between two guests, hashed on both sides.
+
+    nc only opens the connection (-e) and leaves it to programs that read and write large blocks:
+    its own copying is most of the work otherwise.
+    """
+
+    PORT = 5000
+    BLOCK_LEN = 5_000_000
+
+    def __init__(self, sender: Guest, receiver: Guest, size: int) -> None:
+        self._sender = sender
+        self._receiver = receiver
+        self.sent_sum = make_data(sender, size)
+        receive(receiver, self.PORT)
+        sender.check(
+            "echo 'exec cat /tmp/data' >/tmp/send; chmod +x /tmp/send; rm -f /tmp/sent\n"
+            f"(nc {receiver.ip} {self.PORT} -e /tmp/send; echo $? >/tmp/sent) >/dev/null 2>&1 &"
+        )
+
+    def finish(self, timeout_s: float = 60.0) -> None:
+        """Wait for the end; the receiver's hash must be the sender's."""
+        assert received_sum(self._receiver, timeout_s) == self.sent_sum
+        sent = self._sender.check("until [ -s /tmp/sent ]; do usleep 20000; done; cat /tmp/sent")
+        assert sent.strip() == "0"
+        self._sender.check("rm /tmp/data")
+
+    def under_way(self) -> bool:
+        return self._receiver.run("[ -e /tmp/sum ]").exit_code != 0
+
+
+def make_data(guest: Guest, size: int) -> str:
+    """Write /tmp/data and return its hash.
+
+    A random block over and over, each time with its number: random numbers for all of it would
+    take a guest longer than to send it, and still no two places may be mistaken for each other.
+    """
+    blocks = -(-size // Transfer.BLOCK_LEN)
+    return guest.check(
+        f"head -c {Transfer.BLOCK_LEN} /dev/urandom >/tmp/block\n"
+        f"for i in $(seq {blocks}); do echo $i; cat /tmp/block; done | head -c {size} >/tmp/data\n"
+        "rm /tmp/block; sha256sum </tmp/data",
+        timeout_s=60,
+    )
+
+
+def receive(guest: Guest, port: int) -> None:
+    """Have a guest take one TCP connection and hash what comes; see `received_sum`."""
+    guest.check(
+        "rm -f /tmp/sum; echo 'sha256sum >/tmp/sum.part; mv /tmp/sum.part /tmp/sum' >/tmp/receive\n"
+        "chmod +x /tmp/receive\n"
+        f"nc -l -p {port} -e /tmp/receive >/dev/null 2>&1 &\n"
+        f"until netstat -ltn | grep -q ':{port} '; do usleep 20000; done"
+    )
+
+
+def received_sum(guest: Guest, timeout_s: float = 60.0) -> str:
+    """Wait for the end of the connection that `receive` waits for; the hash of what came."""
+    return guest.check("until [ -s /tmp/sum ]; do usleep 20000; done; cat /tmp/sum", timeout_s)
