@@ -339,7 +339,7 @@ cdef int loop(
     cdef uint64_t now = guest_now_ns()
     cdef uint64_t moved_ns = now
     cdef int rc, moved
-    cdef bint done
+    cdef bint done, unfinished
     while True:
         moved = 0
         for i in range(n_flows):
@@ -362,11 +362,15 @@ cdef int loop(
         if loops % CLOCK_EVERY:
             continue
         now = guest_now_ns()
-        done = sending
+        # Over when all senders are done; flows that only receive have no end of their own.
+        done = False
+        unfinished = False
         for i in range(n_flows):
             look_after(flows[i], now)
-            if flows[i].tx == NULL or flows[i].sent < flows[i].limit:
-                done = False
+            if sending and flows[i].tx != NULL:
+                done = True
+                unfinished |= flows[i].sent < flows[i].limit
+        done = done and not unfinished
         if done or now >= deadline or guest_load_relaxed_int(stopping):
             return 0
         if quiet_ns and now - moved_ns >= quiet_ns:
