@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +35,23 @@ def wire(switch: RunningSwitch) -> Iterator[Wire]:
         yield wire
     finally:
         wire.close()
+
+
+@pytest.fixture
+def start(run_dir: Path) -> Iterator[Callable[..., Wire]]:
+    """Starts switches of their own with the `[switch]` settings given, for one test."""
+    wires: list[Wire] = []
+
+    def start(**settings: object) -> Wire:
+        wire = Wire(RunningSwitch(Path(tempfile.mkdtemp(dir=run_dir)), **settings))
+        wires.append(wire)
+        return wire
+
+    try:
+        yield start
+    finally:
+        for wire in wires:
+            try:
+                wire.close()
+            finally:
+                wire.switch.stop()

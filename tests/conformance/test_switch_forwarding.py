@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
-from running import RunningSwitch, Wire, silent, teach
+from running import Wire, silent, teach
 
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.guest import SoftwareGuest
@@ -212,21 +211,8 @@ def test_pings(wire: Wire) -> None:
         guest.stop_responder()
 
 
-@pytest.fixture
-def quick_aging(run_dir: Path) -> Iterator[Wire]:
-    directory = run_dir / "aging"
-    directory.mkdir()
-    running = RunningSwitch(directory, mac_aging_s=1)
-    wire = Wire(running)
-    try:
-        yield wire
-    finally:
-        wire.close()
-        running.stop()
-
-
-def test_aging(quick_aging: Wire) -> None:
-    wire = quick_aging
+def test_aging(start: Callable[..., Wire]) -> None:
+    wire = start(mac_aging_s=1)
     a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
     events = wire.client.events("mac-learned", "mac-aged", timeout=10.0)
     teach(a, b)
@@ -242,3 +228,25 @@ def test_aging(quick_aging: Wire) -> None:
     assert wire.learned() == {mac(8): "a"}
     a.send([frame(B, A)])
     assert b.recv(1) == c.recv(1) == [frame(B, A)]
+
+
+def test_full_fdb(start: Callable[..., Wire]) -> None:
+    """What finds no place is flooded, and forwarded all the same."""
+    wire = start(fdb_size=16)
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    for n in range(100, 200):
+        sent = frame(BROADCAST, mac(n), tag=n)
+        a.send([sent])
+        assert b.recv(1) == c.recv(1) == [sent]
+    assert 8 <= len(wire.client.fdb()) <= 16
+    known = wire.learned()
+    for n in range(100, 200):
+        sent = frame(mac(n), C, tag=n)
+        c.send([sent])
+        assert a.recv(1) == [sent]
+        # Whoever is not known is looked for everywhere.
+        if mac(n) not in known:
+            assert b.recv(1) == [sent]
+    c.drain()
+    assert silent(a, b)

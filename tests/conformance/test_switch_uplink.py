@@ -1,0 +1,163 @@
+"""Software guests and a TAP uplink: the host's side is a packet socket on the interface."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from frames import BROADCAST, frame, frames, mac
+from running import Wire, silent, teach
+
+A, B = mac(1), mac(2)
+HOST = "52:54:00:00:ff:01"
+ETHERTYPE = 0x88B5
+_numbers = itertools.count()
+
+
+class Tap:
+    """An uplink of the switch, and the host's view of it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.name = f"vswt{os.getpid() % 100000}-{next(_numbers)}"
+        # Made beforehand, to have none of the kernel's own chatter on it from the beginning.
+        subprocess.run(["ip", "tuntap", "add", self.name, "mode", "tap"], check=True)
+        Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6").write_text("1")
+        wire.client.add_uplink(self.name)
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
+        self.socket.bind((self.name, ETHERTYPE))
+        self.socket.settimeout(5.0)
+        self.link("up")
+        wire.wait_state(self.name, "up")
+
+    def link(self, *words: str) -> None:
+        subprocess.run(["ip", "link", "set", self.name, *words], check=True)
+
+    def recv(self, n: int) -> list[bytes]:
+        """Frames that the switch gave to the host; not those that `send` gave to the switch."""
+        got: list[bytes] = []
+        while len(got) < n:
+            try:
+                data, address = self.socket.recvfrom(65536)
+            except OSError as error:
+                if error.errno == errno.ENETDOWN:
+                    continue  # told once, of the interface having been down meanwhile
+                raise
+            if address[2] != socket.PACKET_OUTGOING:
+                got.append(data)
+        return got
+
+    def send(self, frames: list[bytes]) -> None:
+        for data in frames:
+            self.socket.send(data)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.wire.client.del_uplink(self.name)
+        if Path(f"/sys/class/net/{self.name}").exists():
+            subprocess.run(["ip", "link", "del", self.name], check=True)
+
+
+@pytest.fixture
+def tap(wire: Wire) -> Iterator[Tap]:
+    tap = Tap(wire)
+    try:
+        yield tap
+    finally:
+        tap.close()
+
+
+def test_both_ways(wire: Wire, tap: Tap) -> None:
+    a, b = wire.guest("a", 1), wire.guest("b", 2, features=0)
+    teach(a, b)
+    assert len(tap.recv(2)) == 2
+    tap.send([frame(BROADCAST, HOST)])
+    assert a.recv(1) == b.recv(1) == [frame(BROADCAST, HOST)]
+    assert wire.learned() == {A: "a", B: "b", HOST: tap.name}
+    for guest, address in ((a, A), (b, B)):
+        out = frames(HOST, address, range(60, 1515, 91))
+        guest.send(out)
+        assert tap.recv(len(out)) == out
+        back = frames(address, HOST, range(60, 1515, 91), tag=7)
+        tap.send(back)
+        assert guest.recv(len(back)) == back
+    a.drain()
+    b.drain()
+    assert silent(a, b)
+    stats = wire.stats(tap.name)
+    assert (stats["ingress_frames"], stats["egress_frames"]) == (33, 34)
+    assert stats["drops"] == {}
+
+
+def test_frames_in_many_pieces(wire: Wire, tap: Tap) -> None:
+    a = wire.guest("a", 1, tx_cuts=(-5, 0, 1, 14, 59, 700), indirect=False, regions=4)
+    out = frames(HOST, A, [14, 60, 701, 1514])
+    a.send(out)
+    assert tap.recv(4) == out
+
+
+def test_interface_down_and_up(wire: Wire, tap: Tap) -> None:
+    a, b = wire.guest("a", 1), wire.guest("b", 2)
+    tap.send([frame(BROADCAST, HOST)])
+    assert a.recv(1) == b.recv(1) == [frame(BROADCAST, HOST)]
+    tap.link("down")
+    wire.wait_state(tap.name, "down")
+    a.send([frame(HOST, A)] * 3 + [frame(BROADCAST, A)])
+    assert b.recv(1) == [frame(BROADCAST, A)]
+    a.drain()
+    assert wire.drops(tap.name) == {"tap-down": 4}
+    tap.link("up")
+    wire.wait_state(tap.name, "up")
+    out = frame(HOST, A, 300)
+    a.send([out])
+    assert tap.recv(1) == [out]
+    tap.send([frame(A, HOST, 301)])
+    assert a.recv(1) == [frame(A, HOST, 301)]
+
+
+def test_mtu_follows_the_interface(wire: Wire, tap: Tap) -> None:
+    a = wire.guest("a", 1, max_frame_len=9018)
+    a.send([frame(HOST, A, 1518), frame(HOST, A, 1519)])
+    assert [len(f) for f in tap.recv(1)] == [1518]
+    a.drain()
+    assert wire.drops(tap.name) == {"egress-mtu": 1}
+    tap.link("mtu", "9000")
+    wire.wait_until(lambda: wire.info(tap.name)["mtu"] == 9000, "the switch sees the new MTU")
+    a.send([frame(HOST, A, 9014)])
+    assert tap.recv(1) == [frame(HOST, A, 9014)]
+    tap.send([frame(A, HOST, 9014)])
+    assert a.recv(1) == [frame(A, HOST, 9014)]
+    assert wire.drops(tap.name) == {"egress-mtu": 1}
+
+
+def test_deleted_interface(wire: Wire, tap: Tap) -> None:
+    """Somebody removes the interface: the port says so, the guests go on."""
+    a, b = wire.guest("a", 1), wire.guest("b", 2)
+    teach(a, b)
+    subprocess.run(["ip", "link", "del", tap.name], check=True)
+    wire.wait_state(tap.name, "fault")
+    assert "was deleted" in str(wire.info(tap.name)["error"])
+    for n in range(5):
+        a.send([frame(B, A, tag=n)])
+        assert b.recv(1) == [frame(B, A, tag=n)]
+
+
+def test_uplinks_come_and_go(wire: Wire, tap: Tap) -> None:
+    a = wire.guest("a", 1)
+    deadline = time.monotonic() + 20
+    for n in range(5):
+        other = Tap(wire)
+        a.send([frame(BROADCAST, A, tag=n)])
+        assert other.recv(1) == tap.recv(1) == [frame(BROADCAST, A, tag=n)]
+        # From one uplink to the other, through the switch.
+        other.send([frame(BROADCAST, HOST, tag=n)])
+        assert tap.recv(1) == a.recv(1) == [frame(BROADCAST, HOST, tag=n)]
+        other.close()
+        assert time.monotonic() < deadline
