@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from vswitch.guest.errors import GuestError
 from vswitch.guest.mapping import Mapping
@@ -143,6 +145,17 @@ class GuestMemory:
         touch the lost part either.
         """
         os.ftruncate(self.fd(region), length)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the memfds. The mapping goes when the last queue that uses it does."""

@@ -50,7 +50,10 @@ class RawRing:
         self.layout = layout
 
     def read_desc(self, index: int) -> RawDesc:
-        gpa = self.layout.desc_gpa + DESC_LEN * index
+        return self.read_desc_at(self.layout.desc_gpa + DESC_LEN * index)
+
+    def read_desc_at(self, gpa: int) -> RawDesc:
+        """A descriptor anywhere in guest memory, as in an indirect table."""
         return RawDesc(*_DESC.unpack(self.memory.read(gpa, DESC_LEN)))
 
     def write_desc(self, index: int, desc: RawDesc) -> None:
