@@ -56,7 +56,7 @@ $(VENV)/.installed:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
-	@echo 'installing vswitch and building its Cython extensions'
+	@echo 'building the Cython extensions and installing vswitch into $(VENV) (about a minute)'
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 

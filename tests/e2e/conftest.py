@@ -39,3 +39,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         for guest in testbed.guests.values():
             report.sections.append((f"guest {guest.name}", guest.logs()))
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start guests of their own run first, while the testbed's are not there yet."""
+    items.sort(key=lambda item: "testbed" in getattr(item, "fixturenames", ()))

@@ -1,0 +1,117 @@
+"""`vswitch demo`, which is `make demo` after the build."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from testbed import wait_until
+
+from vswitch.lab import process
+
+VSWITCH = Path(sys.executable).with_name("vswitch")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment in which temporary files go to an empty directory, which must stay empty."""
+    # Not tmp_path itself: with the demo's own names below it, its socket paths would be too long.
+    scratch = tmp_path / "t"
+    scratch.mkdir()
+    interfaces = set(socket.if_nameindex())
+    yield os.environ | {"TMPDIR": str(scratch), "COLUMNS": "120"}
+    assert list(scratch.iterdir()) == []
+    assert set(socket.if_nameindex()) == interfaces
+    assert processes_that_mention(scratch) == []
+
+
+def processes_that_mention(path: Path) -> list[str]:
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = cmdline.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(path) in words:
+            found.append(words)
+    return found
+
+
+def run_demo(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [VSWITCH, "demo", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def matrix(output: str) -> dict[str, list[str]]:
+    """Row -> cells of the ping matrix in what the demo printed."""
+    rows = re.findall(r"^│ (\S+)\s+10\.77\.\d+\.\d+ +│(.*)│$", output, re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("│")] for name, cells in rows}
+
+
+@pytest.mark.parametrize("kind", ["qemu", "software"])
+def test_every_pair_answers(environment: dict[str, str], kind: str) -> None:
+    done = run_demo(environment, "--guests", kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pings = matrix(done.stdout)
+    assert list(pings) == ["vm1", "vm2", "vm3", "host"]
+    for number, cells in enumerate(pings.values()):
+        assert cells.pop(number) == "-"
+        assert len(cells) == 3
+        assert all(float(cell) > 0 for cell in cells)
+    for port in ("vm1", "vm2", "vm3"):
+        assert re.search(rf"^52:54:00:77:00:0\d +0 +{port} +learned", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{port} +[1-9]\d* ", done.stdout, re.MULTILINE)
+    assert "all 12 pings were answered" in done.stdout
+
+
+def test_software_guests_where_qemu_and_apt_are_missing(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    done = run_demo(environment | {"PATH": str(programs)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no QEMU guests: missing: qemu-system-x86_64, busybox" in done.stdout
+    assert "hint: " in done.stdout
+    assert "using the built-in software guests instead" in done.stdout
+    assert "3 software guests are up" in done.stdout
+    # `ip` is missing as well, and with it the uplink.
+    assert "no TAP uplink, so this host takes no part" in done.stdout
+    assert list(matrix(done.stdout)) == ["vm1", "vm2", "vm3"]
+    assert "all 6 pings were answered" in done.stdout
+
+
+def test_qemu_guests_asked_for_and_missing_is_an_error(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_demo(environment | {"PATH": str(tmp_path)}, "--guests", "qemu")
+    assert done.returncode == 1
+    assert "missing: qemu-system-x86_64" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_nothing_behind(
+    environment: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    log = tmp_path / "demo.log"
+    demo = process.start([str(VSWITCH), "demo", "--guests", "qemu"], log=log, env=environment)
+    try:
+        wait_until("guests boot", lambda: b"waiting for vm1 to boot" in log.read_bytes())
+        assert any("qemu-system" in line for line in processes_that_mention(tmp_path / "t"))
+        demo.send_signal(number)
+        assert demo.wait(20) == 128 + number
+    finally:
+        process.kill(demo)

@@ -1,0 +1,118 @@
+"""The lab's two lines into a guest: its shell and QEMU's monitor, against a scripted other end."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO
+
+import pytest
+
+from vswitch.lab.errors import GuestError
+from vswitch.lab.process import Deadline
+from vswitch.lab.qmp import Qmp
+from vswitch.lab.shell import CommandResult, GuestShell
+
+Script = Callable[[IO[bytes]], None]
+
+
+class OtherEnd:
+    """Runs a script on the far end of a socket pair, in a thread."""
+
+    def __init__(self) -> None:
+        self.near, self._far = socket.socketpair()
+        self._thread: threading.Thread | None = None
+
+    def play(self, script: Script) -> None:
+        def run() -> None:
+            with self._far, self._far.makefile("rwb", buffering=0) as line:
+                script(line)  # type: ignore[arg-type]
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.near.close()
+        self._far.close()
+        if self._thread is not None:
+            self._thread.join(10)
+
+
+@pytest.fixture
+def other_end() -> Iterator[OtherEnd]:
+    end = OtherEnd()
+    yield end
+    end.close()
+
+
+def answer(line: IO[bytes], code: int, output: bytes, noise: bytes = b"") -> str:
+    """Take one command as init.sh does; returns its script."""
+    token, _seconds, encoded = line.readline().split()
+    line.write(noise + b"done %s %d %d\n%s" % (token, code, len(output), output))
+    return base64.b64decode(encoded).decode()
+
+
+def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
+    scripts = []
+
+    def guest(line: IO[bytes]) -> None:
+        line.write(b"\nready boot-1\n")
+        scripts.append(answer(line, 0, b"done xx 0 3\nabc\n", noise=b"garbage\n"))
+        scripts.append(answer(line, 3, b""))
+
+    other_end.play(guest)
+    shell = GuestShell(other_end.near)
+    assert shell.wait_ready(None, Deadline(5)) == "boot-1"
+    assert shell.run("echo 'x'", 5) == CommandResult(0, "done xx 0 3\nabc\n")
+    assert shell.run("exit 3", 5) == CommandResult(3, "")
+    assert scripts == ["echo 'x'", "exit 3"]
+
+
+def test_next_boot_is_told_from_the_last(other_end: OtherEnd) -> None:
+    other_end.play(lambda line: line.write(b"ready one\nready one\nready two\n") and None)
+    shell = GuestShell(other_end.near)
+    shell.wait_ready(None, Deadline(5))
+    assert shell.wait_ready("one", Deadline(5)) == "two"
+
+
+def test_guest_that_ends_is_an_error(other_end: OtherEnd) -> None:
+    other_end.play(lambda line: line.readline() and None)
+    with pytest.raises(GuestError, match="QEMU ended before"):
+        GuestShell(other_end.near).run("true", 5)
+
+
+def test_guest_that_says_nothing_is_an_error(other_end: OtherEnd) -> None:
+    with pytest.raises(GuestError, match=r"did not send its ready line in 0\.05 s"):
+        GuestShell(other_end.near).wait_ready(None, Deadline(0.05))
+
+
+def qemu(answers: list[dict[str, object]], seen: list[str]) -> Script:
+    def script(line: IO[bytes]) -> None:
+        line.write(b'{"QMP": {"version": {}}}\n')
+        seen.append(json.loads(line.readline())["execute"])
+        line.write(b'{"return": {}}\n')
+        seen.append(json.loads(line.readline())["execute"])
+        for message in answers:
+            line.write(json.dumps(message).encode() + b"\n")
+
+    return script
+
+
+def test_monitor_command_and_event(other_end: OtherEnd) -> None:
+    seen: list[str] = []
+    reset = {"event": "RESET"}
+    other_end.play(qemu([{"event": "STOP"}, {"return": {"status": "x"}}, reset], seen))
+    monitor = Qmp(other_end.near)
+    assert monitor.command("query-status") == {"status": "x"}
+    assert monitor.wait_event("RESET", after=1) == reset
+    assert [event["event"] for event in monitor.events] == ["STOP", "RESET"]
+    assert seen == ["qmp_capabilities", "query-status"]
+
+
+def test_monitor_error_is_quoted(other_end: OtherEnd) -> None:
+    other_end.play(qemu([{"error": {"class": "X", "desc": "no such device"}}], []))
+    with pytest.raises(GuestError, match="device_del failed: no such device"):
+        Qmp(other_end.near).command("device_del", id="x")
