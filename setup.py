@@ -42,6 +42,7 @@ EXTENSIONS = [
     extension("vswitch.guest.driver"),
     extension("vswitch.guest.load"),
     extension("vswitch.guest.mapping"),
+    extension("vswitch.guest.null_backend"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES))

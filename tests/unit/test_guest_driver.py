@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from vswitch.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
-from vswitch.guest.load import Flow, Load, NullBackend
+from vswitch.guest.load import Flow, Load
 from vswitch.guest.memory import GuestMemory, plain_layout, scattered_layout
+from vswitch.guest.null_backend import NullBackend
 from vswitch.guest.packets import parse_mac
 from vswitch.guest.queues import cut
 from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawRing

@@ -1,42 +1,25 @@
 """A load generator on the software guest's rings: a loop without the GIL that only polls.
 
 A Flow sends numbered or plain frames from one transmitq and takes what arrives in one receiveq;
-`run` drives several flows from the calling thread. NullBackend is the other side of a ring without
-any switching, which shows how fast the generator itself is.
+Load.run drives several flows from the calling thread.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy
 
-from vswitch.guest.driver cimport ReceiveQueue, TransmitQueue
-from vswitch.guest.load cimport (
-    BURST,
+from vswitch.guest.flow cimport (
     RX_LENGTH,
     RX_NOT_TOGETHER,
     RX_NUM_BUFFERS,
     SCRATCH_LEN,
-    Flow,
+    SEQ_LEN,
     FlowC,
-    NullBackend,
+    kick,
+    put,
+    step,
 )
-from vswitch.guest.split cimport (
-    USED_F_NO_NOTIFY,
-    Desc,
-    Piece,
-    SplitRing,
-    UsedElem,
-    guest_load_acquire_u16,
-    guest_store_relaxed_u16,
-    guest_store_release_u16,
-    split_add,
-    split_calls_off,
-    split_kick_needed,
-    split_publish,
-    split_reap,
-    split_used_elem,
-)
+from vswitch.guest.split cimport split_calls_off, split_kick_needed
 
 from typing import NamedTuple
 
@@ -50,18 +33,12 @@ cdef extern from "barriers.h" nogil:
     uint64_t guest_now_ns()
 
 
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int fd, const void *buf, size_t count)
-
-
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 
 cdef enum:
-    C_MAX_PIECES = 64
     MAX_FLOWS = 64
-    SEQ_LEN = 8
     CLOCK_EVERY = 64           # loops between two looks at the clock
     YIELD_AFTER = 4096         # loops without work before the core is offered to others
 
@@ -93,225 +70,6 @@ class FlowResult(NamedTuple):
     def frames_per_s(self):
         """Arrivals a second; of a flow that only sends, frames sent a second."""
         return self.received_in_time / self.seconds if self.seconds else 0.0
-
-
-cdef inline void put(
-    Piece *piece, uint32_t offset, const uint8_t *data, uint32_t length
-) noexcept nogil:
-    cdef uint32_t room
-    while length:
-        if offset >= piece.len:
-            offset -= piece.len
-            piece += 1
-            continue
-        room = piece.len - offset
-        if room > length:
-            room = length
-        memcpy(piece.ptr + offset, data, room)
-        data += room
-        length -= room
-        offset += room
-
-
-cdef inline void take(Piece *piece, uint32_t offset, uint8_t *to, uint32_t length) noexcept nogil:
-    cdef uint32_t room
-    while length:
-        if offset >= piece.len:
-            offset -= piece.len
-            piece += 1
-            continue
-        room = piece.len - offset
-        if room > length:
-            room = length
-        memcpy(to, piece.ptr + offset, room)
-        to += room
-        length -= room
-        offset += room
-
-
-cdef inline void kick(int fd) noexcept nogil:
-    cdef uint64_t one = 1
-    write(fd, &one, 8)
-
-
-cdef inline int reap_transmitted(FlowC *flow) noexcept nogil:
-    cdef uint32_t slot = 0, length = 0, at
-    cdef int rc = 0
-    while True:
-        rc = split_reap(flow.tx, &slot, &length)
-        if rc <= 0:
-            return rc
-        at = flow.free_at + flow.free_count
-        if at >= flow.n_slots:
-            at -= flow.n_slots
-        flow.free_slots[at] = slot
-        flow.free_count += 1
-
-
-cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
-    """Up to BURST frames, as window, slots and descriptors allow. Returns how many."""
-    cdef uint32_t n = BURST, i, slot, left, pieces, kind
-    cdef Piece *piece
-    cdef Piece[C_MAX_PIECES] chain
-    cdef uint64_t gpa = 0
-    cdef Desc *table = NULL
-    if flow.window:
-        left = flow.window - <uint32_t>flow.in_flight if flow.in_flight < flow.window else 0
-        if n > left:
-            n = left
-    if n > flow.free_count:
-        n = flow.free_count
-    if n > flow.limit - flow.sent:
-        n = <uint32_t>(flow.limit - flow.sent)
-    for i in range(n):
-        slot = flow.free_slots[flow.free_at]
-        piece = flow.tx_pieces + slot * flow.tx_max_pieces
-        kind = <uint32_t>(flow.seq % flow.n_frames) if flow.verify else slot % flow.n_frames
-        left = flow.header_len + flow.frame_lens[kind]
-        pieces = 0
-        while left:
-            chain[pieces] = piece[pieces]
-            if chain[pieces].len > left:
-                chain[pieces].len = left
-            left -= chain[pieces].len
-            pieces += 1
-        if flow.tx_tables != NULL:
-            table = flow.tx_tables[slot]
-            gpa = flow.tx_table_gpas[slot]
-        elif pieces > flow.tx.num_free:
-            n = i
-            break
-        if flow.verify:
-            put(piece, flow.header_len, flow.frames[kind], flow.frame_lens[kind] - SEQ_LEN)
-            put(
-                piece, flow.header_len + flow.frame_lens[kind] - SEQ_LEN,
-                <const uint8_t *>&flow.seq, SEQ_LEN,
-            )
-        if split_add(flow.tx, chain, pieces, 0, slot, table, gpa) < 0:
-            n = i
-            break
-        flow.seq += 1
-        flow.free_at += 1
-        if flow.free_at == flow.n_slots:
-            flow.free_at = 0
-        flow.free_count -= 1
-    if n:
-        flow.sent += n
-        flow.in_flight += n
-        split_publish(flow.tx)
-        if split_kick_needed(flow.tx):
-            flow.tx_kicks += 1
-            kick(flow.tx_kick_fd)
-    return n
-
-
-cdef inline void check(FlowC *flow, uint32_t length) noexcept nogil:
-    """Hold the frame in `scratch` against what was sent."""
-    cdef uint64_t seq
-    cdef uint32_t kind
-    if length < SEQ_LEN:
-        flow.corrupt += 1
-        return
-    memcpy(&seq, flow.scratch + length - SEQ_LEN, SEQ_LEN)
-    kind = <uint32_t>(seq % flow.n_frames)
-    if (
-        length != flow.frame_lens[kind]
-        or memcmp(flow.scratch, flow.frames[kind], length - SEQ_LEN) != 0
-    ):
-        flow.corrupt += 1
-        return
-    if seq < flow.next_seq:
-        flow.misordered += 1
-        return
-    flow.lost += seq - flow.next_seq
-    flow.next_seq = seq + 1
-
-
-cdef inline void repost(FlowC *flow, uint32_t slot) noexcept nogil:
-    cdef Desc *table = NULL
-    cdef uint64_t gpa = 0
-    if flow.rx_tables != NULL:
-        table = flow.rx_tables[slot]
-        gpa = flow.rx_table_gpas[slot]
-    # It fits: its descriptors have just come back.
-    split_add(
-        flow.rx, flow.rx_pieces + slot * flow.rx_max_pieces, 0, flow.rx_max_pieces, slot, table, gpa
-    )
-
-
-cdef inline int receive_burst(FlowC *flow) noexcept nogil:
-    """Take up to BURST frames and post their buffers again. Returns how many, or a broken rule."""
-    cdef uint32_t slot = 0, length = 0, num_buffers, gathered, i
-    cdef int rc, n = 0
-    cdef uint8_t[12] header
-    cdef Piece *piece
-    while n < BURST:
-        rc = split_reap(flow.rx, &slot, &length)
-        if rc < 0:
-            return rc
-        if rc == 0:
-            break
-        if length > flow.rx_slot_len or length < flow.rx_header_len:
-            flow.rx.bad_value = length
-            return RX_LENGTH
-        piece = flow.rx_pieces + slot * flow.rx_max_pieces
-        num_buffers = 1
-        if flow.mergeable:
-            take(piece, 0, header, 12)
-            num_buffers = header[10] | (<uint32_t>header[11] << 8)
-            if num_buffers == 0:
-                flow.rx.bad_value = 0
-                return RX_NUM_BUFFERS
-        length -= flow.rx_header_len
-        if flow.verify:
-            take(piece, flow.rx_header_len, flow.scratch, length)
-        gathered = length
-        repost(flow, slot)
-        for i in range(1, num_buffers):
-            rc = split_reap(flow.rx, &slot, &length)
-            if rc < 0:
-                return rc
-            if rc == 0:
-                flow.rx.bad_value = num_buffers
-                return RX_NOT_TOGETHER
-            if length > flow.rx_slot_len or gathered + length > SCRATCH_LEN:
-                flow.rx.bad_value = length
-                return RX_LENGTH
-            if flow.verify:
-                piece = flow.rx_pieces + slot * flow.rx_max_pieces
-                take(piece, 0, flow.scratch + gathered, length)
-            gathered += length
-            repost(flow, slot)
-        if flow.verify:
-            check(flow, gathered)
-        flow.received += 1
-        flow.received_bytes += gathered
-        n += 1
-    if n:
-        flow.in_flight -= n if flow.in_flight > <uint64_t>n else flow.in_flight
-        split_publish(flow.rx)
-        if split_kick_needed(flow.rx):
-            flow.rx_kicks += 1
-            kick(flow.rx_kick_fd)
-    return n
-
-
-cdef inline int step(FlowC *flow, bint sending) noexcept nogil:
-    """One round of a flow: the number of frames moved, or a broken rule."""
-    cdef int rc, moved = 0
-    if flow.rx != NULL:
-        rc = receive_burst(flow)
-        if rc < 0:
-            flow.rx_broke = True
-            return rc
-        moved = rc
-    if flow.tx != NULL:
-        rc = reap_transmitted(flow)
-        if rc < 0:
-            return rc
-        if sending:
-            moved += <int>send_burst(flow)
-    return moved
 
 
 cdef inline void look_after(FlowC *flow, uint64_t now) noexcept nogil:
@@ -593,77 +351,3 @@ cdef class Load:
                 )
             )
         return results
-
-
-cdef class NullBackend:
-    """Moves chains from a transmitq to a receiveq without looking into any of them.
-
-    Both belong to guests that are connected to nobody (SoftwareGuest.build_offline) and are polled
-    by a Load in another thread. Every frame "arrives" with `frame_len` bytes, whatever was sent; a
-    frame waits until there is a buffer for it.
-    """
-
-    def __init__(self, tx, rx, uint32_t frame_len):
-        cdef uint32_t slot
-        cdef uint8_t[12] header
-        for slot in range(12):
-            header[slot] = 0
-        header[10] = 1
-        self.tx = tx.ring
-        self.rx = rx.ring
-        self.used_len = self.rx.header_len + frame_len
-        if self.used_len > self.rx.slot_len:
-            raise ValueError(f"{self.rx.name}: buffers of {self.rx.slot_len} bytes are too small")
-        # num_buffers is 1 once and for all: nobody changes the buffers.
-        for slot in range(self.rx.slots):
-            put(self.rx.slot_pieces(slot), 0, header, self.rx.header_len)
-        self.stopping = 0
-
-    def stop(self):
-        """Make `run` return; for another thread."""
-        guest_store_relaxed_int(&self.stopping, 1)
-
-    def run(self):
-        """Forward until `stop` is called. Polls all the time, without the GIL."""
-        cdef SplitRing *tx = &self.tx.ring
-        cdef SplitRing *rx = &self.rx.ring
-        cdef uint16_t tx_idx, rx_idx, tx_avail, rx_avail, n, i
-        cdef uint32_t idle = 0
-        cdef uint32_t length = self.used_len
-        cdef UsedElem *elem
-        with nogil:
-            guest_store_relaxed_u16(tx.used, USED_F_NO_NOTIFY)
-            guest_store_relaxed_u16(rx.used, USED_F_NO_NOTIFY)
-            tx_idx = tx.used[1]
-            rx_idx = rx.used[1]
-            rx_avail = rx_idx
-            while not guest_load_relaxed_int(&self.stopping):
-                # Acquire: pairs with the release store in split_publish.
-                tx_avail = guest_load_acquire_u16(tx.avail + 1)
-                n = <uint16_t>(tx_avail - tx_idx)
-                if n > BURST:
-                    n = BURST
-                if <uint16_t>(rx_avail - rx_idx) < n:
-                    rx_avail = guest_load_acquire_u16(rx.avail + 1)
-                if <uint16_t>(rx_avail - rx_idx) < n:
-                    n = <uint16_t>(rx_avail - rx_idx)
-                if n == 0:
-                    idle += 1
-                    guest_pause()
-                    if idle % YIELD_AFTER == 0:
-                        sched_yield()
-                    continue
-                idle = 0
-                for i in range(n):
-                    elem = split_used_elem(tx, <uint16_t>(tx_idx + i))
-                    elem.id = tx.avail[2 + (<uint16_t>(tx_idx + i) & (tx.size - 1))]
-                    elem.len = 0
-                    elem = split_used_elem(rx, <uint16_t>(rx_idx + i))
-                    elem.id = rx.avail[2 + (<uint16_t>(rx_idx + i) & (rx.size - 1))]
-                    elem.len = length
-                tx_idx += n
-                rx_idx += n
-                # Release: pairs with the acquire load in split_more_used.
-                guest_store_release_u16(rx.used + 1, rx_idx)
-                guest_store_release_u16(tx.used + 1, tx_idx)
-                self.forwarded += n

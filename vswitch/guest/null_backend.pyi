@@ -1,0 +1,10 @@
+from vswitch.guest.driver import ReceiveQueue, TransmitQueue
+from vswitch.guest.queues import GuestQueue
+
+class NullBackend:
+    forwarded: int
+    def __init__(
+        self, tx: GuestQueue[TransmitQueue], rx: GuestQueue[ReceiveQueue], frame_len: int
+    ) -> None: ...
+    def stop(self) -> None: ...
+    def run(self) -> None: ...
