@@ -14,8 +14,8 @@ from vswitch.guest.load import Flow, Load
 from vswitch.guest.memory import GuestMemory, plain_layout, scattered_layout
 from vswitch.guest.null_backend import NullBackend
 from vswitch.guest.packets import parse_mac
-from vswitch.guest.queues import cut
 from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawRing
+from vswitch.guest.shapes import cut
 from vswitch.vhost_user.protocol import Feature
 
 A = "52:54:00:00:00:01"

@@ -18,16 +18,15 @@ from typing import Self
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue
 from vswitch.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
 from vswitch.guest.frontend import DEFAULT_TIMEOUT_S, Frontend, Listener
-from vswitch.guest.memory import GuestMemory, Region, scattered_layout
+from vswitch.guest.memory import GuestMemory, Region
 from vswitch.guest.packets import parse_mac
 from vswitch.guest.queues import (
-    MAX_HEADER_LEN,
     GuestQueue,
-    QueueShape,
     build_receive_queue,
     build_transmit_queue,
 )
 from vswitch.guest.responder import Responder, ping
+from vswitch.guest.shapes import BufferOptions
 from vswitch.guest.stack import NetStack
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature, VringAddr
 
@@ -60,7 +59,7 @@ class SoftwareGuest:
     regions: a number from 1 to 8 (sizes are worked out) or the exact memory layout.
     max_frame_len: longest frame to send, and to receive without mergeable buffers, in bytes.
     mtu: told to the backend where MTU is negotiated as a protocol feature.
-    tx_cuts, rx_cuts: where to cut buffers into descriptors, see queues.cut(). Legacy layout
+    tx_cuts, rx_cuts: where to cut buffers into descriptors, see shapes.cut(). Legacy layout
         (neither VERSION_1 nor ANY_LAYOUT) cuts after the header where the standard demands it.
     rx_buf_len: bytes of one receive buffer, header included. Default: 2048 with mergeable buffers,
         else as max_frame_len requires.
@@ -108,24 +107,27 @@ class SoftwareGuest:
         self.mtu = mtu
         self.polling = polling
         self.auto_post = True
-        self._tx_cuts = tx_cuts
-        self._rx_cuts = rx_cuts
-        self._rx_buf_len = rx_buf_len
-        self._indirect = indirect
-        self._guard_len = rx_guard_len
-        self._offset = slot_offset
-        self._first_idx = first_idx
         self._strict = strict
-        self._tx_size = queue_size
-        self._rx_size = rx_queue_size or queue_size
+        self._buffers = BufferOptions(
+            tx_size=queue_size,
+            rx_size=rx_queue_size or queue_size,
+            max_frame_len=max_frame_len,
+            tx_cuts=tx_cuts,
+            rx_cuts=rx_cuts,
+            rx_buf_len=rx_buf_len,
+            indirect=indirect,
+            rx_guard_len=rx_guard_len,
+            slot_offset=slot_offset,
+            first_idx=first_idx,
+        )
 
         self.features = Feature(0)
         """What was negotiated with the backend."""
         self.receiveqs: list[GuestQueue[ReceiveQueue]] = []
         self.transmitqs: list[GuestQueue[TransmitQueue]] = []
-        self.memory = GuestMemory(
-            self._layout(regions) if isinstance(regions, int) else list(regions)
-        )
+        if isinstance(regions, int):
+            regions = self._buffers.layout(regions, self.wanted_features, queues)
+        self.memory = GuestMemory(regions)
         self._frontend: Frontend | None = None
         self._listener: Listener | None = None
         self._path: str | Path | None = None
@@ -133,43 +135,6 @@ class SoftwareGuest:
         """Held around every use of the rings; take it to use them from another thread."""
         self._inbox: deque[bytes] = deque()
         self._responder: Responder | None = None
-
-    def _shape(self, features: int, *, transmit: bool) -> QueueShape:
-        """The queue's buffers under these features."""
-        cuts = self._tx_cuts if transmit else self._rx_cuts
-        mergeable = bool(features & Feature.MRG_RXBUF)
-        any_layout = features & (Feature.VERSION_1 | Feature.ANY_LAYOUT)
-        if not any_layout and (transmit or not mergeable):
-            cuts = (0, *(c for c in cuts if c > 0))
-        buf_len = MAX_HEADER_LEN + self.max_frame_len
-        if not transmit:
-            buf_len = self._rx_buf_len or (2048 if mergeable else buf_len)
-        return QueueShape(
-            size=self._tx_size if transmit else self._rx_size,
-            buf_len=buf_len,
-            cuts=cuts,
-            indirect=self._indirect and bool(features & Feature.RING_INDIRECT_DESC),
-            guard_len=0 if transmit else self._guard_len,
-            offset=self._offset,
-            first_idx=self._first_idx,
-        )
-
-    def _layout(self, regions: int) -> list[Region]:
-        """As many regions as wanted with room for the queues whatever is negotiated."""
-        total = largest = 0
-        for transmit in (False, True):
-            needs = [
-                self._shape(features, transmit=transmit).memory_len(MAX_HEADER_LEN, transmit)
-                for features in (
-                    0,
-                    self.wanted_features,
-                    self.wanted_features & ~Feature.RING_INDIRECT_DESC,
-                    self.wanted_features & ~Feature.MRG_RXBUF,
-                )
-            ]
-            total += max(need for need, _ in needs)
-            largest = max(largest, *(piece for _, piece in needs))
-        return scattered_layout(regions, total * self.queue_pairs + (1 << 16), largest)
 
     # Connecting.
 
@@ -320,8 +285,8 @@ class SoftwareGuest:
         for queue in self.queues():
             queue.close()
         self.memory.reset()
-        receive = self._shape(self.features, transmit=False)
-        transmit = self._shape(self.features, transmit=True)
+        receive = self._buffers.shape(self.features, transmit=False)
+        transmit = self._buffers.shape(self.features, transmit=True)
         self.receiveqs = [
             build_receive_queue(self.memory, pair, receive, self.features, self.name)
             for pair in range(self.queue_pairs)

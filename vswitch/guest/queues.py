@@ -4,82 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue, VirtQueue
 from vswitch.guest.memory import GuestMemory, round_up
 from vswitch.guest.raw import DESC_LEN, RawRing, RingLayout
+from vswitch.guest.shapes import BLOCK_SLOTS, RING_ALIGN, QueueShape, header_len, stride
 from vswitch.vhost_user.protocol import Feature
-
-MAX_HEADER_LEN = 12
-_BLOCK_SLOTS = 64
-"""Slots whose n-th pieces lie side by side; the next block may go to another region."""
-_RING_ALIGN = 4096
-
-
-def header_len(features: int) -> int:
-    """Length of the virtio-net header in bytes (VIRTIO 1.2 sections 5.1.6 and 5.1.6.1)."""
-    return 12 if features & (Feature.VERSION_1 | Feature.MRG_RXBUF) else 10
-
-
-def cut(total_len: int, head_len: int, cuts: Sequence[int]) -> list[int]:
-    """Lengths of the descriptors of a buffer of `total_len` bytes, header included.
-
-    `cuts` are offsets from the first byte of the frame: 0 puts the header into a descriptor of its
-    own, negative ones cut the header itself. Cuts outside of the buffer are ignored.
-    """
-    edges = sorted({edge for edge in (head_len + c for c in cuts) if 0 < edge < total_len})
-    return [end - start for start, end in zip([0, *edges], [*edges, total_len], strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class QueueShape:
-    """How the buffers of a queue look; all lengths in bytes.
-
-    `buf_len` is one whole buffer with its header. `offset` moves every piece that far from an
-    address divisible by 64. `guard_len` (receive only) is described at ReceiveQueue. `first_idx` is
-    where the ring's free-running indices begin.
-    """
-
-    size: int
-    buf_len: int
-    cuts: tuple[int, ...] = ()
-    indirect: bool = False
-    guard_len: int = 0
-    offset: int = 0
-    first_idx: int = 0
-
-    def piece_lens(self, head_len: int) -> list[int]:
-        return cut(self.buf_len, head_len, self.cuts)
-
-    def slots(self, pieces: int, transmit: bool) -> int:
-        """Buffers worth having: a short frame takes fewer descriptors than its slot has pieces."""
-        return self.size if transmit or self.indirect else max(1, self.size // pieces)
-
-    def memory_len(self, head_len: int, transmit: bool) -> tuple[int, int]:
-        """Guest memory this queue takes at most, and the largest piece of it."""
-        lens = self.piece_lens(head_len)
-        slots = self.slots(len(lens), transmit)
-        strides = [_stride(length, self) for length in lens]
-        per_block = min(slots, _BLOCK_SLOTS)
-        blocks = -(-slots // per_block)
-        table = round_up(len(lens) * DESC_LEN, 64) if self.indirect else 0
-        rings = 3 * _RING_ALIGN + 26 * self.size + 12
-        largest = max(per_block * max(*strides, table), 16 * self.size) + _RING_ALIGN
-        return rings + blocks * per_block * (sum(strides) + table), largest
-
-
-def _stride(length: int, shape: QueueShape) -> int:
-    return round_up(length + shape.guard_len + shape.offset, 64)
 
 
 def place_ring(memory: GuestMemory, size: int) -> RingLayout:
     """Set memory aside for a split ring, its parts apart from each other."""
     return RingLayout(
         size,
-        memory.allocate(16 * size, _RING_ALIGN),
+        memory.allocate(16 * size, RING_ALIGN),
         memory.allocate(6 + 2 * size, 64),
         memory.allocate(6 + 8 * size, 64),
     )
@@ -88,7 +26,7 @@ def place_ring(memory: GuestMemory, size: int) -> RingLayout:
 def _place_many(memory: GuestMemory, count: int, stride: int) -> list[int]:
     places: list[int] = []
     while len(places) < count:
-        n = min(_BLOCK_SLOTS, count, count - len(places))
+        n = min(BLOCK_SLOTS, count, count - len(places))
         start = memory.allocate(n * stride)
         places.extend(range(start, start + n * stride, stride))
     return places
@@ -101,7 +39,7 @@ def place_slots(
     lens = shape.piece_lens(head_len)
     count = shape.slots(len(lens), transmit)
     columns = [
-        [(gpa + shape.offset, length) for gpa in _place_many(memory, count, _stride(length, shape))]
+        [(gpa + shape.offset, length) for gpa in _place_many(memory, count, stride(length, shape))]
         for length in lens
     ]
     slots = [list(row) for row in zip(*columns, strict=True)]
