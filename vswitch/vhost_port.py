@@ -24,6 +24,8 @@ FEATURES = (
     Feature.VERSION_1
     | Feature.RING_INDIRECT_DESC
     | Feature.RING_EVENT_IDX
+    | Feature.RING_PACKED
+    | Feature.IN_ORDER
     | Feature.ANY_LAYOUT
     | Feature.MRG_RXBUF
     | Feature.MTU
@@ -158,6 +160,8 @@ class VhostPort:
             raise
         finally:
             guard.cancel()
+            # Its last act is to stop watching the listening socket, which `next` is to watch then.
+            await asyncio.gather(guard, return_exceptions=True)
             self._backend = None
             self._connected_at = None
             self._was_ready = False
@@ -219,6 +223,7 @@ class VhostPort:
                 mergeable=Feature.MRG_RXBUF in setup.features,
                 base=setup.base,
                 poll_only=setup.kick_fd < 0,
+                packed=Feature.RING_PACKED in setup.features,
             )
         except RingError as exc:
             raise DatapathError(f"vring {index}: {exc}") from exc

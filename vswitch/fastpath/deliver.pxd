@@ -18,6 +18,7 @@ from vswitch.fastpath.atomics cimport (
     vs_unlikely,
     vs_unlock,
 )
+from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault, walk_chain
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.memory cimport gpa_to_host
 from vswitch.fastpath.types cimport (
@@ -43,12 +44,11 @@ from vswitch.fastpath.types cimport (
 )
 from vswitch.fastpath.virtqueue cimport (
     notify_driver,
+    packed_ready,
+    packed_step,
     publish_used,
     put_used,
-    read_desc,
-    ring_fault,
     ring_room,
-    walk_chain,
 )
 
 
@@ -98,22 +98,29 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     cdef uint32_t need = frame.len + ring.hdr_len, left = need, n_segs = 0, chains = 0
     cdef uint32_t i, at = 0, offset = 0, room
     cdef int got
-    cdef uint16_t head
+    cdef uint16_t head, position = ring.last_avail
+    cdef uint8_t wrap = ring.avail_wrap
     cdef VringDesc desc
     cdef char hdr[VNET_HDR_MAX]
     cdef const Seg *seg
     while left:
         if chains and not ring.mergeable:
             return -1 - DROP_BUFFER_SMALL
-        if ring_room(ring, <uint16_t>(chains + 1)) < chains + 1:
-            return -1 - (DROP_RING_FAULT if ring.fault else DROP_NO_BUFFER)
+        if ring.packed:
+            if not packed_ready(ring, position, wrap):
+                return -1 - DROP_NO_BUFFER
+            head = position
+            read_packed(&desc, &ring.desc[head])
+        else:
+            if ring_room(ring, <uint16_t>(chains + 1)) < chains + 1:
+                return -1 - (DROP_RING_FAULT if ring.fault else DROP_NO_BUFFER)
+            head = vs_load16(ring.avail + 2 + (<uint16_t>(ring.last_avail + chains) & ring.mask))
+            if vs_unlikely(head >= ring.size):
+                ring_fault(ring, FAULT_HEAD, head, ring.size)
+                return -1 - DROP_RING_FAULT
+            read_desc(&desc, &ring.desc[head])
         if n_segs >= MAX_CHAIN:
             return -1 - DROP_BUFFER_SMALL
-        head = vs_load16(ring.avail + 2 + (<uint16_t>(ring.last_avail + chains) & ring.mask))
-        if vs_unlikely(head >= ring.size):
-            ring_fault(ring, FAULT_HEAD, head, ring.size)
-            return -1 - DROP_RING_FAULT
-        read_desc(&desc, &ring.desc[head])
         got = walk_chain(ring, head, &desc, VRING_DESC_F_WRITE, &w.rx_segs[n_segs], MAX_CHAIN)
         if got < 0:
             return -1 - DROP_RING_FAULT
@@ -127,8 +134,10 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
         if room == 0:
             ring_fault(ring, FAULT_EMPTY_BUFFER, head, got)
             return -1 - DROP_RING_FAULT
-        w.rx_heads[chains] = head
+        w.rx_heads[chains] = ring.walk_id
+        w.rx_counts[chains] = ring.walk_count
         w.rx_lens[chains] = room
+        packed_step(ring, &position, &wrap, ring.walk_count)
         if room == left:
             n_segs += i + 1
         else:
@@ -142,9 +151,45 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     for i in range(<uint32_t>frame.nseg - 1):
         scatter(w.rx_segs, &at, &offset, seg[i].ptr, seg[i].len)
     for i in range(chains):
-        put_used(ring, w.rx_heads[i], w.rx_lens[i])
-    ring.last_avail += <uint16_t>chains
+        put_used(w, ring, w.rx_heads[i], w.rx_counts[i], w.rx_lens[i])
+    if ring.packed:
+        ring.last_avail = position
+        ring.avail_wrap = wrap
+    else:
+        ring.last_avail += <uint16_t>chains
     return chains
+
+
+cdef inline void locate_buffer(WorkerC *w, RingC *ring, uint16_t i) noexcept nogil:
+    """Where the receive buffer of `rx_desc[i]` lies, if it is a plain one: one piece in one region."""
+    cdef VringDesc *desc = &w.rx_desc[i]
+    cdef uint64_t contiguous
+    w.rx_host[i] = NULL
+    if vs_likely(
+        desc.flags & (VRING_DESC_F_WRITE | VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT)
+        == VRING_DESC_F_WRITE
+    ):
+        w.rx_host[i] = gpa_to_host(ring.mem, desc.addr, desc.len, &contiguous, &ring.region_hint)
+        if vs_likely(w.rx_host[i] != NULL):
+            desc.len = <uint32_t>contiguous
+            vs_prefetch_write(w.rx_host[i])
+            vs_prefetch_write(w.rx_host[i] + 64)
+
+
+cdef inline uint16_t prepare_packed(WorkerC *w, RingC *ring, uint16_t n) noexcept nogil:
+    """As prepare_buffers. Ends at the first chain, whose length only its end tells."""
+    cdef uint16_t i, position = ring.last_avail
+    cdef uint8_t wrap = ring.avail_wrap
+    for i in range(n):
+        if not packed_ready(ring, position, wrap):
+            return i
+        read_packed(&w.rx_desc[i], &ring.desc[position])
+        w.rx_heads[i] = w.rx_desc[i].next
+        locate_buffer(w, ring, i)
+        if w.rx_host[i] == NULL:
+            return i
+        packed_step(ring, &position, &wrap, 1)
+    return n
 
 
 cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexcept nogil:
@@ -153,9 +198,12 @@ cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexce
     Only plain ones (a single writable descriptor in one region) get a host pointer. Returns how
     many were read; fewer than `n` when the driver has not offered as many or the ring is at fault.
     """
-    cdef uint16_t room = ring_room(ring, n), i, head
+    cdef uint16_t room, i, head
     cdef uint64_t contiguous
     cdef VringDesc *desc
+    if ring.packed:
+        return prepare_packed(w, ring, n)
+    room = ring_room(ring, n)
     if n > room:
         n = room
     for i in range(n):
@@ -169,16 +217,7 @@ cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexce
     for i in range(n):
         desc = &w.rx_desc[i]
         read_desc(desc, &ring.desc[w.rx_heads[i]])
-        w.rx_host[i] = NULL
-        if vs_likely(
-            desc.flags & (VRING_DESC_F_WRITE | VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT)
-            == VRING_DESC_F_WRITE
-        ):
-            w.rx_host[i] = gpa_to_host(ring.mem, desc.addr, desc.len, &contiguous, &ring.region_hint)
-            if vs_likely(w.rx_host[i] != NULL):
-                desc.len = <uint32_t>contiguous
-                vs_prefetch_write(w.rx_host[i])
-                vs_prefetch_write(w.rx_host[i] + 64)
+        locate_buffer(w, ring, i)
     return n
 
 
@@ -207,8 +246,11 @@ cdef inline void deliver_locked(
             head = w.rx_heads[at]
             put_header(host, frame, ring.hdr_len, 1)
             copy_frame(w, host + ring.hdr_len, frame)
-            put_used(ring, head, need)
-            ring.last_avail += 1
+            put_used(w, ring, head, 1, need)
+            if ring.packed:
+                packed_step(ring, &ring.last_avail, &ring.avail_wrap, 1)
+            else:
+                ring.last_avail += 1
             at += 1
         else:
             # The prepared buffers are spent, or shaped otherwise. deliver_chains overwrites
@@ -226,7 +268,7 @@ cdef inline void deliver_locked(
         delivered += 1
         total += frame.len
     if delivered:
-        publish_used(ring)
+        publish_used(w, ring)
         counters.egress_frames += delivered
         counters.egress_bytes += total
         notify_driver(ring, counters)

@@ -16,6 +16,7 @@ from vswitch.fastpath.atomics cimport (
     vs_prefetch,
     vs_unlikely,
 )
+from vswitch.fastpath.chain cimport walk_chain
 from vswitch.fastpath.deliver cimport deliver
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.fdb cimport (
@@ -56,7 +57,6 @@ from vswitch.fastpath.types cimport (
     View,
     WorkerC,
 )
-from vswitch.fastpath.virtqueue cimport walk_chain
 
 cdef enum:
     ETHERTYPE_VLAN_LE = 0x0081      # 0x8100 as loaded on a little-endian machine
@@ -96,6 +96,7 @@ cdef inline uint32_t gather_bytes(WorkerC *w, const Frame *frame, char *to, uint
 cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDesc *first) noexcept nogil:
     """Fill in `frame` from the chain at `frame.head`; -1 after faulting the ring.
 
+    `id` and `count` are set by the caller for a chain of one; a longer one sets its own.
     The virtio_net_hdr may share a descriptor with the frame, have one of its own or be spread over
     several (5.1.6.6.1: any layout).
     """
@@ -122,6 +123,8 @@ cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDes
     got = walk_chain(ring, frame.head, first, 0, segs, MAX_CHAIN)
     if got < 0:
         return -1
+    frame.id = ring.walk_id
+    frame.count = ring.walk_count
     n = <uint32_t>got
     while n and segs[0].len <= skip:
         skip -= segs[0].len

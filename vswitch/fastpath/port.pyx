@@ -83,44 +83,52 @@ cdef class Ring:
     def start(
         self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
         uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
-        uint16_t base, bint poll_only,
+        uint32_t base, bint poll_only, bint packed=False,
     ):
         """Point a stopped ring at its memory.
 
         `size` counts entries; addresses are the frontend's; `hdr_len` is the virtio_net_hdr in
-        bytes; `base` is the avail index to go on from (SET_VRING_BASE). Where the used ring
-        disagrees with `base`, as after a crash of the last backend, the used ring is right: every
-        buffer taken before that and not given back is taken again, none is lost to the driver.
-        Returns the index it goes on from. Raises RingError.
+        bytes; `base` is where to go on (SET_VRING_BASE), for a packed ring the position in bits 0
+        to 14 and its wrap counter in bit 15. Where a split ring's used ring disagrees with `base`,
+        as after a crash of the last backend, the used ring is right: every buffer taken before that
+        and not given back is taken again, none is lost to the driver.
+        Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
-        cdef char *desc
-        cdef char *avail
-        cdef char *used
         if self.started:
             raise RingError("the ring is running already")
-        if size == 0 or size > 32768 or size & (size - 1):
-            raise RingError(f"size {size} is not a power of two from 1 to 32768")
-        for name, value, align in (
-            ("descriptor table", desc_uva, 16), ("avail ring", avail_uva, 2), ("used ring", used_uva, 4),
-        ):
-            if value % align:
-                raise RingError(f"{name} address {value:#x} is not aligned to {align} bytes")
-        desc = uva_to_host(memory.table, desc_uva, 16 * <uint64_t>size)
-        avail = uva_to_host(memory.table, avail_uva, 6 + 2 * <uint64_t>size)
-        used = uva_to_host(memory.table, used_uva, 6 + 8 * <uint64_t>size)
-        for name, value, found in (
-            ("descriptor table", desc_uva, desc != NULL), ("avail ring", avail_uva, avail != NULL),
-            ("used ring", used_uva, used != NULL),
-        ):
-            if not found:
-                raise RingError(f"{name} address {value:#x} (size {size}) is outside the guest memory")
-        c.desc = <VringDesc *>desc
-        c.avail = <uint16_t *>avail
-        c.used_hdr = <uint16_t *>used
-        c.used = <VringUsedElem *>(used + 4)
-        c.used_event = <uint16_t *>(avail + 4 + 2 * size)
-        c.avail_event = <uint16_t *>(used + 4 + 8 * size)
+        if packed:
+            if not 1 <= size <= 32768:
+                raise RingError(f"size {size} is not between 1 and 32768")
+            if base & 0x7FFF >= size:
+                raise RingError(f"base {base:#x} is a position beyond the ring's {size} entries")
+            # 2.8.10.1: the two event suppression structures, where a split ring has its other parts.
+            parts = (
+                ("descriptor ring", desc_uva, 16, 16 * size),
+                ("driver event suppression", avail_uva, 4, 4),
+                ("device event suppression", used_uva, 4, 4),
+            )
+        else:
+            if size == 0 or size > 32768 or size & (size - 1):
+                raise RingError(f"size {size} is not a power of two from 1 to 32768")
+            parts = (
+                ("descriptor table", desc_uva, 16, 16 * size),
+                ("avail ring", avail_uva, 2, 6 + 2 * size),
+                ("used ring", used_uva, 4, 6 + 8 * size),
+            )
+        for name, uva, align, length in parts:
+            if uva % align:
+                raise RingError(f"{name} address {uva:#x} is not aligned to {align} bytes")
+            if uva_to_host(memory.table, uva, length) == NULL:
+                raise RingError(
+                    f"{name} address {uva:#x} (size {size}) is outside the guest memory"
+                )
+        c.desc = <VringDesc *>uva_to_host(memory.table, desc_uva, parts[0][3])
+        c.avail = <uint16_t *>uva_to_host(memory.table, avail_uva, parts[1][3])
+        c.used_hdr = <uint16_t *>uva_to_host(memory.table, used_uva, parts[2][3])
+        c.used = <VringUsedElem *>(c.used_hdr + 2)
+        c.used_event = c.avail + 2 + size
+        c.avail_event = c.used_hdr + 2 + 4 * size
         c.mem = memory.table
         c.size = size
         c.mask = size - 1
@@ -129,9 +137,13 @@ cdef class Ring:
         c.indirect = indirect
         c.mergeable = mergeable
         c.poll_only = poll_only
+        c.packed = packed
         c.lock = 0
-        c.last_used = vs_load_acquire16(c.used_hdr + 1)
-        c.last_avail = c.last_used
+        if packed:
+            c.last_avail = c.last_used = base & 0x7FFF
+            c.avail_wrap = c.used_wrap = base >> 15 & 1
+        else:
+            c.last_avail = c.last_used = vs_load_acquire16(c.used_hdr + 1)
         c.cached_avail = c.last_avail
         c.signalled_valid = 0
         c.region_hint = 0
@@ -145,7 +157,7 @@ cdef class Ring:
         refuse_kicks(c)
         self.memory = memory
         self.started = self.published = True
-        return c.last_avail
+        return self.base
 
     def unpublish(self):
         """Leave the ring out of what is published from now on."""
@@ -160,7 +172,7 @@ cdef class Ring:
         self.memory = None
         self.c.desc = NULL
         self.c.mem = NULL
-        return self.c.last_avail
+        return self.base
 
     @property
     def index(self):
@@ -176,8 +188,16 @@ cdef class Ring:
 
     @property
     def base(self):
-        """The avail index the ring would go on from, read without stopping it."""
-        return vs_load16(&self.c.last_avail)
+        """Where the ring would go on, read without stopping it, as GET_VRING_BASE has it.
+
+        The avail index of a split ring. Of a packed one the avail position and wrap counter in the
+        low half and the used ones, which are the same between two bursts, in the high half.
+        """
+        cdef uint32_t half
+        if not self.c.packed:
+            return vs_load16(&self.c.last_avail)
+        half = vs_load16(&self.c.last_avail) | <uint32_t>self.c.avail_wrap << 15
+        return half | half << 16
 
     @property
     def used_idx(self):

@@ -20,6 +20,7 @@ cdef enum:
     MAX_FRAME_LEN = 65553  # 65535 bytes of payload, Ethernet header and one VLAN tag
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
+    USED_BATCH = 256       # used descriptors of a packed ring that are written in one go
 
 cdef enum:
     VRING_DESC_F_NEXT = 1
@@ -27,12 +28,17 @@ cdef enum:
     VRING_DESC_F_INDIRECT = 4
     VRING_AVAIL_F_NO_INTERRUPT = 1
     VRING_USED_F_NO_NOTIFY = 1
+    VRING_PACKED_DESC_F_AVAIL = 0x80
+    VRING_PACKED_DESC_F_USED = 0x8000
+    RING_EVENT_FLAGS_ENABLE = 0
+    RING_EVENT_FLAGS_DISABLE = 1
+    RING_EVENT_FLAGS_DESC = 2
 
-cdef struct VringDesc:     # VIRTIO 1.2, 2.7.5
+cdef struct VringDesc:     # VIRTIO 1.2, 2.7.5; private copies of packed descriptors (2.8.13) too
     uint64_t addr
     uint32_t len
     uint16_t flags
-    uint16_t next
+    uint16_t next          # the buffer id of a packed descriptor
 
 cdef struct VringUsedElem: # VIRTIO 1.2, 2.7.8
     uint32_t id
@@ -106,8 +112,8 @@ cdef struct PortC:
 cdef struct RingC:
     # main
     VringDesc *desc
-    uint16_t *avail        # flags, idx, ring[size], used_event
-    uint16_t *used_hdr     # flags, idx
+    uint16_t *avail        # flags, idx, ring[size], used_event; packed: driver event suppression
+    uint16_t *used_hdr     # flags, idx; packed: device event suppression
     VringUsedElem *used    # ring[size], avail_event
     uint16_t *used_event
     uint16_t *avail_event
@@ -121,6 +127,7 @@ cdef struct RingC:
     uint8_t indirect
     uint8_t mergeable
     uint8_t poll_only      # no kick eventfd: the worker may not sleep for long
+    uint8_t packed
     # atomic
     uint8_t enabled
     uint32_t fault         # a Fault; nonzero stops the ring
@@ -128,12 +135,16 @@ cdef struct RingC:
     # worker
     uint64_t pad0[4]       # what follows is written at every burst: a cache line of its own
     uint32_t lock          # receiveq only, and only with more than one worker
-    uint16_t last_avail    # next avail entry to take
-    uint16_t last_used     # next used entry to write
+    uint16_t last_avail    # next avail entry to take; packed: a position
+    uint16_t last_used     # next used entry to write; packed: a position
     uint16_t cached_avail  # avail.idx as last read
     uint16_t signalled     # used.idx at the last notification decision
     uint8_t signalled_valid
     uint8_t armed          # the driver will kick
+    uint8_t avail_wrap     # packed: wrap counters of the two positions
+    uint8_t used_wrap
+    uint16_t walk_id       # of the chain walked last: head or buffer id ...
+    uint16_t walk_count    # ... and ring entries
     uint16_t region_hint
     uint32_t empty_polls
     uint64_t fault_value
@@ -154,7 +165,9 @@ cdef struct Frame:
     uint32_t len           # whole Ethernet frame, bytes
     uint16_t more          # pool index of the second piece
     uint16_t nseg          # pieces
-    uint16_t head          # head descriptor, to be given back
+    uint16_t head          # ring entry the chain begins at
+    uint16_t id            # head or buffer id, to be given back ...
+    uint16_t count         # ... with so many ring entries
     uint8_t drop           # a Drop + 1 when the frame is not to be forwarded
     uint8_t hdr[VNET_HDR_MAX]
 
@@ -274,4 +287,9 @@ cdef struct WorkerC:
     Seg rx_segs[2 * MAX_CHAIN]
     uint16_t rx_heads[2 * MAX_CHAIN]
     uint32_t rx_lens[2 * MAX_CHAIN]
+    uint16_t rx_counts[2 * MAX_CHAIN]
+    uint16_t used_id[USED_BATCH]
+    uint16_t used_count[USED_BATCH]
+    uint32_t used_len[USED_BATCH]
+    uint32_t n_used
     char *staging          # frames read from a TAP

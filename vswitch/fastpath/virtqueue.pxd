@@ -1,70 +1,42 @@
-"""The device side of a split virtqueue: taking chains, giving them back, notifications.
+"""The device side of virtqueues, split and packed: what is there to take, giving back, notifications.
 
-VIRTIO 1.2, section 2.7. Ring memory belongs to the guest: every field is read once, into a private
-copy, and checked there.
+VIRTIO 1.2, sections 2.7 (split) and 2.8 (packed). In a packed ring `last_avail` and `last_used` are
+positions, with wrap counters beside them; `avail` is the driver's event suppression structure and
+`used_hdr` the device's (offset and wrap first, then flags).
 """
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.atomics cimport (
     vs_fence,
-    vs_get32,
-    vs_get64,
     vs_likely,
     vs_load16,
     vs_load_acquire16,
     vs_load_int,
     vs_store16,
     vs_store_release16,
-    vs_store_release32,
+    vs_store_release64,
     vs_unlikely,
 )
-from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.chain cimport ring_fault
 from vswitch.fastpath.types cimport (
-    FAULT_ADDRESS,
     FAULT_AVAIL_IDX,
-    FAULT_CHAIN_LEN,
-    FAULT_DIRECTION,
-    FAULT_HEAD,
-    FAULT_INDIRECT_LEN,
-    FAULT_INDIRECT_NESTED,
-    FAULT_INDIRECT_UNOFFERED,
-    FAULT_NEXT,
-    MAX_CHAIN,
+    RING_EVENT_FLAGS_DESC,
+    RING_EVENT_FLAGS_DISABLE,
+    RING_EVENT_FLAGS_ENABLE,
+    USED_BATCH,
     VRING_AVAIL_F_NO_INTERRUPT,
-    VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE,
+    VRING_PACKED_DESC_F_AVAIL,
+    VRING_PACKED_DESC_F_USED,
     VRING_USED_F_NO_NOTIFY,
     Counters,
-    Fault,
     RingC,
-    Seg,
     VringDesc,
+    WorkerC,
 )
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *buf, size_t count)
-
-
-cdef inline void ring_fault(
-    RingC *ring, Fault fault, uint64_t value, uint64_t detail
-) noexcept nogil:
-    """Stop a ring for good; the worker loop reports it to the main thread."""
-    ring.fault_value = value
-    ring.fault_detail = detail
-    # Release: whoever sees the fault sees its value. Pairs with the acquire load in engine.pyx.
-    vs_store_release32(&ring.fault, fault)
-
-
-cdef inline void read_desc(VringDesc *out, const VringDesc *desc) noexcept nogil:
-    """A private copy, each half read once."""
-    cdef uint64_t tail
-    out.addr = vs_get64(&desc.addr)
-    tail = vs_get64(&desc.len)
-    out.len = <uint32_t>tail
-    out.flags = <uint16_t>(tail >> 32)
-    out.next = <uint16_t>(tail >> 48)
 
 
 cdef inline uint16_t ring_room(RingC *ring, uint16_t wanted) noexcept nogil:
@@ -86,140 +58,124 @@ cdef inline uint16_t ring_room(RingC *ring, uint16_t wanted) noexcept nogil:
     return room
 
 
-cdef inline int add_segment(
-    RingC *ring, const VringDesc *desc, Seg *segs, uint32_t *n_segs, uint32_t limit
+cdef inline bint packed_ready(const RingC *ring, uint16_t index, uint16_t wrap) noexcept nogil:
+    """Whether a packed ring's entry is available (2.8.1)."""
+    # Acquire: the rest of the descriptor, and of its chain, is read after the flags. Pairs with the
+    # driver's write barrier before it writes them (2.8.21.2).
+    cdef uint16_t flags = vs_load_acquire16(<uint16_t *>&ring.desc[index] + 7)
+    return (flags >> 7 & 1) == wrap and flags >> 15 != wrap
+
+
+cdef inline void packed_step(
+    const RingC *ring, uint16_t *index, uint8_t *wrap, uint16_t count
 ) noexcept nogil:
-    """Append the host pieces of one descriptor's buffer; -1 after faulting the ring."""
-    cdef uint64_t gpa = desc.addr, left = desc.len, contiguous
-    cdef char *host
-    while left:
-        host = gpa_to_host(ring.mem, gpa, left, &contiguous, &ring.region_hint)
-        if vs_unlikely(host == NULL):
-            ring_fault(ring, FAULT_ADDRESS, desc.addr, desc.len)
-            return -1
-        if vs_unlikely(n_segs[0] >= limit):
-            ring_fault(ring, FAULT_CHAIN_LEN, n_segs[0], ring.size)
-            return -1
-        segs[n_segs[0]].ptr = host
-        segs[n_segs[0]].len = <uint32_t>contiguous
-        n_segs[0] += 1
-        gpa += contiguous
-        left -= contiguous
-    return 0
+    """Move a position `count` entries on, at most once around."""
+    cdef uint32_t sum = <uint32_t>index[0] + count
+    if sum >= ring.size:
+        sum -= ring.size
+        wrap[0] ^= 1
+    index[0] = <uint16_t>sum
 
 
-cdef inline int walk_chain(
-    RingC *ring, uint16_t head, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
-) noexcept nogil:
-    """Turn the chain that starts at `head` into host pieces; `first` is a copy of its descriptor.
+cdef inline bint has_work(const RingC *ring) noexcept nogil:
+    """Whether the driver has offered something that was not taken yet."""
+    if ring.packed:
+        return packed_ready(ring, ring.last_avail, ring.avail_wrap)
+    return vs_load16(ring.avail + 1) != ring.last_avail
 
-    Returns the number of pieces, none of them empty, or -1 after faulting the ring: a chain longer
-    than the ring or MAX_CHAIN (2.7.5), a `next` beyond its table, a buffer outside guest memory, a
-    buffer in the wrong direction (`want_write` is VRING_DESC_F_WRITE or 0), a nested, empty, odd or
-    unoffered indirect table (2.7.5.3).
+
+cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
+    """Write the used descriptors of a packed ring, each with one store and in their order.
+
+    So the ring is consistent at whatever point this process may be killed: what was used comes
+    before what was not.
     """
-    cdef VringDesc desc = first[0]
-    cdef VringDesc raw
-    cdef uint32_t n_segs = 0, table_size = ring.size, walked = 0, index = head, entry
-    cdef uint64_t contiguous, table_gpa = 0
-    cdef bint indirect = False
-    cdef char *host
-    while True:
-        walked += 1
-        if vs_unlikely(walked > table_size or walked > MAX_CHAIN):
-            ring_fault(ring, FAULT_CHAIN_LEN, walked, table_size)
-            return -1
-        if desc.flags & VRING_DESC_F_INDIRECT:
-            if indirect or desc.flags & VRING_DESC_F_NEXT:
-                ring_fault(ring, FAULT_INDIRECT_NESTED, desc.flags, index)
-                return -1
-            if not ring.indirect:
-                ring_fault(ring, FAULT_INDIRECT_UNOFFERED, desc.flags, index)
-                return -1
-            if desc.len == 0 or desc.len & 15 or desc.len > 16 * 32768:
-                ring_fault(ring, FAULT_INDIRECT_LEN, desc.len, index)
-                return -1
-            indirect = True
-            table_gpa = desc.addr
-            table_size = desc.len >> 4
-            walked = 0
-            index = 0
-        else:
-            if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
-                ring_fault(ring, FAULT_DIRECTION, desc.flags, index)
-                return -1
-            if add_segment(ring, &desc, segs, &n_segs, limit) < 0:
-                return -1
-            if not desc.flags & VRING_DESC_F_NEXT:
-                return n_segs
-            index = desc.next
-            if vs_unlikely(index >= table_size):
-                ring_fault(ring, FAULT_NEXT, index, table_size)
-                return -1
-        if not indirect:
-            read_desc(&desc, &ring.desc[index])
-            continue
-        # An entry of an indirect table may lie across the border of two regions.
-        entry = 0
-        while entry < 16:
-            host = gpa_to_host(
-                ring.mem, table_gpa + 16 * <uint64_t>index + entry, 16 - entry,
-                &contiguous, &ring.region_hint,
-            )
-            if vs_unlikely(host == NULL):
-                ring_fault(ring, FAULT_ADDRESS, table_gpa + 16 * <uint64_t>index, 16)
-                return -1
-            if vs_likely(contiguous == 16):
-                read_desc(&desc, <VringDesc *>host)
-                break
-            copy_bytes(<char *>&raw + entry, host, <uint32_t>contiguous)
-            entry += <uint32_t>contiguous
-            if entry == 16:
-                desc = raw
-
-
-cdef inline void copy_bytes(char *to, const char *source, uint32_t length) noexcept nogil:
-    """For the few bytes that lie across a border; one read a byte."""
     cdef uint32_t i
-    for i in range(length):
-        to[i] = source[i]
+    cdef uint16_t flags
+    for i in range(w.n_used):
+        flags = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED if ring.used_wrap else 0
+        if w.used_len[i]:
+            flags |= 2  # WRITE: something was written, so len counts (2.8.4)
+        # Release: the buffer before the flags. Pairs with the driver's read barrier after it read
+        # them (2.8.22).
+        vs_store_release64(
+            <uint64_t *>&ring.desc[ring.last_used].len,
+            <uint64_t>w.used_len[i] | <uint64_t>w.used_id[i] << 32 | <uint64_t>flags << 48,
+        )
+        packed_step(ring, &ring.last_used, &ring.used_wrap, w.used_count[i])
+    w.n_used = 0
 
 
-cdef inline void put_used(RingC *ring, uint16_t head, uint32_t length) noexcept nogil:
-    """Write the next used element; the driver sees it with publish_used."""
-    ring.used[ring.last_used & ring.mask].id = head
+cdef inline void put_used(
+    WorkerC *w, RingC *ring, uint16_t id, uint16_t count, uint32_t length
+) noexcept nogil:
+    """Give a chain back: `id` is its head or buffer id, `count` its ring entries, `length` what was
+    written into it. The driver need not see it before publish_used."""
+    if ring.packed:
+        if vs_unlikely(w.n_used == USED_BATCH):
+            flush_packed(w, ring)
+        w.used_id[w.n_used] = id
+        w.used_count[w.n_used] = count
+        w.used_len[w.n_used] = length
+        w.n_used += 1
+        return
+    ring.used[ring.last_used & ring.mask].id = id
     ring.used[ring.last_used & ring.mask].len = length
     ring.last_used += 1
 
 
-cdef inline void publish_used(RingC *ring) noexcept nogil:
+cdef inline void publish_used(WorkerC *w, RingC *ring) noexcept nogil:
+    if ring.packed:
+        flush_packed(w, ring)
+        return
     # Release: elements and buffers before the index. Pairs with the driver's read barrier after it
     # read used.idx (2.7.14).
     vs_store_release16(ring.used_hdr + 1, ring.last_used)
 
 
+cdef inline bint driver_wants_call(RingC *ring) noexcept nogil:
+    """Whether what was published since the last notification calls for one (2.7.7, 2.8.10)."""
+    cdef uint16_t event, old = ring.signalled, now = ring.last_used
+    cdef bint valid = ring.signalled_valid
+    if ring.packed:
+        event = vs_load16(ring.avail + 1) & 3
+        if event == RING_EVENT_FLAGS_DISABLE:
+            return False
+        if event != RING_EVENT_FLAGS_DESC or not ring.event_idx:
+            return True
+        ring.signalled = now
+        ring.signalled_valid = 1
+        if not valid:
+            return True
+        event = vs_load_acquire16(ring.avail)
+        if now <= old:
+            old -= ring.size
+        if event >> 15 != ring.used_wrap:
+            event = (event & 0x7FFF) - ring.size
+        else:
+            event &= 0x7FFF
+    elif ring.event_idx:
+        ring.signalled = now
+        ring.signalled_valid = 1
+        if not valid:
+            return True
+        event = vs_load16(ring.used_event)
+    else:
+        return not vs_load16(ring.avail) & VRING_AVAIL_F_NO_INTERRUPT
+    return <uint16_t>(now - event - 1) < <uint16_t>(now - old)
+
+
 cdef inline void notify_driver(RingC *ring, Counters *counters) noexcept nogil:
-    """Signal the call eventfd if the driver wants to hear of what was just published (2.7.7).
+    """Signal the call eventfd if the driver wants to hear of what was just published.
 
     At most one system call, and none while the driver polls.
     """
-    cdef uint16_t event, old
     cdef uint64_t one = 1
     cdef int fd
-    # Full fence: used.idx is visible before used_event or the flags are read. Pairs with the
-    # driver's fence between writing used_event (or clearing NO_INTERRUPT) and reading used.idx.
+    # Full fence: what is used is visible before the driver's wish is read. Pairs with the driver's
+    # fence between stating its wish and looking at the used ring once more.
     vs_fence()
-    if ring.event_idx:
-        old = ring.signalled
-        ring.signalled = ring.last_used
-        if vs_likely(ring.signalled_valid):
-            event = vs_load16(ring.used_event)
-            if vs_likely(
-                <uint16_t>(ring.last_used - event - 1) >= <uint16_t>(ring.last_used - old)
-            ):
-                return
-        ring.signalled_valid = 1
-    elif vs_load16(ring.avail) & VRING_AVAIL_F_NO_INTERRUPT:
+    if vs_likely(not driver_wants_call(ring)):
         return
     fd = vs_load_int(&ring.call_fd)
     if fd >= 0:
@@ -229,8 +185,16 @@ cdef inline void notify_driver(RingC *ring, Counters *counters) noexcept nogil:
 
 
 cdef inline void want_kicks(RingC *ring) noexcept nogil:
-    """Ask the driver to kick (2.7.10). The caller fences and looks at avail.idx once more."""
-    if ring.event_idx:
+    """Ask the driver to kick (2.7.10, 2.8.10). The caller fences and looks at the ring once more."""
+    if ring.packed:
+        if ring.event_idx:
+            vs_store16(ring.used_hdr, ring.last_avail | <uint16_t>(ring.avail_wrap << 15))
+            # Release: the offset before the flags that make it count; pairs with the driver's read
+            # of both when it decides whether to kick.
+            vs_store_release16(ring.used_hdr + 1, RING_EVENT_FLAGS_DESC)
+        else:
+            vs_store16(ring.used_hdr + 1, RING_EVENT_FLAGS_ENABLE)
+    elif ring.event_idx:
         vs_store16(ring.avail_event, ring.last_avail)
     else:
         vs_store16(ring.used_hdr, 0)
@@ -238,7 +202,10 @@ cdef inline void want_kicks(RingC *ring) noexcept nogil:
 
 
 cdef inline void refuse_kicks(RingC *ring) noexcept nogil:
-    """Polling again: with EVENT_IDX the driver stays silent as long as avail_event stands still."""
-    if not ring.event_idx:
+    """Polling again: with EVENT_IDX the driver of a split ring stays silent by itself as long as
+    avail_event stands still."""
+    if ring.packed:
+        vs_store16(ring.used_hdr + 1, RING_EVENT_FLAGS_DISABLE)
+    elif not ring.event_idx:
         vs_store16(ring.used_hdr, VRING_USED_F_NO_NOTIFY)
     ring.armed = 0

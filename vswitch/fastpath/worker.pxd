@@ -18,6 +18,7 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release64,
     vs_unlikely,
 )
+from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.forward cimport forward_burst, take_frame
 from vswitch.fastpath.tap cimport tap_receive
@@ -35,6 +36,7 @@ from vswitch.fastpath.types cimport (
     STATE_STOPPED,
     VNET_HDR_MAX,
     Counters,
+    Frame,
     Inject,
     PortC,
     RingC,
@@ -44,12 +46,13 @@ from vswitch.fastpath.types cimport (
     WorkerView,
 )
 from vswitch.fastpath.virtqueue cimport (
+    has_work,
     notify_driver,
+    packed_ready,
+    packed_step,
     publish_used,
     put_used,
-    read_desc,
     refuse_kicks,
-    ring_fault,
     ring_room,
     want_kicks,
 )
@@ -81,17 +84,14 @@ cdef inline void report_fault(WorkerC *w, RingC *ring) noexcept nogil:
     post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
 
 
-cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) noexcept nogil:
-    """Take up to a burst from one transmitq and forward it; returns how many chains were taken."""
-    cdef uint16_t n, i, taken = 0
+cdef inline uint16_t take_split(WorkerC *w, RingC *ring) noexcept nogil:
+    """Fill in `frames` from a split ring, up to a burst of them; returns how many.
+
+    `last_avail` is moved past them by the caller.
+    """
+    cdef uint16_t n = ring_room(ring, 1), i, taken = 0
     cdef VringDesc desc
-    cdef Counters *counters
-    if vs_unlikely(ring.fault != 0):
-        return 0
-    n = ring_room(ring, 1)
     if n == 0:
-        if vs_unlikely(ring.fault != 0):
-            report_fault(w, ring)
         return 0
     if n > BURST:
         n = BURST
@@ -104,15 +104,49 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
             n = i
             break
         vs_prefetch(&ring.desc[w.heads[i]])
-    w.n_segs = 0
     for i in range(n):
         if vs_unlikely(w.n_segs + MAX_CHAIN + 1 > SEG_POOL):
             break
         read_desc(&desc, &ring.desc[w.heads[i]])
-        w.frames[i].head = w.heads[i]
+        w.frames[i].head = w.frames[i].id = w.heads[i]
+        w.frames[i].count = 1
         if vs_unlikely(take_frame(w, ring, &w.frames[i], &desc) < 0):
             break
         taken += 1
+    ring.last_avail += taken
+    return taken
+
+
+cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
+    """The same from a packed ring."""
+    cdef uint16_t taken = 0
+    cdef VringDesc desc
+    cdef Frame *frame
+    while taken < BURST and packed_ready(ring, ring.last_avail, ring.avail_wrap):
+        if vs_unlikely(w.n_segs + MAX_CHAIN + 1 > SEG_POOL):
+            break
+        if ring.armed:
+            refuse_kicks(ring)
+        read_packed(&desc, &ring.desc[ring.last_avail])
+        frame = &w.frames[taken]
+        frame.head = ring.last_avail
+        frame.id = desc.next
+        frame.count = 1
+        if vs_unlikely(take_frame(w, ring, frame, &desc) < 0):
+            break
+        packed_step(ring, &ring.last_avail, &ring.avail_wrap, frame.count)
+        taken += 1
+    return taken
+
+
+cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) noexcept nogil:
+    """Take up to a burst from one transmitq and forward it; returns how many chains were taken."""
+    cdef uint16_t i, taken
+    cdef Counters *counters
+    if vs_unlikely(ring.fault != 0):
+        return 0
+    w.n_segs = 0
+    taken = take_packed(w, ring) if ring.packed else take_split(w, ring)
     if taken:
         counters = &w.counters[ring.port.id]
         if vs_likely(vs_load8(&ring.enabled)):
@@ -121,9 +155,8 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
             # Started but disabled: process and discard ("Ring states" of the protocol document).
             counters.drops[DROP_DISABLED] += taken
         for i in range(taken):
-            put_used(ring, w.frames[i].head, 0)
-        ring.last_avail += taken
-        publish_used(ring)
+            put_used(w, ring, w.frames[i].id, w.frames[i].count, 0)
+        publish_used(w, ring)
         notify_driver(ring, counters)
         w.bursts += 1
         w.frames_total += taken
@@ -204,7 +237,7 @@ cdef inline bint arm_rings(const WorkerView *mine) noexcept nogil:
     vs_fence()
     for i in range(mine.n_transmitqs):
         ring = mine.transmitqs[i]
-        if ring.fault == 0 and vs_load16(ring.avail + 1) != ring.last_avail:
+        if ring.fault == 0 and has_work(ring):
             return False
     return True
 

@@ -238,10 +238,11 @@ class Backend:
     async def _set_vring_num(self, message: Message) -> None:
         index, size = protocol.decode_vring_state(message.payload)
         vring = self._vring("SET_VRING_NUM", index)
-        if not 0 < size <= SIZE_MAX or size & (size - 1):
+        packed = Feature.RING_PACKED in self.features
+        if not 0 < size <= SIZE_MAX or (size & (size - 1) and not packed):
             raise MalformedError(
                 f"SET_VRING_NUM: num {size} of vring {index} "
-                f"is not a power of two from 1 to {SIZE_MAX}"
+                f"is not {'a number' if packed else 'a power of two'} from 1 to {SIZE_MAX}"
             )
         if size != vring.size:
             await self._change(vring, size=size)
@@ -265,7 +266,9 @@ class Backend:
     async def _set_vring_base(self, message: Message) -> None:
         index, base = protocol.decode_vring_state(message.payload)
         vring = self._vring("SET_VRING_BASE", index)
-        if base > 0xFFFF:
+        # A packed ring's upper half is the used position, which is the avail position with us: what
+        # a burst takes it gives back. Some frontends leave it zero.
+        if base > 0xFFFF and Feature.RING_PACKED not in self.features:
             raise MalformedError(
                 f"SET_VRING_BASE: num {base} of vring {index} is more than 16 bits"
             )
@@ -375,7 +378,7 @@ class Backend:
         for vring in vrings:
             base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
             vring.started = True
-            if base != vring.base:
+            if base & 0xFFFF != vring.base & 0xFFFF:
                 self._log.info(
                     "port %s: vring %d goes on from %d, where the used ring is, not from %d",
                     self._name, vring.index, base, vring.base,
