@@ -286,6 +286,20 @@ def test_load_sees_what_is_wrong() -> None:
         assert (result.corrupt, result.lost, result.misordered) == (2, 2, 1)
 
 
+def test_load_after_other_frames() -> None:
+    """Slots whose frames the device gives back during the run carry the flow's frames, too."""
+    with offline() as a, offline() as b:
+        queue = a.transmitqs[0]
+        assert queue.ring.send([b"other" * 20] * 3, header=b"\xff" * 12) == 3
+        load = Load([Flow(queue, b.receiveqs[0], [b"flow" * 20])])
+        assert load.run(5.0, frames=5)[0].sent == 5
+        use(queue.raw, *[(queue.raw.read_avail(i), 0) for i in range(8)])
+        assert load.run(5.0, frames=8)[0].sent == 8
+        for i in range(8, 16):
+            desc = queue.raw.read_desc(queue.raw.read_avail(i))
+            assert a.memory.read(desc.addr, desc.len) == bytes(12) + b"flow" * 20
+
+
 def test_load_reports_a_broken_device() -> None:
     with offline() as a, offline() as b:
         use(b.receiveqs[0].raw, (9, 72))

@@ -7,6 +7,7 @@ Load.run drives several flows from the calling thread.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from vswitch.guest.flow cimport (
     RX_LENGTH,
@@ -16,7 +17,6 @@ from vswitch.guest.flow cimport (
     SEQ_LEN,
     FlowC,
     kick,
-    put,
     step,
 )
 from vswitch.guest.split cimport split_calls_off, split_kick_needed
@@ -194,7 +194,8 @@ cdef class Flow:
                     f"slots hold {self.tx.slot_len - c.header_len}"
                 )
             c.free_slots = <uint32_t *>calloc(c.n_slots, sizeof(uint32_t))
-            if c.free_slots == NULL:
+            c.filled = <uint8_t *>calloc(c.n_slots, 1)
+            if c.free_slots == NULL or c.filled == NULL:
                 raise MemoryError()
         if rx is not None:
             self.rx = rx.ring
@@ -213,14 +214,12 @@ cdef class Flow:
         free(self.c.frame_lens)
         free(self.c.scratch)
         free(self.c.free_slots)
+        free(self.c.filled)
 
     def _begin(self, limit):
-        """Take the slots from the queue and fill them; counters start at zero."""
+        """Take the slots from the queue; counters start at zero."""
         cdef FlowC *c = &self.c
         cdef uint32_t i, slot
-        cdef uint8_t[12] zeros
-        for i in range(12):
-            zeros[i] = 0
         c.limit = limit if limit else <uint64_t>-1
         c.in_flight = 0
         c.sent = c.received = c.received_bytes = 0
@@ -231,14 +230,10 @@ cdef class Flow:
         if self.tx is not None:
             c.free_at = 0
             c.free_count = self.tx.num_free_slots
+            memset(c.filled, 0, c.n_slots)
             for i in range(c.free_count):
                 slot = self.tx.free_slots[c.free_count - 1 - i]
                 c.free_slots[i] = slot
-                put(self.tx.slot_pieces(slot), 0, zeros, c.header_len)
-                put(
-                    self.tx.slot_pieces(slot), c.header_len,
-                    c.frames[slot % c.n_frames], c.frame_lens[slot % c.n_frames],
-                )
             self.tx.num_free_slots = 0
             split_calls_off(c.tx)
         if self.rx is not None:
