@@ -253,3 +253,28 @@ def test_without_optional_protocol_features(wire: Wire) -> None:
         guest.send([hello])
         assert b.recv(1) == [hello]
         wire.remove(name)
+
+
+def test_responders_find_the_switch_again(run_dir: Path) -> None:
+    """Guests that answer pings in a thread of their own reconnect by themselves."""
+    directory = run_dir / "responders"
+    directory.mkdir()
+    sockets = directory / "a.sock", directory / "b.sock"
+    with SoftwareGuest(A, "10.2.0.1") as a, SoftwareGuest(B, "10.2.0.2") as b:
+        b.listen(sockets[1])
+        for n in range(3):
+            running = RunningSwitch(directory)
+            try:
+                running.client.add_port("a", sockets[0])
+                running.client.add_port("b", sockets[1], mode="client")
+                if n == 0:
+                    a.connect(sockets[0])
+                    b.accept()
+                    a.start_responder(reconnect=True)
+                    b.start_responder(reconnect=True)
+                assert a.ping("10.2.0.2", timeout=15.0)
+                assert b.ping("10.2.0.1", timeout=15.0)
+            finally:
+                running.stop()
+        a.stop_responder()
+        b.stop_responder()
