@@ -40,6 +40,7 @@ class RunningSwitch:
         config.write_text("\n".join(lines) + "\n")
         self.log = ""
         self._more = threading.Condition()
+        self._ended = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vswitch", "start", "--config", str(config)],
             stderr=subprocess.PIPE,
@@ -61,12 +62,17 @@ class RunningSwitch:
             with self._more:
                 self.log += line
                 self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()
 
     def wait_for_log(self, text: str, start: int = 0, timeout: float = DEADLINE_S) -> None:
         """Wait until `text` stands in the log after position `start`."""
         with self._more:
-            found = self._more.wait_for(lambda: self.log.find(text, start) >= 0, timeout)
-            assert found, f"no {text!r} in the log after {timeout:g} s:\n{self.log[start:]}"
+            self._more.wait_for(lambda: self._ended or self.log.find(text, start) >= 0, timeout)
+            found = self.log.find(text, start) >= 0
+            when = "of a switch that has ended" if self._ended else f"after {timeout:g} s"
+            assert found, f"no {text!r} in the log {when}:\n{self.log[start:]}"
 
     def kill(self) -> None:
         """End it as a crash does."""
