@@ -36,6 +36,7 @@ def extension(name: str) -> Extension:
 
 EXTENSIONS = [
     extension("vswitch.fastpath.engine"),
+    extension("vswitch.fastpath.journal"),
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),

@@ -58,7 +58,8 @@ def run(
 async def _create(settings: Settings) -> RunningSwitch:
     from vswitch.switch import Switch
 
-    return await Switch.create(settings)
+    control = settings.switch.control or default_socket_path()
+    return await Switch.create(settings, journals=control.with_name(f"{control.name}.rings"))
 
 
 def _set_up_log(level: str) -> None:

@@ -13,13 +13,15 @@ import os
 import time
 from collections.abc import Callable
 from operator import itemgetter
+from pathlib import Path
 from typing import Self, cast
 
 from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.port import Port
+from vswitch.fastpath.port import MAX_VRINGS, Port
 from vswitch.fastpath.table import key_mac, mac_key
+from vswitch.journals import Journals
 from vswitch.settings import PortSettings, Settings, UplinkSettings, find_clashes
 from vswitch.tap_port import TapPort
 from vswitch.uplinks.tap import open_tap
@@ -38,7 +40,7 @@ _MAC_EVENTS: dict[str, EventName] = {"mac-learned": "mac-learned", "mac-moved": 
 class Switch:
     """A running switch. Implements `vswitch.control.api.SwitchApi`; make one with `create`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, journals: Path | None) -> None:
         switch = settings.switch
         idle_ns = {"adaptive": switch.idle_us * 1000, "sleep": 0, "busy": None}[switch.polling]
         self._loop = asyncio.get_running_loop()
@@ -51,14 +53,16 @@ class Switch:
         self._tick_started = time.monotonic()
         self._ticker: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
+        self._journals = None if journals is None else Journals(journals)
 
     @classmethod
-    async def create(cls, settings: Settings) -> Self:
+    async def create(cls, settings: Settings, journals: Path | None = None) -> Self:
         """Start workers, open all ports and uplinks. Raises VswitchError, and then nothing is left.
 
+        `journals` is a directory for what lets guests with packed rings survive a restart.
         Must be called on the loop that the switch is to live on.
         """
-        switch = cls(settings)
+        switch = cls(settings, journals)
         try:
             switch._threads.start()
             switch._loop.add_reader(switch._engine.event_fd, switch._on_events)
@@ -108,6 +112,10 @@ class Switch:
                 self._settle,
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
             )
+            if self._journals is not None:
+                journal = self._journals.open(settings.name, MAX_VRINGS)
+                if journal is not None:
+                    port.fast.use_journal(journal)
             try:
                 port.open()
             except BaseException:
@@ -126,6 +134,8 @@ class Switch:
                     f'"{name}" is an uplink, not a port', hint=f"vswitchctl uplink del {name}"
                 )
             await self._remove(port)
+            if self._journals is not None:
+                self._journals.forget(name)
             log.info("port %s: removed", name)
             self._emit("port-removed", name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
@@ -224,6 +225,7 @@ class VhostPort:
                 base=setup.base,
                 poll_only=setup.kick_fd < 0,
                 packed=Feature.RING_PACKED in setup.features,
+                identity=self._identity(setup),
             )
         except RingError as exc:
             raise DatapathError(f"vring {index}: {exc}") from exc
@@ -239,6 +241,11 @@ class VhostPort:
             self._engine.detach(ring)
         await self._settle()
         return [ring.mark_stopped() for ring in rings]
+
+    def forget_ring(self, index: int) -> None:
+        ring = self.fast.rings.get(index)
+        if ring is not None:
+            ring.forget_journal()
 
     async def enable_ring(self, index: int, enabled: bool) -> None:
         self.fast.rings[index].enabled = enabled
@@ -344,6 +351,19 @@ class VhostPort:
             log.info("port %s: ready", self.name)
             self._notify("port-ready", None)
         self._was_ready = ready
+
+    def _identity(self, setup: RingSetup) -> int:
+        """A number that is the same for the same ring in the same memory, whoever looks at it."""
+        told = (
+            *self._file_ids,
+            setup.size,
+            setup.desc_uva,
+            setup.used_uva,
+            setup.avail_uva,
+            Feature.RING_PACKED in setup.features,
+        )
+        digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") | 1
 
     def _look_for_sharing(self, ring: Ring, setup: RingSetup) -> None:
         """Warn when the driver's rings are not in the memory that we were given.

@@ -29,7 +29,7 @@ class FakeSwitch:
         """Until then, adding a port named `slow` waits."""
 
     @classmethod
-    async def create(cls, settings: Settings) -> FakeSwitch:
+    async def create(cls, settings: Settings, **_: object) -> FakeSwitch:
         switch = cls(settings)
         try:
             for port in settings.ports:

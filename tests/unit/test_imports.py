@@ -45,7 +45,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.uplinks": BASE,
     # The switch puts the parts together; it is spread over a few modules.
     **dict.fromkeys(
-        ("vswitch.switch", "vswitch.vhost_port", "vswitch.tap_port", "vswitch.workers"),
+        (
+            "vswitch.switch",
+            "vswitch.vhost_port",
+            "vswitch.tap_port",
+            "vswitch.workers",
+            "vswitch.journals",
+        ),
         (
             *BASE,
             "vswitch.control.api",
@@ -57,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.vhost_port",
             "vswitch.tap_port",
             "vswitch.workers",
+            "vswitch.journals",
         ),
     ),
     "vswitch.daemon": (

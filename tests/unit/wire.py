@@ -66,6 +66,9 @@ class RecordingDatapath:
         await asyncio.sleep(0)
         return [self.stop_at + index for index in indices]
 
+    def forget_ring(self, index: int) -> None:
+        assert index not in self.running
+
     async def enable_ring(self, index: int, enabled: bool) -> None:
         self._note("enable", index, enabled)
 

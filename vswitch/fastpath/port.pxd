@@ -1,3 +1,4 @@
+from vswitch.fastpath.journal cimport Journal
 from vswitch.fastpath.mapping cimport Memory
 from vswitch.fastpath.types cimport PortC, RingC
 
@@ -8,6 +9,7 @@ cdef class Ring:
     cdef Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it
+    cdef Journal journal
     cdef readonly int worker  # which worker polls it (transmitqs)
     cdef int kick_fd
 
@@ -15,5 +17,6 @@ cdef class Ring:
 cdef class Port:
     cdef PortC *c
     cdef readonly str name
+    cdef readonly Journal journal  # of its rings
     cdef readonly dict rings  # by vring index
     cdef readonly bint removed         # to be left out of what is published

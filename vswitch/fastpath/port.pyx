@@ -12,12 +12,14 @@ from vswitch.fastpath.atomics cimport (
     vs_store32,
     vs_store_int,
 )
+from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
 from vswitch.fastpath.mapping cimport Memory
 from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport (
     FAULT_NONE,
     KIND_TAP,
     KIND_VHOST,
+    LAST_NONE,
     MAX_FRAME_LEN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
@@ -50,6 +52,10 @@ RING_FAULTS = (
 )
 
 
+MAX_VRINGS = 2 * MAX_QUEUE_PAIRS
+"""The most virtqueues of a port."""
+
+
 class RingError(ValueError):
     """A ring cannot be started; the text names the field and the value."""
 
@@ -71,6 +77,8 @@ cdef class Ring:
         self.port = port
         self.c.port = port.c
         self.c.index = index
+        self.journal = port.journal
+        self.c.journal = self.journal.slot(index)
         self.c.call_fd = -1
         self.c.src_generation = 0
         self.kick_fd = -1
@@ -83,7 +91,7 @@ cdef class Ring:
     def start(
         self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
         uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
-        uint32_t base, bint poll_only, bint packed=False,
+        uint32_t base, bint poll_only, bint packed=False, uint64_t identity=0,
     ):
         """Point a stopped ring at its memory.
 
@@ -92,6 +100,8 @@ cdef class Ring:
         to 14 and its wrap counter in bit 15. Where a split ring's used ring disagrees with `base`,
         as after a crash of the last backend, the used ring is right: every buffer taken before that
         and not given back is taken again, none is lost to the driver.
+        `identity` is the same for the same ring in the same memory, 0 if unknown: with it the
+        port's journal tells a packed ring's place and which frames were on their way.
         Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
@@ -145,6 +155,16 @@ cdef class Ring:
         else:
             c.last_avail = c.last_used = vs_load_acquire16(c.used_hdr + 1)
         c.cached_avail = c.last_avail
+        c.last_used_at = LAST_NONE
+        if identity and c.journal.identity == identity:
+            if packed:
+                recover_packed(c, self.is_transmitq)
+            elif self.is_transmitq:
+                recover_split(c)
+        c.journal.identity = 0
+        note_taken(c)
+        note_batch(c, c.last_avail, c.avail_wrap, NULL, NULL, 0)
+        c.journal.identity = identity
         c.signalled_valid = 0
         c.region_hint = 0
         c.empty_polls = 0
@@ -162,6 +182,10 @@ cdef class Ring:
     def unpublish(self):
         """Leave the ring out of what is published from now on."""
         self.published = False
+
+    def forget_journal(self):
+        """Notes of what the ring was are void: the frontend was told, or it is another ring."""
+        self.c.journal.identity = 0
 
     def mark_stopped(self):
         """Forget the memory; returns the index to go on from (GET_VRING_BASE).
@@ -242,6 +266,19 @@ cdef class Port:
         self.c.kind = KIND_TAP if tap else KIND_VHOST
         self.c.tap_fd = tap_fd
         self.c.max_len = MAX_FRAME_LEN
+        self.journal = Journal(2 * MAX_QUEUE_PAIRS)
+
+    def use_journal(self, Journal journal not None):
+        """Have rings that start from now on make their notes there."""
+        cdef Ring ring
+        if journal.size < 2 * MAX_QUEUE_PAIRS:
+            raise ValueError(f"a journal of {journal.size} rings; {2 * MAX_QUEUE_PAIRS} may be needed")
+        for ring in self.rings.values():
+            if ring.started:
+                raise ValueError(f"vring {ring.c.index} is running")
+            ring.journal = journal
+            ring.c.journal = journal.slot(ring.c.index)
+        self.journal = journal
 
     def __dealloc__(self):
         free(self.c)

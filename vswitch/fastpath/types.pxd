@@ -20,7 +20,8 @@ cdef enum:
     MAX_FRAME_LEN = 65553  # 65535 bytes of payload, Ethernet header and one VLAN tag
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
-    USED_BATCH = 256       # used descriptors of a packed ring that are written in one go
+    LAST_NONE = 0xFFFF
+    USED_BATCH = 128       # used descriptors of a packed ring that are written in one go
 
 cdef enum:
     VRING_DESC_F_NEXT = 1
@@ -109,6 +110,22 @@ cdef struct PortC:
     int tap_fd             # main
     uint32_t tap_lost      # atomic; the interface was deleted under us
 
+cdef struct JournalBatch:  # chains of a packed ring that are being used, in their order
+    uint16_t n             # how many
+    uint16_t position      # ring entry and wrap counter of the first
+    uint8_t wrap
+    uint8_t last_wrap
+    uint16_t last          # ring entry of the used descriptor before them, LAST_NONE: there is none
+    uint16_t ids[USED_BATCH]
+    uint16_t counts[USED_BATCH]
+
+cdef struct JournalC:      # of one ring; outlives the process, see journal.pyx
+    uint64_t identity      # main; of the ring this is about
+    uint32_t taken         # split transmitq: chains before this avail index were taken; above it,
+                           # in the high half, the used index from before they are given back
+    uint16_t current       # which of the two batches counts
+    JournalBatch batches[2]
+
 cdef struct RingC:
     # main
     VringDesc *desc
@@ -119,6 +136,7 @@ cdef struct RingC:
     uint16_t *avail_event
     MemTable *mem
     PortC *port
+    JournalC *journal
     uint16_t size
     uint16_t mask
     uint16_t index         # vring index: even receiveq, odd transmitq
@@ -143,6 +161,8 @@ cdef struct RingC:
     uint8_t armed          # the driver will kick
     uint8_t avail_wrap     # packed: wrap counters of the two positions
     uint8_t used_wrap
+    uint8_t last_wrap      # packed: the used descriptor written last ...
+    uint16_t last_used_at  # ... LAST_NONE if there is none
     uint16_t walk_id       # of the chain walked last: head or buffer id ...
     uint16_t walk_count    # ... and ring entries
     uint16_t region_hint

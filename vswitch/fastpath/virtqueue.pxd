@@ -19,6 +19,7 @@ from vswitch.fastpath.atomics cimport (
     vs_unlikely,
 )
 from vswitch.fastpath.chain cimport ring_fault
+from vswitch.fastpath.journal cimport note_batch
 from vswitch.fastpath.types cimport (
     FAULT_AVAIL_IDX,
     RING_EVENT_FLAGS_DESC,
@@ -92,6 +93,10 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
     """
     cdef uint32_t i
     cdef uint16_t flags
+    if w.n_used == 0:
+        return
+    if not ring.index & 1:  # of a transmitq it was noted before the frames were forwarded
+        note_batch(ring, ring.last_used, ring.used_wrap, w.used_id, w.used_count, w.n_used)
     for i in range(w.n_used):
         flags = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED if ring.used_wrap else 0
         if w.used_len[i]:
@@ -102,6 +107,8 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
             <uint64_t *>&ring.desc[ring.last_used].len,
             <uint64_t>w.used_len[i] | <uint64_t>w.used_id[i] << 32 | <uint64_t>flags << 48,
         )
+        ring.last_used_at = ring.last_used
+        ring.last_wrap = ring.used_wrap
         packed_step(ring, &ring.last_used, &ring.used_wrap, w.used_count[i])
     w.n_used = 0
 

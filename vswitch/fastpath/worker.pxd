@@ -1,6 +1,6 @@
 """The worker loop: poll, forward, and sleep when there is nothing to do."""
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.atomics cimport (
     vs_exchange_ptr,
@@ -21,6 +21,7 @@ from vswitch.fastpath.atomics cimport (
 from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.forward cimport forward_burst, take_frame
+from vswitch.fastpath.journal cimport note_batch, note_taken
 from vswitch.fastpath.tap cimport tap_receive
 from vswitch.fastpath.types cimport (
     BURST,
@@ -114,12 +115,16 @@ cdef inline uint16_t take_split(WorkerC *w, RingC *ring) noexcept nogil:
             break
         taken += 1
     ring.last_avail += taken
+    note_taken(ring)
     return taken
 
 
 cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
     """The same from a packed ring."""
-    cdef uint16_t taken = 0
+    cdef uint16_t taken = 0, position = ring.last_avail
+    cdef uint8_t wrap = ring.avail_wrap
+    cdef uint16_t ids[BURST]
+    cdef uint16_t counts[BURST]
     cdef VringDesc desc
     cdef Frame *frame
     while taken < BURST and packed_ready(ring, ring.last_avail, ring.avail_wrap):
@@ -134,8 +139,12 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
         frame.count = 1
         if vs_unlikely(take_frame(w, ring, frame, &desc) < 0):
             break
+        ids[taken] = frame.id
+        counts[taken] = frame.count
         packed_step(ring, &ring.last_avail, &ring.avail_wrap, frame.count)
         taken += 1
+    if taken:
+        note_batch(ring, position, wrap, ids, counts, taken)
     return taken
 
 

@@ -207,12 +207,14 @@ class Backend:
         for vring in self.vrings.values():
             vring.wanted = False
             vring.forget_kick()
+            self._datapath.forget_ring(vring.index)
 
     async def _reset_device(self, _: Message) -> None:
         """Back to the state after connecting, except for ownership, memory and the protocol."""
         await self._stop(self._running())
         for vring in self.vrings.values():
             vring.close()
+            self._datapath.forget_ring(vring.index)
         self.vrings.clear()
         self.features = Feature(0)
 
@@ -281,6 +283,7 @@ class Backend:
         vring = self._vring("GET_VRING_BASE", index)
         await self._stop([vring])
         vring.forget_kick()
+        self._datapath.forget_ring(index)
         return protocol.encode_vring_state(VringState(index, vring.base))
 
     async def _set_vring_kick(self, message: Message) -> None:

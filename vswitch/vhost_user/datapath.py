@@ -69,6 +69,10 @@ class Datapath(Protocol):
         """Stop running virtqueues; returns the avail index of each to go on from later."""
         ...
 
+    def forget_ring(self, index: int) -> None:
+        """The frontend knows where this stopped virtqueue is: what else is known of it is void."""
+        ...
+
     async def enable_ring(self, index: int, enabled: bool) -> None:
         """Let a running virtqueue carry frames, or have it discard them."""
         ...

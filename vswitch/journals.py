@@ -1,0 +1,65 @@
+"""The files in which the journals of ports outlive the switch: one a port, in one directory.
+
+They hold what is needed to go on with the rings of guests that keep running while the switch is
+restarted or was killed. Losing them costs, at worst, what was in the switch at that moment, and for
+a guest with packed rings its link until it is reset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from pathlib import Path
+
+from vswitch.fastpath.journal import SLOT_LEN, Journal
+
+log = logging.getLogger("vswitch.journal")
+
+
+class Journals:
+    """Opens the journal of each port in `directory`, which is made when it is needed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def open(self, port: str, rings: int) -> Journal | None:
+        """The journal of a port with so many rings, as an earlier switch left it or a new one.
+
+        None, with a warning in the log, if there can be none: the switch works without.
+        """
+        path = self._path(port)
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._check(fd)
+                if os.fstat(fd).st_size != rings * SLOT_LEN:
+                    os.ftruncate(fd, 0)
+                    os.ftruncate(fd, rings * SLOT_LEN)
+                return Journal(rings, fd)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            log.warning(
+                "port %s: no journal %s (%s): after a crash its guest may need a reset",
+                port, path, exc.strerror or exc,
+            )  # fmt: skip
+            return None
+
+    def forget(self, port: str) -> None:
+        """Remove the journal of a port that is gone for good."""
+        with contextlib.suppress(OSError):
+            self._path(port).unlink()
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
+
+    def _path(self, port: str) -> Path:
+        return self._directory / f"{port}.rings"
+
+    @staticmethod
+    def _check(fd: int) -> None:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise OSError("it is not a file of ours")
