@@ -41,9 +41,11 @@ EXTENSIONS = [
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),
     extension("vswitch.guest.driver"),
+    extension("vswitch.guest.latency"),
     extension("vswitch.guest.load"),
     extension("vswitch.guest.mapping"),
     extension("vswitch.guest.null_backend"),
+    extension("vswitch.guest.probe"),
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES))

@@ -1,0 +1,3 @@
+def round_trip_ns(
+    cpu_a: int, cpu_b: int, *, batches: int = 25, rounds: int = 400, timeout_s: float = 2.0
+) -> float: ...
