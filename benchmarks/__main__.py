@@ -1,0 +1,119 @@
+"""`python -m benchmarks`, which `make bench` runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from benchmarks import report
+from benchmarks.errors import BenchmarkError
+from benchmarks.runner import GENERATORS, SWITCHES, Runner, Settings
+from vswitch.errors import VswitchError
+from vswitch.lab.process import sigterm_unwinds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT_RESULTS = ROOT / "docs" / "performance.json"
+_DEFAULTS = Settings()
+_QUICK = replace(_DEFAULTS, samples=2, seconds=0.1, frames=(64, 1500))
+_MIN_FRAME_LEN = 64
+
+
+def _names(
+    known: dict[str, type],
+) -> Callable[[object, object, str | None], tuple[str, ...] | None]:
+    def parse(_context: object, _parameter: object, value: str | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        names = tuple(value.split(","))
+        for name in names:
+            if name not in known:
+                raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers like 64,1500") from error
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.option("--samples", type=click.IntRange(min=1), help="Samples that count, of each switch.")
+@click.option("--seconds", type=click.FloatRange(min=0.01), help="Length of a sample.")
+@click.option("--frames", callback=_numbers, help="Frame sizes in bytes, like 64,1500.")
+@click.option("--switches", callback=_names(SWITCHES), help=f"Of {','.join(SWITCHES)}.")
+@click.option("--generators", callback=_names(GENERATORS), help=f"Of {','.join(GENERATORS)}.")
+@click.option("--cpus", callback=_numbers, help="The switch's CPU and the generator's, like 1,0.")
+@click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS,
+    help="Folder for the results.  [default: benchmarks/results]",
+)  # fmt: skip
+@click.option(
+    "--write-docs", is_flag=True,
+    help="Measure nothing: put the newest results of --out into docs/performance.md.",
+)  # fmt: skip
+def main(
+    samples: int | None,
+    seconds: float | None,
+    frames: tuple[int, ...] | None,
+    switches: tuple[str, ...] | None,
+    generators: tuple[str, ...] | None,
+    cpus: tuple[int, ...] | None,
+    quick: bool,
+    out: Path,
+    write_docs: bool,
+) -> None:
+    """Measure vswitch beside other switches on this machine."""
+    base = _QUICK if quick else _DEFAULTS
+    settings = Settings(
+        samples=samples or base.samples,
+        seconds=seconds or base.seconds,
+        frames=frames or base.frames,
+        switches=switches or base.switches,
+        generators=generators or base.generators,
+        cpus=cpus or (),
+    )
+    try:
+        if write_docs:
+            _write_docs(report.newest(out))
+        else:
+            _measure(settings, out)
+    except VswitchError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _measure(settings: Settings, out: Path) -> None:
+    for length in settings.frames:
+        if not _MIN_FRAME_LEN <= length <= max(one.max_frame_len for one in SWITCHES.values()):
+            raise BenchmarkError(f"frames of {length} bytes cannot be measured, 64 to 9000 can")
+    with sigterm_unwinds():
+        results = Runner(settings, lambda line: click.echo(line, err=True)).run()
+    as_json, as_table = report.write(results, out)
+    click.echo(report.markdown(results))
+    click.echo(f"written to {as_json} and {as_table}", err=True)
+
+
+def _write_docs(source: Path) -> None:
+    """The document and, beside it, the results that it shows."""
+    results = report.from_json(source.read_text())
+    DOCUMENT.write_text(report.between_markers(DOCUMENT.read_text(), report.markdown(results)))
+    shutil.copyfile(source, DOCUMENT_RESULTS)
+    click.echo(f"{DOCUMENT.name} shows {source.name} now", err=True)
+
+
+if __name__ == "__main__":
+    main()

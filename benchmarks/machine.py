@@ -1,0 +1,177 @@
+"""The machine: which CPUs to use, what it is, its hugepages, and who waits for a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError, MissingError
+from vswitch._version import __version__
+
+HUGEPAGE_MIB = 2
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_BUSY_SHARE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Cpus:
+    """One CPU for the switch with all its threads, one for the generator and this program."""
+
+    switch: int
+    generator: int
+
+
+def choose_cpus(wanted: tuple[int, ...] = ()) -> Cpus:
+    """The first CPU allowed for the generator, the second for the switch, unless told otherwise."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if wanted:
+        if len(wanted) != 2 or len(set(wanted)) != 2 or not set(wanted) <= set(allowed):
+            raise BenchmarkError(
+                f"--cpus {','.join(map(str, wanted))}: not two different ones of {allowed}",
+                hint="give the switch's CPU and the generator's, like --cpus 1,0",
+            )
+        return Cpus(*wanted)
+    if len(allowed) < 2:
+        raise BenchmarkError(
+            "a benchmark needs two CPUs, one for the switch and one for the generator; "
+            f"this process may use only CPU {allowed[0]}",
+            hint="run it on a machine with two CPUs, or allow it another one with taskset",
+        )
+    return Cpus(switch=allowed[1], generator=allowed[0])
+
+
+@contextlib.contextmanager
+def running_on(cpus: set[int]) -> Iterator[None]:
+    """This thread, and what it starts meanwhile, on these CPUs only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions of what is on it, for the report."""
+    text = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cpus": os.cpu_count(),
+        "virtual": bool(flags and "hypervisor" in flags[1].split()),
+        "memory_mib": int(memory[1]) // 1024 if memory else None,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "vswitch": __version__,
+        "commit": _commit(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def _commit() -> str | None:
+    """The commit that is measured, with a + if files differ from it; None outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+def version_of(*command: str) -> str:
+    """What a program or dpkg-query says its version is: the first number with dots."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    match = re.search(r"\d+(?:\.\d+)+", found.stdout + found.stderr)
+    return match[0] if match else "unknown"
+
+
+@contextlib.contextmanager
+def hugepages(mib: int) -> Iterator[None]:
+    """At least `mib` MiB of free 2 MiB hugepages; what was added is taken away at the end.
+
+    MissingError where they cannot be had.
+    """
+    count = _HUGEPAGES / "nr_hugepages"
+    try:
+        before = int(count.read_text())
+        short = -(-mib // HUGEPAGE_MIB) - int((_HUGEPAGES / "free_hugepages").read_text())
+    except OSError as error:
+        raise MissingError(f"this kernel has no 2 MiB hugepages ({error.strerror})") from error
+    if short <= 0:
+        yield
+        return
+    wanted = before + short
+    try:
+        count.write_text(str(wanted))
+        added = int(count.read_text()) - before
+    except OSError as error:
+        raise MissingError(
+            f"{short} more hugepages are needed and cannot be had: {error.strerror}",
+            hint=f"as root: echo {wanted} > {count}",
+        ) from error
+    try:
+        if added < short:
+            raise MissingError(
+                f"{short} more hugepages of 2 MiB are needed, the kernel has memory for {added}"
+            )
+        yield
+    finally:
+        # Not what was there before: somebody else may have changed the number meanwhile.
+        count.write_text(str(max(0, int(count.read_text()) - added)))
+
+
+class CpuWait:
+    """How long the busy threads of some processes wait for a CPU that others have."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = set(pids)
+        self._start = time.monotonic_ns()
+        self._before = self._read()
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds on a CPU and waiting for one, for each thread."""
+        found: dict[str, tuple[int, int]] = {}
+        for pid in self._pids:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                # A thread may end meanwhile.
+                with contextlib.suppress(OSError):
+                    on_cpu, waited, _ = (task / "schedstat").read_text().split()
+                    found[task.name] = int(on_cpu), int(waited)
+        return found
+
+    def share(self) -> float:
+        """The largest share of the time so far that a busy thread has waited, 0 to 1."""
+        length = time.monotonic_ns() - self._start
+        worst = 0
+        for thread, (on_cpu, waited) in self._read().items():
+            on_cpu_before, waited_before = self._before.get(thread, (0, 0))
+            if on_cpu - on_cpu_before + waited - waited_before > _BUSY_SHARE * length:
+                worst = max(worst, waited - waited_before)
+        return worst / length
+
+
+def program(name: str, *places: str) -> str:
+    """Where a program is, on PATH or in `places`; MissingError if it is not installed."""
+    for folder in [*os.environ.get("PATH", os.defpath).split(os.pathsep), *places]:
+        path = Path(folder, name)
+        if os.access(path, os.X_OK):
+            return str(path)
+    raise MissingError(f"{name} is not installed")

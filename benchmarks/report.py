@@ -1,0 +1,202 @@
+"""A run as JSON, as Markdown tables, and as the part of docs/performance.md between markers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.runner import GENERATORS, SWITCHES, Results
+from benchmarks.samples import (
+    MAX_WAIT,
+    Case,
+    Reading,
+    Sample,
+    Summary,
+    dropped,
+    summarise,
+)
+
+FORMAT = 1
+BEGIN = "<!-- results: begin -->"
+END = "<!-- results: end -->"
+_OURS = ("vswitch", "vswitch-busy")
+_CEILING = "null"
+
+
+def to_json(results: Results) -> str:
+    """One sample a line, so that runs can be compared with diff."""
+    head = {
+        "format": FORMAT,
+        "started": results.started,
+        "seconds": results.seconds,
+        "machine": results.machine,
+        "settings": results.settings,
+        "versions": results.versions,
+        "skipped": results.skipped,
+        "failures": results.failures,
+        "summaries": [asdict(summary) for summary in summarise(results.samples)],
+    }
+    lines = ",\n  ".join(json.dumps(sample.to_json()) for sample in results.samples)
+    return json.dumps(head, indent=1)[:-2] + f',\n "samples": [\n  {lines}\n ]\n}}\n'
+
+
+def from_json(text: str) -> Results:
+    """What `to_json` wrote. BenchmarkError for anything else."""
+    try:
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise BenchmarkError(f"results have format {data['format']}, not {FORMAT}")
+        return Results(
+            started=data["started"],
+            machine=data["machine"],
+            settings=data["settings"],
+            versions=data["versions"],
+            skipped=data["skipped"],
+            failures=data["failures"],
+            samples=[_sample(one) for one in data["samples"]],
+            seconds=data["seconds"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"these are no results of a benchmark run: {error!r}") from error
+
+
+def _sample(data: dict[str, Any]) -> Sample:
+    return Sample(
+        case=Case(**data["case"]),
+        switch=data["switch"],
+        reading=Reading(**data["reading"]),
+        before_ns=data["before_ns"],
+        after_ns=data["after_ns"],
+        waited=data["waited"],
+    )
+
+
+def write(results: Results, folder: Path) -> tuple[Path, Path]:
+    """Write both files of a run, named by its time; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = results.started.split("+")[0].replace(":", "").replace("-", "")
+    as_json, as_table = folder / f"{name}.json", folder / f"{name}.md"
+    as_json.write_text(to_json(results))
+    as_table.write_text("# A benchmark run\n\n" + markdown(results))
+    return as_json, as_table
+
+
+def newest(folder: Path) -> Path:
+    """The last run in `folder`."""
+    found = sorted(folder.glob("*.json"))
+    if not found:
+        raise BenchmarkError(
+            f"{folder}: there are no results", hint="run `python -m benchmarks` first"
+        )
+    return found[-1]
+
+
+def between_markers(document: str, text: str) -> str:
+    """`document` with `text` in place of what lies between the markers."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise BenchmarkError(f"the document has no {BEGIN} ... {END}")
+    return f"{head}{BEGIN}\n\n{text.strip()}\n\n{END}{tail}"
+
+
+def markdown(results: Results) -> str:
+    """Every table of a run, with the machine and what did not count."""
+    summaries = summarise(results.samples)
+    parts = [_machine(results), _counts(results)]
+    for name, generator in GENERATORS.items():
+        of_generator = [one for one in summaries if one.case.generator == name]
+        for place in ("near", "far"):
+            here = [one for one in of_generator if one.place == place]
+            if rates := [one for one in here if one.case.kind == "rate"]:
+                title = f"### Million frames a second, {place} ({generator.title})"
+                parts += [title, _rates(rates)]
+            if latencies := [one for one in here if one.case.kind != "rate"]:
+                title = f"### One frame in flight, {place} ({generator.title})"
+                parts += [title, _latencies(latencies)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine(results: Results) -> str:
+    machine = results.machine
+    kind = "virtual CPUs" if machine["virtual"] else "CPUs"
+    versions = "; ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines = [
+        f"Measured {results.started[:10]} on {machine['cpus']} {kind} of {machine['cpu']}, "
+        f"Linux {machine['kernel']}, Python {machine['python']}.",
+        f"Versions: {versions}" + (f"; commit {machine['commit']}." if machine["commit"] else "."),
+        f"Samples of {results.settings['seconds']:g} s; the load average was "
+        f"{machine['load_before']:.2f} before the run.",
+    ]
+    return "\n".join(lines)
+
+
+def _counts(results: Results) -> str:
+    total = len(results.samples)
+    lines = [f"{total} samples were taken."]
+    reasons = {
+        "moved": "the CPUs moved between near and far",
+        "disturbed": f"other programs held a CPU for more than {MAX_WAIT:.0%} of the time",
+        "lossy": "frames fell out of the closed loop",
+    }
+    for verdict, count in dropped(results.samples).items():
+        lines.append(f"{count} do not count because {reasons[verdict]}.")
+    if not any(sample.verdict == "kept" for sample in results.samples):
+        lines.append("So there are no numbers: measure again when nothing else runs.")
+    lines += [f"Not measured: {text}." for text in results.skipped]
+    lines += [f"Failed ({n} times): {text}." for text, n in Counter(results.failures).items()]
+    return "\n".join(lines)
+
+
+def _titles(summaries: Iterable[Summary]) -> dict[str, str]:
+    present = {one.switch for one in summaries}
+    return {name: SWITCHES[name].title for name in SWITCHES if name in present}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rates(summaries: Sequence[Summary]) -> str:
+    titles = _titles(summaries)
+    lengths = sorted({one.case.frame_len for one in summaries})
+    rows = []
+    for length in lengths:
+        found = {one.switch: one for one in summaries if one.case.frame_len == length}
+        cells = [
+            f"{found[name].median / 1e6:.2f} ({found[name].count})" if name in found else "-"
+            for name in titles
+        ]
+        rows.append([f"{length} B", *cells, _ratio(found)])
+    return _table(["frame", *titles.values(), "vswitch / best peer"], rows)
+
+
+def _ratio(found: dict[str, Summary]) -> str:
+    peers = [one.median for name, one in found.items() if name not in (*_OURS, _CEILING)]
+    if "vswitch" not in found or not peers:
+        return "-"
+    return f"{found['vswitch'].median / max(peers):.2f}"
+
+
+def _latencies(summaries: Sequence[Summary]) -> str:
+    titles = _titles(summaries)
+    rows = []
+    for name, title in titles.items():
+        cells = [title]
+        for kind in ("latency", "wakeup"):
+            one = next(
+                (one for one in summaries if one.switch == name and one.case.kind == kind), None
+            )
+            if one is None or one.p99 is None:
+                cells += ["-", "-"]
+            else:
+                cells += [f"{one.median / 1e3:.2f} ({one.count})", f"{one.p99 / 1e3:.2f}"]
+        rows.append(cells)
+    header = ["", "median µs", "p99 µs", "after 1 ms idle: median µs", "p99 µs"]
+    return _table(header, rows)

@@ -1,0 +1,250 @@
+"""Runs the cases: all switches side by side, a probe around every sample."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError, MissingError
+from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
+from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
+from benchmarks.ovs import OvsDpdk
+from benchmarks.samples import UNITS, Case, Kind, Sample
+from benchmarks.switches import BusyVswitch, NullSwitch, Switch, TestpmdIo, Vswitch
+from vswitch.errors import VswitchError
+from vswitch.guest.errors import GuestError
+from vswitch.guest.probe import round_trip_ns
+from vswitch.lab.errors import LabError
+
+SWITCHES: dict[str, type[Switch]] = {
+    one.name: one for one in (Vswitch, BusyVswitch, TestpmdIo, OvsDpdk, NullSwitch)
+}
+GENERATORS: dict[str, type[Generator]] = {
+    one.name: one for one in (SoftwareGenerator, TestpmdGenerator)
+}
+LATENCY_FRAME_LEN = 64
+STANDARD_LEN = 1514
+MAX_ROUNDS = 3
+"""Times the wanted number of samples that are taken at most to make up for those that drop out."""
+_PROBES = 5
+_MAX_FAILURES = 3
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to measure. `samples` that count are wanted of each switch, `seconds` long each."""
+
+    samples: int = 9
+    seconds: float = 0.5
+    frames: tuple[int, ...] = (64, 512, 1500, 9000)
+    switches: tuple[str, ...] = tuple(SWITCHES)
+    generators: tuple[str, ...] = tuple(GENERATORS)
+    cpus: tuple[int, ...] = ()
+
+
+@dataclass
+class Results:
+    """Everything a run found out. `skipped` says what was not measured and why."""
+
+    started: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A switch and the generator that is connected to it; both paused between samples."""
+
+    switch: Switch
+    generator: Generator
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self.switch.resume()
+        self.generator.resume()
+        try:
+            yield
+        finally:
+            self.generator.pause()
+            self.switch.pause()
+
+
+def can(switch: type[Switch], generator: type[Generator], case: Case) -> bool:
+    """Whether this case can be measured with these two."""
+    if switch.software_guests_only and generator is not SoftwareGenerator:
+        return False
+    longest = min(switch.max_frame_len, generator.max_frame_len)
+    return case.kind in switch.kinds & generator.kinds and case.frame_len <= longest
+
+
+def cases_of(generator: str, frames: Sequence[int]) -> list[Case]:
+    """What this generator measures: rates for every frame length, latencies for one."""
+    kinds = GENERATORS[generator].kinds
+    cases = [Case("rate", generator, length) for length in frames]
+    late: tuple[Kind, ...] = ("latency", "wakeup")
+    return cases + [Case(kind, generator, LATENCY_FRAME_LEN) for kind in late if kind in kinds]
+
+
+class Runner:
+    """One run: `run` may be called once."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.cpus: Cpus = choose_cpus(settings.cpus)
+        self.results = Results(
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=describe(),
+            settings={
+                "samples": settings.samples,
+                "seconds": settings.seconds,
+                "switch_cpu": self.cpus.switch,
+                "generator_cpu": self.cpus.generator,
+            },
+        )
+
+    def run(self) -> Results:
+        start = time.monotonic()
+        # Also keeps what Python does besides away from the switch's CPU.
+        with running_on({self.cpus.generator}):
+            for name in self.settings.generators:
+                cases = cases_of(name, self.settings.frames)
+                # Apart from each other: buffers for long frames would slow the short ones down.
+                for group in (
+                    [case for case in cases if case.frame_len <= STANDARD_LEN],
+                    [case for case in cases if case.frame_len > STANDARD_LEN],
+                ):
+                    if group:
+                        self._run_group(GENERATORS[name], group)
+        self.results.seconds = round(time.monotonic() - start, 1)
+        if not self.results.samples:
+            raise BenchmarkError(
+                "nothing was measured: " + "; ".join(self.results.skipped or ["nothing was chosen"])
+            )
+        return self.results
+
+    def _run_group(self, generator: type[Generator], cases: list[Case]) -> None:
+        """Start what these cases need, run them, and end it all."""
+        switches = [SWITCHES[name] for name in self.settings.switches]
+        switches = [one for one in switches if any(can(one, generator, case) for case in cases)]
+        if not switches:
+            return
+        longest = max(case.frame_len for case in cases)
+        with contextlib.ExitStack() as stack:
+            mib = sum(one.hugepages_mib + generator.hugepages_mib for one in switches)
+            try:
+                stack.enter_context(hugepages(mib) if mib else contextlib.nullcontext())
+            except MissingError as error:
+                self._skip(f"all that need hugepages with {generator.title}", error)
+                if generator.hugepages_mib:
+                    return
+                switches = [one for one in switches if not one.hugepages_mib]
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vswitch-bench-")))
+            pairs = []
+            for kind in switches:
+                try:
+                    pairs.append(self._start(kind, generator, longest, folder, stack))
+                except (BenchmarkError, GuestError, LabError) as error:
+                    self._skip(f"{kind.title} with {generator.title}", error)
+            for case in cases:
+                able = [pair for pair in pairs if can(type(pair.switch), generator, case)]
+                if able:
+                    self._run_case(case, able)
+
+    def _skip(self, what: str, error: VswitchError) -> None:
+        self.results.skipped.append(f"{what}: {error.message}")
+        self.progress(f"skipping {what}: {error.message}")
+
+    def _start(
+        self,
+        kind: type[Switch],
+        generator: type[Generator],
+        longest: int,
+        folder: Path,
+        stack: contextlib.ExitStack,
+    ) -> Pair:
+        self.progress(f"starting {kind.title} for {generator.title}")
+        own = folder / kind.name
+        own.mkdir()
+        with contextlib.ExitStack() as starting:
+            switch = kind(own, self.cpus.switch, longest)
+            starting.callback(switch.close)
+            switch.start()
+            pair = Pair(switch, generator(switch, self.cpus.generator))
+            starting.callback(pair.generator.close)
+            pair.generator.connect()
+            pair.generator.pause()
+            switch.pause()
+            # Until here, a failure ends it at once: it polls, and would take the others' CPU.
+            stack.push(starting.pop_all())
+        self.results.versions[kind.title] = switch.version()
+        return pair
+
+    def _run_case(self, case: Case, pairs: list[Pair]) -> None:
+        for pair in pairs:
+            with pair.running():
+                pair.switch.prepare(case)
+        kept = dict.fromkeys((pair.switch.name for pair in pairs), 0)
+        failures = dict.fromkeys(kept, 0)
+        for turn in range(MAX_ROUNDS * self.settings.samples):
+            if min(kept.values(), default=self.settings.samples) >= self.settings.samples:
+                break
+            # Nobody is always the one after somebody.
+            first = turn % len(pairs)
+            for pair in [*pairs[first:], *pairs[:first]]:
+                name = pair.switch.name
+                if failures[name] >= _MAX_FAILURES:
+                    continue
+                try:
+                    sample = self._sample(case, pair)
+                except (BenchmarkError, GuestError, LabError) as error:
+                    failures[name] += 1
+                    self.results.failures.append(f"{case}, {pair.switch.title}: {error}")
+                    self.progress(f"FAILED {self.results.failures[-1]}")
+                    continue
+                self.results.samples.append(sample)
+                kept[name] += sample.verdict == "kept"
+                self.progress(_line(sample, turn))
+            kept = {name: n for name, n in kept.items() if failures[name] < _MAX_FAILURES}
+
+    def _sample(self, case: Case, pair: Pair) -> Sample:
+        before = self._probe()
+        with pair.running():
+            wait = CpuWait({pair.switch.pid, pair.generator.pid})
+            reading = pair.generator.measure(case, self.settings.seconds)
+            waited = wait.share()
+        return Sample(case, pair.switch.name, reading, before, self._probe(), round(waited, 4))
+
+    def _probe(self) -> float:
+        """Core-to-core round trip in nanoseconds, while everything else of ours is paused."""
+        for _ in range(_PROBES):
+            with contextlib.suppress(TimeoutError):
+                return round(round_trip_ns(self.cpus.generator, self.cpus.switch), 1)
+        raise BenchmarkError(
+            f"CPUs {self.cpus.generator} and {self.cpus.switch} are too busy to be measured",
+            hint="see with `top` what else runs on this machine, and stop it",
+        )
+
+
+def _line(sample: Sample, turn: int) -> str:
+    value = f"{sample.reading.value:>12,.0f} {UNITS[sample.case.kind]}"
+    where = sample.place or "moved"
+    note = "" if sample.verdict in ("kept", "moved") else f"  dropped: {sample.verdict}"
+    return (
+        f"{sample.case.generator:>8} {sample.case.kind:<7} {sample.case.frame_len:>4} B "
+        f"#{turn + 1:<2} {sample.switch:<12} {value:<21} {where} "
+        f"({sample.before_ns:.0f}/{sample.after_ns:.0f} ns){note}"
+    )

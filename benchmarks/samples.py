@@ -1,0 +1,141 @@
+"""Samples, what makes one count, and the medians over those that do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+NEAR_BELOW_NS = 200.0
+"""Core-to-core round trips under this are called near: the CPUs share a cache."""
+MAX_WAIT = 0.03
+"""Share of a sample that its threads may have waited for their CPU because of other programs."""
+
+Kind = Literal["rate", "latency", "wakeup"]
+Place = Literal["near", "far"]
+Verdict = Literal["kept", "moved", "disturbed", "lossy"]
+
+UNITS: dict[Kind, str] = {"rate": "frames/s", "latency": "ns", "wakeup": "ns"}
+
+
+def place_of(round_trip_ns: float) -> Place:
+    return "near" if round_trip_ns < NEAR_BELOW_NS else "far"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: `kind`, by which generator, with frames of `frame_len` bytes.
+
+    "rate" is frames a second in a closed loop. "latency" is the time of one frame in flight, from
+    before it is sent until it has arrived; "wakeup" is the same after a pause.
+    """
+
+    kind: Kind
+    generator: str
+    frame_len: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.frame_len} B by {self.generator}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a generator found in one sample. `value` is in UNITS; latencies have a p99 too.
+
+    `lost` counts frames that fell out of the closed loop.
+    """
+
+    value: float
+    p99: float | None = None
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading, and what the machine was like around it.
+
+    `before_ns`, `after_ns`: core-to-core round trips. `waited`: the largest share of the sample
+    that one of the polling threads spent runnable without running.
+    """
+
+    case: Case
+    switch: str
+    reading: Reading
+    before_ns: float
+    after_ns: float
+    waited: float
+
+    @property
+    def place(self) -> Place | None:
+        """Near or far; None if it changed during the sample."""
+        before, after = place_of(self.before_ns), place_of(self.after_ns)
+        return before if before == after else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the sample counts, or why not."""
+        if self.place is None:
+            return "moved"
+        if self.waited > MAX_WAIT:
+            return "disturbed"
+        if self.reading.lost:
+            return "lossy"
+        return "kept"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "place": self.place, "verdict": self.verdict}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One switch in one case and one place: median and spread of the samples that count."""
+
+    case: Case
+    switch: str
+    place: Place
+    count: int
+    median: float
+    low: float
+    high: float
+    p99: float | None
+    round_trip_ns: float
+
+
+def summarise(samples: Iterable[Sample]) -> list[Summary]:
+    """A Summary for each case, place and switch that has samples, in the order they appeared."""
+    groups: dict[tuple[Case, Place, str], list[Sample]] = {}
+    for sample in samples:
+        if sample.verdict == "kept" and sample.place is not None:
+            groups.setdefault((sample.case, sample.place, sample.switch), []).append(sample)
+    return [_summary(*key, group) for key, group in groups.items()]
+
+
+def _summary(case: Case, place: Place, switch: str, group: Sequence[Sample]) -> Summary:
+    values = [sample.reading.value for sample in group]
+    p99s = [sample.reading.p99 for sample in group if sample.reading.p99 is not None]
+    return Summary(
+        case=case,
+        switch=switch,
+        place=place,
+        count=len(values),
+        median=statistics.median(values),
+        low=min(values),
+        high=max(values),
+        p99=statistics.median(p99s) if p99s else None,
+        round_trip_ns=statistics.median((s.before_ns + s.after_ns) / 2 for s in group),
+    )
+
+
+def dropped(samples: Iterable[Sample]) -> dict[str, int]:
+    """How many samples do not count, by reason."""
+    counts: dict[str, int] = {}
+    for sample in samples:
+        if sample.verdict != "kept":
+            counts[sample.verdict] = counts.get(sample.verdict, 0) + 1
+    return counts
+
+
+def percentile(ordered: Sequence[int], share: float) -> float:
+    """The value that `share` (0 to 1) of the `ordered` values do not exceed."""
+    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])

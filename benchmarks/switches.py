@@ -1,0 +1,200 @@
+"""The switches that are measured: vswitch, testpmd's io mode, and no switch at all.
+
+Each has two ports and is confined to one CPU with all its threads.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from benchmarks import testpmd
+from benchmarks.machine import running_on
+from benchmarks.samples import Case, Kind
+from benchmarks.testpmd import Testpmd
+from vswitch._version import __version__
+from vswitch.guest import SoftwareGuest
+from vswitch.guest.null_backend import NullBackend
+from vswitch.lab.switch_process import SwitchProcess
+
+
+class Switch(ABC):
+    """A switch with two ports. Made and started once, resumed for each sample.
+
+    `kinds` and `max_frame_len` say what it can be measured with. A paused switch uses no CPU.
+    """
+
+    name: str
+    title: str
+    hugepages_mib = 0
+    kinds: frozenset[Kind] = frozenset({"rate", "latency", "wakeup"})
+    max_frame_len = 9000
+    software_guests_only = False
+
+    def __init__(self, folder: Path, cpu: int, longest: int) -> None:
+        """`folder` exists and is this switch's own; frames have up to `longest` bytes."""
+        self.folder = folder
+        self.cpu = cpu
+        self.longest = longest
+        self.sockets = (folder / "a.sock", folder / "b.sock")
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it; afterwards it listens on `sockets`. MissingError if it is not installed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it and leave nothing behind. May be called at any time."""
+
+    @abstractmethod
+    def version(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """The process in which the frames are moved."""
+
+    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+        """Connect a guest to each port."""
+        for guest, socket in zip(guests, self.sockets, strict=True):
+            guest.connect(socket)
+
+    def prepare(self, case: Case) -> None:  # noqa: B027
+        """Get ready for this case. It is running when this is called."""
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def pause(self) -> None:
+        """Take it off its CPU."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+
+class Vswitch(Switch):
+    """`vswitch start` with its default settings and its worker pinned."""
+
+    name = "vswitch"
+    title = "vswitch"
+    polling = "adaptive"
+
+    def start(self) -> None:
+        control = self.folder / "control.sock"
+        config = self.folder / "ports.toml"
+        lines = ["[switch]", f'control = "{control}"', f"cpus = [{self.cpu}]"]
+        lines += [f'polling = "{self.polling}"']
+        for name, socket in zip(("a", "b"), self.sockets, strict=True):
+            lines += ["[[port]]", f'name = "{name}"', f'socket = "{socket}"']
+        config.write_text("\n".join(lines) + "\n")
+        self._process = SwitchProcess(config, control, self.folder / "log")
+        with running_on({self.cpu}):
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        if hasattr(self, "_process") and self._process.running:
+            self.resume()
+            self._process.stop()
+
+    def version(self) -> str:
+        return __version__
+
+
+class BusyVswitch(Vswitch):
+    """vswitch with polling = "busy". Differs only when there is nothing to do."""
+
+    name = "vswitch-busy"
+    title = "vswitch, busy polling"
+    polling = "busy"
+    kinds = frozenset({"latency", "wakeup"})
+
+
+class TestpmdIo(Switch):
+    """testpmd between two vhost ports: every frame goes to the other port, unseen."""
+
+    name = "testpmd"
+    title = "testpmd io"
+    hugepages_mib = 256
+
+    def start(self) -> None:
+        vdevs = [f"net_vhost{i},iface={path}" for i, path in enumerate(self.sockets)]
+        options = ["--forward-mode=io", "--total-num-mbufs=32768"]
+        self._testpmd = Testpmd(self.cpu, vdevs, options, memory_mib=self.hugepages_mib)
+        self._testpmd.command("start")
+
+    @property
+    def pid(self) -> int:
+        return self._testpmd.pid
+
+    def close(self) -> None:
+        if hasattr(self, "_testpmd"):
+            self._testpmd.close()
+
+    def version(self) -> str:
+        return testpmd.version()
+
+
+class NullSwitch(Switch):
+    """No switch: indices and lengths go from ring to ring, no frame is looked at or copied.
+
+    What the software generator reaches with this is its own ceiling.
+    """
+
+    name = "null"
+    title = "no switch (ceiling of the generator)"
+    software_guests_only = True
+    max_frame_len = 2000
+
+    _guests: tuple[SoftwareGuest, SoftwareGuest] | None = None
+    _case = Case("rate", "software", 64)
+    _backend: NullBackend | None = None
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """There is nothing to start before there are guests."""
+
+    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+        for guest in guests:
+            guest.build_offline(guest.wanted_features)
+        self._guests = guests
+        self.resume()
+
+    def prepare(self, case: Case) -> None:
+        self.pause()
+        self._case = case
+        self.resume()
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    def resume(self) -> None:
+        if self._guests is None or self._thread is not None:
+            return
+        sender, receiver = self._guests
+        backend = NullBackend(sender.transmitqs[0], receiver.receiveqs[0], self._case.frame_len)
+
+        def run() -> None:
+            os.sched_setaffinity(0, {self.cpu})
+            backend.run()
+
+        self._backend = backend
+        self._thread = threading.Thread(target=run, name="null backend", daemon=True)
+        self._thread.start()
+
+    def pause(self) -> None:
+        if self._backend is not None and self._thread is not None:
+            self._backend.stop()
+            self._thread.join()
+            self._backend = self._thread = None
+
+    def close(self) -> None:
+        self.pause()
+
+    def version(self) -> str:
+        return __version__

@@ -1,0 +1,357 @@
+"""The benchmarks: what counts as a sample, the statistics, the report; and one very short run."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import __main__ as program
+from benchmarks import machine, report
+from benchmarks.errors import BenchmarkError, MissingError
+from benchmarks.machine import Cpus, CpuWait, choose_cpus, running_on
+from benchmarks.ovs import OvsDpdk
+from benchmarks.runner import GENERATORS, SWITCHES, Results, Runner, Settings, cases_of
+from benchmarks.samples import (
+    Case,
+    Reading,
+    Sample,
+    dropped,
+    percentile,
+    place_of,
+    summarise,
+)
+from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest.latency import MAX_FRAMES, latencies
+from vswitch.guest.load import Flow
+from vswitch.guest.null_backend import NullBackend
+from vswitch.guest.probe import round_trip_ns
+
+CASE = Case("rate", "software", 64)
+
+
+def sample(
+    value: float,
+    *,
+    switch: str = "vswitch",
+    case: Case = CASE,
+    probes: tuple[float, float] = (90.0, 95.0),
+    waited: float = 0.0,
+    lost: int = 0,
+    p99: float | None = None,
+) -> Sample:
+    return Sample(case, switch, Reading(value, p99, lost), *probes, waited)
+
+
+def results(samples: list[Sample]) -> Results:
+    return Results(
+        started="2026-01-02T03:04:05+00:00",
+        machine={
+            "cpu": "Some CPU", "cpus": 2, "virtual": True, "memory_mib": 1024, "kernel": "6.1.0",
+            "python": "3.11.2", "vswitch": "0.1.0", "commit": "0123456789", "load_before": 0.25,
+        },
+        settings={"samples": 3, "seconds": 0.5, "switch_cpu": 1, "generator_cpu": 0},
+        versions={"vswitch": "0.1.0", "testpmd io": "DPDK 22.11.11"},
+        skipped=["OVS-DPDK with software guests: ovs-vswitchd-dpdk is not installed"],
+        samples=samples,
+        seconds=12.5,
+    )  # fmt: skip
+
+
+def test_near_and_far() -> None:
+    assert place_of(90.0) == "near"
+    assert place_of(199.9) == "near"
+    assert place_of(200.0) == "far"
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "verdict"),
+    [
+        (sample(1), "near", "kept"),
+        (sample(1, probes=(410, 390)), "far", "kept"),
+        (sample(1, probes=(90, 410)), None, "moved"),
+        (sample(1, probes=(410, 90)), None, "moved"),
+        (sample(1, waited=0.031), "near", "disturbed"),
+        (sample(1, waited=0.03), "near", "kept"),
+        (sample(1, lost=1), "near", "lossy"),
+    ],
+)
+def test_what_makes_a_sample_count(given: Sample, place: str | None, verdict: str) -> None:
+    assert (given.place, given.verdict) == (place, verdict)
+
+
+def test_medians_of_each_class() -> None:
+    samples = [
+        sample(3.0, probes=(80, 100)),
+        sample(1.0, probes=(100, 120)),
+        sample(8.0, probes=(90, 90)),
+        sample(100.0, waited=0.5),
+        sample(100.0, probes=(90, 400)),
+        sample(0.5, probes=(400, 420)),
+        sample(0.7, probes=(400, 440)),
+        sample(2.0, switch="testpmd"),
+        sample(9.0, case=Case("rate", "software", 512)),
+    ]
+    near, far, peer, longer = summarise(samples)
+    assert (near.switch, near.place, near.count) == ("vswitch", "near", 3)
+    assert (near.low, near.median, near.high) == (1.0, 3.0, 8.0)
+    assert near.round_trip_ns == 90.0
+    assert (far.place, far.count, far.median) == ("far", 2, 0.6)
+    assert (peer.switch, peer.count, peer.median) == ("testpmd", 1, 2.0)
+    assert (longer.case.frame_len, longer.median) == (512, 9.0)
+    assert dropped(samples) == {"disturbed": 1, "moved": 1}
+
+
+def test_median_of_p99() -> None:
+    case = Case("latency", "software", 64)
+    samples = [sample(500, case=case, p99=p99) for p99 in (900.0, 700.0, 5000.0)]
+    (summary,) = summarise(samples)
+    assert summary.p99 == 900.0
+
+
+def test_percentile() -> None:
+    ordered = list(range(1, 101))
+    assert percentile(ordered, 0.5) == 51
+    assert percentile(ordered, 0.99) == 100
+    assert percentile([7], 0.99) == 7
+
+
+def test_cases() -> None:
+    cases = cases_of("software", (64, 1500))
+    assert [(case.kind, case.frame_len) for case in cases] == [
+        ("rate", 64),
+        ("rate", 1500),
+        ("latency", 64),
+        ("wakeup", 64),
+    ]
+
+
+def test_json_and_back() -> None:
+    before = results([sample(1e6), sample(2.5e6, probes=(400, 410), p99=7.0, lost=3)])
+    text = report.to_json(before)
+    assert report.from_json(text) == before
+    data = json.loads(text)
+    assert [one["verdict"] for one in data["samples"]] == ["kept", "lossy"]
+    assert data["summaries"][0]["median"] == 1e6
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1}'])
+def test_what_is_no_result(text: str) -> None:
+    with pytest.raises(BenchmarkError):
+        report.from_json(text)
+
+
+def test_table() -> None:
+    late = Case("wakeup", "software", 64)
+    text = report.markdown(
+        results(
+            [
+                *[sample(value) for value in (11e6, 12e6, 13e6)],
+                sample(10e6, switch="testpmd"),
+                sample(50e6, switch="null"),
+                sample(4e6, probes=(400, 400)),
+                sample(9e6, probes=(90, 400)),
+                sample(30_000, case=late, p99=41_000.0),
+            ]
+        )
+    )
+    lines = text.splitlines()
+    near = lines.index("### Million frames a second, near (software guests, one direction)")
+    assert lines[near + 2] == (
+        "| frame | vswitch | testpmd io | no switch (ceiling of the generator) "
+        "| vswitch / best peer |"
+    )
+    assert lines[near + 4] == "| 64 B | 12.00 (3) | 10.00 (1) | 50.00 (1) | 1.20 |"
+    far = lines.index("### Million frames a second, far (software guests, one direction)")
+    assert lines[far + 4] == "| 64 B | 4.00 (1) | - |"
+    assert "| vswitch | - | - | 30.00 (1) | 41.00 |" in lines
+    assert "8 samples were taken." in lines
+    assert "1 do not count because the CPUs moved between near and far." in lines
+    assert any("ovs-vswitchd-dpdk is not installed" in line for line in lines)
+    assert any("Some CPU" in line for line in lines)
+
+
+def test_report_of_a_run_without_numbers() -> None:
+    run = results([sample(1e6, waited=0.5)])
+    run.failures = ["rate of 64 B by software, vswitch: no answer"] * 2
+    text = report.markdown(run)
+    assert "So there are no numbers" in text
+    assert "Failed (2 times): rate of 64 B by software, vswitch: no answer." in text
+    assert "|" not in text
+
+
+def test_document_between_markers() -> None:
+    document = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.between_markers(document, "new")
+    assert new == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert report.between_markers(new, "new") == new
+    with pytest.raises(BenchmarkError, match="the document has no"):
+        report.between_markers("no markers", "new")
+
+
+def test_the_document_shows_the_results_beside_it() -> None:
+    """docs/performance.md is made from a run: nobody edits its numbers."""
+    document = program.DOCUMENT.read_text()
+    shown = report.markdown(report.from_json(program.DOCUMENT_RESULTS.read_text()))
+    assert report.between_markers(document, shown) == document
+
+
+def test_cpus() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    with running_on({allowed[0]}), pytest.raises(BenchmarkError, match="needs two CPUs"):
+        choose_cpus()
+    assert choose_cpus() == Cpus(switch=allowed[1], generator=allowed[0])
+    assert choose_cpus((allowed[0], allowed[1])) == Cpus(allowed[0], allowed[1])
+    for wrong in [(allowed[0],), (allowed[0], allowed[0]), (allowed[0], 100_000)]:
+        with pytest.raises(BenchmarkError, match="not two different ones"):
+            choose_cpus(wrong)
+
+
+def test_waiting_for_a_cpu_is_seen() -> None:
+    """Two threads without the GIL on one CPU: each waits while the other runs."""
+    cpu = min(os.sched_getaffinity(0))
+    guests = [SoftwareGuest("52:54:00:00:00:01") for _ in range(2)]
+    backends = []
+    for guest in guests:
+        guest.build_offline(DEFAULT_FEATURES)
+        backends.append(NullBackend(guest.transmitqs[0], guest.receiveqs[0], 64))
+
+    def run(backend: NullBackend) -> None:
+        os.sched_setaffinity(0, {cpu})
+        backend.run()
+
+    threads = [threading.Thread(target=run, args=(backend,)) for backend in backends]
+    try:
+        for thread in threads:
+            thread.start()
+        wait = CpuWait({os.getpid()})
+        done = threading.Event()
+        done.wait(0.1)
+        assert 0.03 < wait.share() <= 1.0
+    finally:
+        for backend, thread, guest in zip(backends, threads, guests, strict=True):
+            backend.stop()
+            thread.join()
+            guest.close()
+
+
+def test_hugepages_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_HUGEPAGES", tmp_path)
+    with pytest.raises(MissingError, match="no 2 MiB hugepages"), machine.hugepages(64):
+        pass
+    count = tmp_path / "nr_hugepages"
+    count.write_text("100\n")
+    (tmp_path / "free_hugepages").write_text("20\n")
+    with machine.hugepages(64):
+        assert int(count.read_text()) == 112
+    assert int(count.read_text()) == 100
+    with machine.hugepages(40):
+        assert int(count.read_text()) == 100
+
+
+def test_a_program_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingError, match="no-such-switch is not installed"):
+        machine.program("no-such-switch")
+    tool = tmp_path / "tool"
+    tool.write_text("")
+    tool.chmod(0o755)
+    assert machine.program("tool") == str(tool)
+
+
+def test_a_peer_that_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_switch: OvsDpdk) -> None:
+        raise MissingError("ovs-vswitchd-dpdk is not installed")
+
+    monkeypatch.setattr(OvsDpdk, "start", start)
+    monkeypatch.setattr(OvsDpdk, "hugepages_mib", 0)
+    said: list[str] = []
+    settings = Settings(samples=1, seconds=0.01, switches=("ovs",), generators=("software",))
+    with pytest.raises(BenchmarkError, match="nothing was measured"):
+        Runner(settings, said.append).run()
+    assert any("skipping OVS-DPDK" in line for line in said)
+
+
+def test_round_trip() -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    before = os.sched_getaffinity(0)
+    assert round_trip_ns(first, second, batches=3, rounds=20, timeout_s=30.0) > 0
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ValueError, match="needs two CPUs"):
+        round_trip_ns(first, first)
+    with pytest.raises(ValueError, match="CPU 100000 cannot be used"):
+        round_trip_ns(100_000, first)
+    with pytest.raises(ValueError, match="CPU 100000 cannot be used"):
+        round_trip_ns(first, 100_000, timeout_s=0.05)
+    with pytest.raises(ValueError, match="batches"):
+        round_trip_ns(first, second, batches=0)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_latencies_without_a_switch() -> None:
+    with SoftwareGuest("52:54:00:00:00:01") as a, SoftwareGuest("52:54:00:00:00:02") as b:
+        for guest in (a, b):
+            guest.build_offline(DEFAULT_FEATURES)
+        backend = NullBackend(a.transmitqs[0], b.receiveqs[0], 64)
+        thread = threading.Thread(target=backend.run)
+        thread.start()
+        try:
+            flow = Flow(a.transmitqs[0], b.receiveqs[0], [bytes(64)])
+            # More than a ring has entries, so descriptors come round.
+            spent = latencies(flow, 30.0, limit=600)
+            few = latencies(flow, 30.0, gap_s=0.001, limit=5)
+        finally:
+            backend.stop()
+            thread.join()
+        assert len(spent) == 600
+        assert min(spent) > 0
+        assert len(few) == 5
+        assert backend.forwarded == 605
+        assert b.receiveqs[0].ring.frames == 605
+        with pytest.raises(ValueError, match=f"0 frames, must be 1 to {MAX_FRAMES}"):
+            latencies(flow, 1.0, limit=0)
+        with pytest.raises(ValueError, match="latencies need both"):
+            latencies(Flow(a.transmitqs[0], None, [bytes(64)]), 1.0)
+
+
+def test_a_run(tmp_path: Path) -> None:
+    """The whole program on the real switch; what it measures here says nothing."""
+    arguments = ["--samples", "1", "--seconds", "0.05", "--frames", "64,1500"]
+    arguments += ["--switches", "vswitch", "--generators", "software", "--out", str(tmp_path)]
+    ran = CliRunner().invoke(program.main, arguments)
+    assert ran.exit_code == 0, ran.output
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert data["failures"] == data["skipped"] == []
+    assert data["machine"]["cpus"] == os.cpu_count()
+    assert data["versions"].keys() == {"vswitch"}
+    found = {(one["case"]["kind"], one["case"]["frame_len"]) for one in data["samples"]}
+    assert found == {("rate", 64), ("rate", 1500), ("latency", 64), ("wakeup", 64)}
+    for one in data["samples"]:
+        # On a machine that is busy with other things, no frame may get through in so short a time.
+        assert one["reading"]["value"] > 0 or one["case"]["kind"] == "rate"
+        assert one["before_ns"] > 0
+        assert (one["reading"]["p99"] is None) == (one["case"]["kind"] == "rate")
+    assert report.newest(tmp_path) == path
+    assert "# A benchmark run" in path.with_suffix(".md").read_text()
+
+
+def test_wrong_options(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert "is not one of vswitch" in run(program.main, ["--switches", "vpp"]).output
+    assert "not a list of numbers" in run(program.main, ["--frames", "64,x"]).output
+    wrong = run(program.main, ["--frames", "63", "--out", str(tmp_path)])
+    assert wrong.exit_code == 1
+    assert "frames of 63 bytes cannot be measured" in wrong.output
+    nothing = run(program.main, ["--write-docs", "--out", str(tmp_path)])
+    assert nothing.exit_code == 1
+    assert "there are no results" in nothing.output
+
+
+def test_every_switch_and_generator_has_a_title() -> None:
+    titles = [one.title for one in SWITCHES.values()] + [one.title for one in GENERATORS.values()]
+    assert len(set(titles)) == len(titles)
