@@ -71,32 +71,37 @@ class SoftwareGenerator(Generator):
     """Two of our software guests, driven by one thread: frames from the first to the second.
 
     It prepares every frame once and does not touch it again, so nearly all of its work is in the
-    rings.
+    rings. Each sample has new guests: which pages of the machine their memory is made of decides
+    what stays in the caches, and no switch shall have the same good or bad luck in all samples.
     """
 
     name = "software"
     title = "software guests, one direction"
     kinds = frozenset({"rate", "latency", "wakeup"})
 
+    _guests: tuple[SoftwareGuest, ...] = ()
+
     def connect(self) -> None:
-        # One descriptor a frame, as Linux has it for frames in one piece. Not strict: DPDK is lax
-        # about num_buffers.
-        self._guests = [
-            SoftwareGuest(
-                mac,
-                queue_size=QUEUE_SIZE,
-                features=DEFAULT_FEATURES,
-                indirect=False,
-                max_frame_len=self.max_frame_len,
-                rx_buf_len=_RX_BUF_LEN,
-                strict=False,
-                polling=True,
-            )
-            for mac in MACS
-        ]
+        self.close()
+        self._guests = tuple(map(self._guest, MACS))
         self.switch.connect((self._guests[0], self._guests[1]))
 
+    def _guest(self, mac: str) -> SoftwareGuest:
+        # One descriptor a frame, as Linux has it for frames in one piece. Not strict: DPDK is lax
+        # about num_buffers.
+        return SoftwareGuest(
+            mac,
+            queue_size=QUEUE_SIZE,
+            features=DEFAULT_FEATURES,
+            indirect=False,
+            max_frame_len=self.max_frame_len,
+            rx_buf_len=_RX_BUF_LEN,
+            strict=False,
+            polling=True,
+        )
+
     def measure(self, case: Case, seconds: float) -> Reading:
+        self.connect()
         sender, receiver = self._guests
         self._settle()
         frame = ethernet(receiver.mac, sender.mac, case.frame_len)
@@ -128,8 +133,10 @@ class SoftwareGenerator(Generator):
             pass
 
     def close(self) -> None:
-        for guest in getattr(self, "_guests", []):
+        self.switch.forget()
+        for guest in self._guests:
             guest.close()
+        self._guests = ()
 
 
 def ethernet(dst: bytes, src: bytes, length: int) -> bytes:

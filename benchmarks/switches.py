@@ -62,6 +62,9 @@ class Switch(ABC):
         for guest, socket in zip(guests, self.sockets, strict=True):
             guest.connect(socket)
 
+    def forget(self) -> None:  # noqa: B027
+        """The guests are about to go; others will be connected."""
+
     def prepare(self, case: Case) -> None:  # noqa: B027
         """Get ready for this case. It is running when this is called."""
 
@@ -164,6 +167,10 @@ class NullSwitch(Switch):
         self._guests = guests
         self.resume()
 
+    def forget(self) -> None:
+        self.pause()
+        self._guests = None
+
     def prepare(self, case: Case) -> None:
         self.pause()
         self._case = case
@@ -194,7 +201,7 @@ class NullSwitch(Switch):
             self._backend = self._thread = None
 
     def close(self) -> None:
-        self.pause()
+        self.forget()
 
     def version(self) -> str:
         return __version__
