@@ -17,8 +17,8 @@ DIRECTIVES = {
 
 
 HEADERS = {
-    "vswitch/fastpath": "vswitch/fastpath/atomics.h",
-    "vswitch/guest": "vswitch/guest/barriers.h",
+    "vswitch/fastpath": ["vswitch/fastpath/atomics.h", "vswitch/fastpath/sigbus.h"],
+    "vswitch/guest": ["vswitch/guest/barriers.h"],
 }
 
 
@@ -28,7 +28,7 @@ def extension(name: str) -> Extension:
     return Extension(
         name,
         [path + ".pyx"],
-        depends=[HEADERS[folder]],
+        depends=HEADERS[folder],
         include_dirs=[folder],
         extra_compile_args=CFLAGS,
     )

@@ -19,6 +19,7 @@ from typing import Self, cast
 from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.mapping import watch_lost_memory
 from vswitch.fastpath.port import MAX_VRINGS, Port
 from vswitch.fastpath.table import key_mac, mac_key
 from vswitch.journals import Journals
@@ -46,6 +47,7 @@ class Switch:
         self._loop = asyncio.get_running_loop()
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        self._lost_fd = watch_lost_memory()
         self._threads = WorkerThreads(self._engine, switch.cpus)
         self._ports: dict[str, AnyPort] = {}
         self._by_id: dict[int, AnyPort] = {}
@@ -66,6 +68,7 @@ class Switch:
         try:
             switch._threads.start()
             switch._loop.add_reader(switch._engine.event_fd, switch._on_events)
+            switch._loop.add_reader(switch._lost_fd, switch._on_lost_memory)
             switch._tick()
             for port in settings.ports:
                 await switch.add_port(port)
@@ -84,6 +87,7 @@ class Switch:
         for port in list(self._ports.values()):
             await self._remove(port)
         self._loop.remove_reader(self._engine.event_fd)
+        self._loop.remove_reader(self._lost_fd)
         self._threads.stop()
 
     @property
@@ -252,6 +256,13 @@ class Switch:
                 self._on_event(*event)
             if not self._engine.arm_events():
                 break
+
+    def _on_lost_memory(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._lost_fd)
+        for port in self._by_id.values():
+            if isinstance(port, VhostPort):
+                port.check_memory()
 
     def _on_event(self, kind: str, number: int, other: int, key: int) -> None:
         port = self._by_id.get(number)

@@ -86,6 +86,7 @@ class VhostPort:
         self._task: asyncio.Task[None] | None = None
         self._backend: Backend | None = None
         self._memory: Memory | None = None
+        self._memory_lost = False
         self._unshared: set[tuple[int, int]] = set()
         self._file_ids: list[tuple[int, int]] = []
         self._connects = 0
@@ -192,6 +193,7 @@ class VhostPort:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
+        self._memory_lost = False
         self._file_ids = []
         if not regions:
             return
@@ -206,6 +208,9 @@ class VhostPort:
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         if self._memory is None:
             raise DatapathError(f"vring {index} is to start and there is no memory table")
+        self.check_memory()
+        if self._memory_lost:
+            raise DatapathError(f"vring {index}: the frontend truncated its memory file")
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
         self._look_for_sharing(ring, setup)
         modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
@@ -276,11 +281,29 @@ class VhostPort:
         if ring is None or ring.fault is None:
             return
         name, text = ring.fault
-        self._fault = f"{_ring_name(index)}: {text} ({name})"
-        log.error("port %s: fault: %s", self.name, self._fault)
+        if not self._memory_lost:
+            self._fail(f"{_ring_name(index)}: {text} ({name})")
         if self._backend is not None:
             self._backend.signal_error(index)
-        self._notify("port-fault", self._fault)
+
+    def check_memory(self) -> None:
+        """See whether the guest's memory was taken away; its rings are over then."""
+        if self._memory is None or not self._memory.lost or self._memory_lost:
+            return
+        self._memory_lost = True
+        for ring in self.fast.rings.values():
+            ring.unpublish()
+            self._engine.detach(ring)
+        self._engine.publish()
+        self._fail("the frontend truncated its memory file: the guest's memory is gone")
+        if self._backend is not None:
+            for index in self.fast.rings:
+                self._backend.signal_error(index)
+
+    def _fail(self, reason: str) -> None:
+        self._fault = reason
+        log.error("port %s: fault: %s", self.name, reason)
+        self._notify("port-fault", reason)
 
     @property
     def state(self) -> PortState:

@@ -42,8 +42,10 @@ class WorkerThreads:
                     f"switch.cpus: CPU {cpu} is not one this process may run on",
                     hint=f"those are {', '.join(map(str, sorted(allowed)))}",
                 )
-        # Threads inherit the signal mask: signals are the main thread's.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        # Threads inherit the signal mask: signals are the main thread's, but for those that a thread
+        # causes itself, of which SIGBUS is survived (fastpath/sigbus.h).
+        own = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL}
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own)
         try:
             for worker in self._engine.workers:
                 thread = threading.Thread(target=self._run, args=(worker,), daemon=True)

@@ -68,6 +68,7 @@ def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
     assert shell.wait_ready(None, Deadline(5)) == "boot-1"
     assert shell.run("echo 'x'", 5) == CommandResult(0, "done xx 0 3\nabc\n")
     assert shell.run("exit 3", 5) == CommandResult(3, "")
+    other_end.close()
     assert scripts == ["echo 'x'", "exit 3"]
 
 

@@ -1,4 +1,4 @@
-from vswitch.fastpath.types cimport MemTable
+from vswitch.fastpath.types cimport MemTable, Region
 
 
 cdef class Memory:
@@ -6,3 +6,4 @@ cdef class Memory:
     cdef readonly list regions
     cdef list huge_empty      # a bool a region: in hugetlbfs, and no page of its file exists
     cdef list is_huge
+    cdef void _unmap(self, Region *region) noexcept

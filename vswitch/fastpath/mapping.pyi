@@ -1,6 +1,10 @@
 from collections.abc import Sequence
 
+def watch_lost_memory() -> int: ...
+
 class Memory:
+    @property
+    def lost(self) -> bool: ...
     @property
     def regions(self) -> list[tuple[int, int, int, int]]: ...
     def __init__(

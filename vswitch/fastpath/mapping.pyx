@@ -1,14 +1,20 @@
 """Guest memory, mapped from the file descriptors that a frontend hands over."""
 
 from libc.errno cimport errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 import os
 import stat
 
+from vswitch.fastpath.atomics cimport vs_load32
 from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport MAX_REGIONS, MemTable, Region
+
+cdef extern from "sigbus.h" nogil:
+    int vs_watch_sigbus()
+    int vs_add_region(char *base, size_t len, uint32_t *lost)
+    void vs_remove_region(int slot)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
@@ -47,6 +53,18 @@ def _check_region(index, region, fd, earlier):
             f"the end of its file ({info.st_size:#x} bytes)"
         )
     return info
+
+
+def watch_lost_memory():
+    """Survive memory files that are truncated; returns an eventfd that is signalled when one was.
+
+    Once a process; the descriptor is never closed. Threads that touch guest memory must not block
+    SIGBUS.
+    """
+    cdef int fd = vs_watch_sigbus()
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fd
 
 
 cdef class Memory:
@@ -98,6 +116,7 @@ cdef class Memory:
         slot.host = <char *>base + (offset - start)
         slot.map_base = base
         slot.map_len = length
+        slot.slot = vs_add_region(<char *>base, length, &self.table.lost)
         self.table.count += 1
         self.regions.append(region)
         self.is_huge.append(page > <uint64_t>PAGE)
@@ -132,11 +151,20 @@ cdef class Memory:
             at += page
         return True
 
+    @property
+    def lost(self):
+        """True once memory was found missing: its owner truncated the file. It reads as zero now."""
+        return bool(vs_load32(&self.table.lost))
+
+    cdef void _unmap(self, Region *region) noexcept:
+        vs_remove_region(region.slot)
+        munmap(region.map_base, region.map_len)
+
     def close(self):
         """Unmap. No worker may know of this memory any more."""
         cdef uint64_t i
         for i in range(self.table.count):
-            munmap(self.table.regions[i].map_base, self.table.regions[i].map_len)
+            self._unmap(&self.table.regions[i])
         self.table.count = 0
         self.regions = []
 
@@ -144,5 +172,5 @@ cdef class Memory:
         cdef uint64_t i
         if self.table != NULL:
             for i in range(self.table.count):
-                munmap(self.table.regions[i].map_base, self.table.regions[i].map_len)
+                self._unmap(&self.table.regions[i])
             free(self.table)

@@ -1,0 +1,96 @@
+"""A frontend that cuts its memory file short after the switch has mapped it.
+
+Every access past the new end is a SIGBUS, in whichever thread makes it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from frames import BROADCAST, frame, mac
+from running import RunningSwitch, Wire, teach
+
+from vswitch.guest import SoftwareGuest
+from vswitch.vhost_user import protocol
+from vswitch.vhost_user.protocol import Request
+
+A, B, C = mac(1), mac(2), mac(3)
+
+
+@pytest.fixture
+def own_wire(run_dir: Path) -> Iterator[Wire]:
+    """A switch for each test: if this one dies, no other test is to suffer."""
+    directory = Path(tempfile.mkdtemp(dir=run_dir))
+    running = RunningSwitch(directory)
+    wire = Wire(running)
+    yield wire
+    if running.process.poll() is None:
+        wire.close()
+        running.stop()
+    else:
+        running.kill()
+        pytest.fail(f"the switch has died: {running.process.returncode}\n{running.log}")
+
+
+def check(wire: Wire, b: SoftwareGuest, c: SoftwareGuest) -> None:
+    wire.wait_state("a", "fault")
+    assert "memory" in str(wire.info("a")["error"])
+    wire.wait_log("port a: fault")
+    for n in range(3):
+        b.send([frame(C, B, tag=n)])
+        assert c.recv(1) == [frame(C, B, tag=n)]
+        c.send([frame(B, C, tag=n)])
+        assert b.recv(1) == [frame(B, C, tag=n)]
+
+
+@pytest.mark.parametrize("regions", [1, 4])
+def test_receiver(own_wire: Wire, regions: int) -> None:
+    wire = own_wire
+    a, b, c = wire.guest("a", 1, regions=regions), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    for region in a.memory.regions:
+        a.memory.truncate(region, 0)
+    b.send([frame(BROADCAST, B)])
+    assert c.recv(1) == [frame(BROADCAST, B)]
+    check(wire, b, c)
+    # Another guest gets the port.
+    a.frontend.close()
+    successor = wire.enter(SoftwareGuest(A))
+    successor.connect(a.path)
+    teach(successor, b, c)
+
+
+def test_sender(own_wire: Wire) -> None:
+    """The poll of its transmitq alone meets the hole."""
+    wire = own_wire
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    queue = a.transmitqs[0]
+    a.memory.truncate(a.memory.regions[0], 0)
+    queue.kick()
+    check(wire, b, c)
+
+
+def test_start(own_wire: Wire) -> None:
+    """The file is cut between SET_MEM_TABLE and the start of the rings: the main thread's turn."""
+    wire = own_wire
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    a.stop_rings()
+    a.memory.truncate(a.memory.regions[0], 0)
+    frontend = a.frontend
+    queue = a.receiveqs[0]
+    frontend.set_vring_addr(a.vring_addr(queue))
+    frontend.set_vring_enable(queue.index, True)
+    # Accepted or refused, as the switch likes; it goes on either way.
+    frontend.request(
+        Request.SET_VRING_KICK,
+        protocol.encode_u64(queue.index),
+        [queue.kick_fd],
+        flags=protocol.FLAG_NEED_REPLY,
+    )
+    b.send([frame(C, B)])
+    assert c.recv(1) == [frame(C, B)]
