@@ -42,8 +42,8 @@ class WorkerThreads:
                     f"switch.cpus: CPU {cpu} is not one this process may run on",
                     hint=f"those are {', '.join(map(str, sorted(allowed)))}",
                 )
-        # Threads inherit the signal mask: signals are the main thread's, but for those that a thread
-        # causes itself, of which SIGBUS is survived (fastpath/sigbus.h).
+        # Threads inherit the signal mask. Signals are the main thread's, except those that a thread
+        # causes itself; of these, SIGBUS is survived (fastpath/sigbus.h).
         own = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own)
         try:
