@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed import Testbed, pinging, wait_until
+from testbed import Testbed, pinging, somebody_listens, wait_until
 
 
 def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:
@@ -11,7 +11,7 @@ def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:
     with testbed.in_place_of("vm3", listen=True) as vm3, pinging(vm1, vm2):
         # QEMU first: it waits for the switch before it boots the guest.
         vm3.start()
-        wait_until("QEMU listens", path.exists)
+        wait_until("QEMU listens", lambda: somebody_listens(path))
         testbed.ctl("add-port", "--client", "vm3", path)
         vm3.wait_up()
         testbed.wait_state("vm3", "ready")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed import Testbed, pinging, wait_until
+from testbed import Testbed, pinging, somebody_listens, wait_until
 
 
 def test_guest_memory_without_share_on(testbed: Testbed) -> None:
@@ -31,7 +31,7 @@ def test_both_ends_listen_and_qemu_was_first(testbed: Testbed) -> None:
     vm1, vm2 = testbed.require("vm1", "vm2")
     with testbed.in_place_of("vm3", listen=True) as vm3, pinging(vm1, vm2):
         vm3.start()
-        wait_until("QEMU listens", path.exists)
+        wait_until("QEMU listens", lambda: somebody_listens(path))
         refusal = testbed.ctl_refused("add-port", "vm3", path)
         assert refusal.code == "socket"
         assert str(path) in refusal.message

@@ -41,6 +41,13 @@ def wait_until(
         time.sleep(interval_s)
 
 
+def somebody_listens(path: Path) -> bool:
+    """Whether a Unix socket listens at `path`; the file is there a moment before it does."""
+    accepting = 0x10000
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(int(words[3], 16) & accepting and words[7:] == [str(path)] for words in sockets)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """What a failed `vswitchctl --json` said."""

@@ -34,6 +34,12 @@ class OtherEnd:
         self._thread = threading.Thread(target=run)
         self._thread.start()
 
+    def finish(self) -> None:
+        """Wait for the end of the script."""
+        assert self._thread is not None
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
     def close(self) -> None:
         self.near.close()
         self._far.close()
@@ -69,6 +75,7 @@ def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
     assert shell.run("echo 'x'", 5) == CommandResult(0, "done xx 0 3\nabc\n")
     assert shell.run("exit 3", 5) == CommandResult(3, "")
     other_end.close()
+    other_end.finish()
     assert scripts == ["echo 'x'", "exit 3"]
 
 
@@ -110,6 +117,7 @@ def test_monitor_command_and_event(other_end: OtherEnd) -> None:
     assert monitor.command("query-status") == {"status": "x"}
     assert monitor.wait_event("RESET", after=1) == reset
     assert [event["event"] for event in monitor.events] == ["STOP", "RESET"]
+    other_end.finish()
     assert seen == ["qmp_capabilities", "query-status"]
 
 
