@@ -23,6 +23,7 @@ from vswitch.fastpath.mapping import watch_lost_memory
 from vswitch.fastpath.port import MAX_VRINGS, Port
 from vswitch.fastpath.table import key_mac, mac_key
 from vswitch.journals import Journals
+from vswitch.placement import Placement
 from vswitch.settings import PortSettings, Settings, UplinkSettings, find_clashes
 from vswitch.tap_port import TapPort
 from vswitch.uplinks.tap import open_tap
@@ -47,8 +48,9 @@ class Switch:
         self._loop = asyncio.get_running_loop()
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        self._placement = Placement(self._engine)
         self._lost_fd = watch_lost_memory()
-        self._threads = WorkerThreads(self._engine, switch.cpus)
+        self._threads = WorkerThreads(self._engine, switch.cpus, self._placement)
         self._ports: dict[str, AnyPort] = {}
         self._by_id: dict[int, AnyPort] = {}
         self._subscribers: list[Subscriber] = []
@@ -114,6 +116,7 @@ class Switch:
                 self._engine,
                 self._new_fast_port(settings.name),
                 self._settle,
+                self._placement.choose,
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
             )
             if self._journals is not None:
@@ -132,12 +135,8 @@ class Switch:
 
     async def del_port(self, name: str) -> None:
         async with self._lock:
-            port = self._find(name)
-            if not isinstance(port, VhostPort):
-                raise NotFoundError(
-                    f'"{name}" is an uplink, not a port', hint=f"vswitchctl uplink del {name}"
-                )
-            await self._remove(port)
+            await self._remove(self._guest_port(name))
+            self._placement.pins.pop(name, None)
             if self._journals is not None:
                 self._journals.forget(name)
             log.info("port %s: removed", name)
@@ -184,6 +183,37 @@ class Switch:
 
     def workers(self) -> list[WorkerInfo]:
         return self._threads.info()
+
+    async def worker_pin(self, port: str, worker: int | None) -> int:
+        self._guest_port(port)
+        if worker is None:
+            self._placement.pins.pop(port, None)
+            return 0
+        if not 0 <= worker < len(self._engine.workers):
+            raise NotFoundError(
+                f"there is no worker {worker}",
+                hint=f"there are {len(self._engine.workers)}, counted from 0 (workers in [switch])",
+            )
+        self._placement.pins[port] = worker
+        return await self.worker_rebalance()
+
+    async def worker_rebalance(self) -> int:
+        async with self._lock:
+            moves = [(ring, to) for ring, to in self._placement.plan() if ring.begin_move()]
+            if not moves:
+                return 0
+            # Between the two nobody polls them: a ring has one worker at a time.
+            await self._settle()
+            moved = sum(self._engine.finish_move(ring, to) for ring, to in moves)
+            await self._settle()
+            log.info("moved %d queues between workers", moved)
+            return moved
+
+    async def set_link(self, name: str, up: bool) -> PortInfo:
+        port = self._guest_port(name)
+        await port.set_link(up)
+        log.info("port %s: link set %s", name, "up" if up else "down")
+        return port.info()
 
     # FDB
 
@@ -301,6 +331,7 @@ class Switch:
                             event="mac-aged", time=time.time(), port=port.name, mac=mac, vlan=vlan
                         )
                     )
+        self._placement.count()
         for port in self._ports.values():
             port.check()
 
@@ -319,6 +350,15 @@ class Switch:
             raise NotFoundError(
                 f'there is no port or uplink "{name}"', hint="vswitchctl list-ports lists them"
             ) from None
+
+    def _guest_port(self, name: str) -> VhostPort:
+        port = self._find(name)
+        if not isinstance(port, VhostPort):
+            raise NotFoundError(
+                f'"{name}" is an uplink, not a guest\'s port',
+                hint="uplinks are changed with `vswitchctl uplink` and `ip link`",
+            )
+        return port
 
     def _check_free(self, new: PortSettings | UplinkSettings) -> None:
         """Raise ExistsError if the name or the socket is in use."""

@@ -70,6 +70,7 @@ class TapPort:
             id=self.fast.id,
             kind="tap",
             state=state,
+            link="up",
             socket=None,
             mode=None,
             queues=1,

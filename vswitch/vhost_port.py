@@ -56,8 +56,8 @@ Notify = Callable[[str, str | None], None]
 class VhostPort:
     """One `[[port]]`. Implements `vhost_user.datapath.Datapath` for its backend.
 
-    `settle` publishes the engine's state and returns when no worker uses an older one. `notify`
-    hears of the port's events.
+    `settle` publishes the engine's state and returns when no worker uses an older one, `place`
+    names the worker for a ring, `notify` hears of the port's events.
     """
 
     def __init__(
@@ -66,12 +66,15 @@ class VhostPort:
         engine: Engine,
         port: Port,
         settle: Callable[[], Awaitable[None]],
+        place: Callable[[Ring], int],
         notify: Notify,
     ) -> None:
         self.settings = settings
         self.fast = port
         self._engine = engine
         self._settle = settle
+        self._place = place
+        self._enabled: dict[int, bool] = {}
         self._notify = notify
         self._endpoint: Endpoint
         if settings.mode == "server":
@@ -214,7 +217,8 @@ class VhostPort:
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
         self._look_for_sharing(ring, setup)
         modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
-        ring.enabled = setup.enabled
+        self._enabled[index] = setup.enabled
+        ring.enabled = setup.enabled and not self.fast.link_down
         ring.set_call(setup.call_fd)
         try:
             base = ring.start(
@@ -235,7 +239,7 @@ class VhostPort:
         except RingError as exc:
             raise DatapathError(f"vring {index}: {exc}") from exc
         self._fault = None
-        self._engine.attach(ring, setup.kick_fd)
+        self._engine.attach(ring, setup.kick_fd, self._place(ring))
         await self._settle()
         return base
 
@@ -253,7 +257,8 @@ class VhostPort:
             ring.forget_journal()
 
     async def enable_ring(self, index: int, enabled: bool) -> None:
-        self.fast.rings[index].enabled = enabled
+        self._enabled[index] = enabled
+        self.fast.rings[index].enabled = enabled and not self.fast.link_down
         await self._settle()
 
     async def set_call(self, index: int, fd: int) -> None:
@@ -272,6 +277,16 @@ class VhostPort:
     def _limit_mtu(self, negotiated: int | None) -> None:
         mtu = negotiated or self.settings.mtu
         self.fast.max_len = 65535 + ETH_OVERHEAD if mtu is None else mtu + ETH_OVERHEAD
+
+    async def set_link(self, up: bool) -> None:
+        """Let frames through, or drop all in both directions, whatever frontends say."""
+        self.fast.link_down = not up
+        for index, ring in self.fast.rings.items():
+            ring.enabled = self._enabled.get(index, False) and up
+        if not up:
+            self._engine.fdb.flush(self.fast.id)
+        await self._settle()
+        self._rings_changed()
 
     # State
 
@@ -322,6 +337,7 @@ class VhostPort:
             id=self.fast.id,
             kind="vhost-user",
             state=self.state,
+            link="down" if self.fast.link_down else "up",
             socket=str(self.settings.socket),
             mode=self.settings.mode,
             queues=self.settings.queues,

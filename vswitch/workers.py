@@ -13,6 +13,7 @@ from pathlib import Path
 from vswitch.control.api import WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
 from vswitch.fastpath.engine import Engine, Worker
+from vswitch.placement import Placement
 
 log = logging.getLogger("vswitch.worker")
 
@@ -25,9 +26,10 @@ class WorkerThreads:
     `failed` gets an exception should one of them end without being told to.
     """
 
-    def __init__(self, engine: Engine, cpus: list[int] | None) -> None:
+    def __init__(self, engine: Engine, cpus: list[int] | None, placement: Placement) -> None:
         self._engine = engine
         self._cpus = cpus
+        self._placement = placement
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._stopping = False
@@ -66,19 +68,15 @@ class WorkerThreads:
             self.failed.cancel()
 
     def info(self) -> list[WorkerInfo]:
-        rings = [0] * len(self._engine.workers)
-        for port in self._engine.ports.values():
-            for ring in port.rings.values():
-                if ring.started and ring.worker >= 0:
-                    rings[ring.worker] += 1
         found = []
         for number, worker in enumerate(self._engine.workers):
             stats = worker.stats()
+            queues = self._placement.queues(number)
             found.append(
                 WorkerInfo(
                     id=number,
                     cpu=self._cpus[number] if self._cpus else None,
-                    rings=rings[number],
+                    rings=len(queues),
                     state=stats["state"],
                     loops=stats["loops"],
                     bursts=stats["bursts"],
@@ -87,6 +85,7 @@ class WorkerThreads:
                     wakeups=stats["wakeups"],
                     busy_ns=stats["busy_ns"],
                     idle_ns=stats["idle_ns"],
+                    queues=queues,
                 )
             )
         return found

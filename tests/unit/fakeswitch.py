@@ -222,8 +222,31 @@ class FakeSwitch:
                 "wakeups": 2,
                 "busy_ns": 5_000_000,
                 "idle_ns": 95_000_000,
+                "queues": [
+                    {
+                        "port": "vm1",
+                        "index": 1,
+                        "frames": 1007,
+                        "frames_per_s": 12,
+                        "pinned": False,
+                    }
+                ],
             }
         ]
+
+    async def worker_pin(self, port: str, worker: int | None) -> int:
+        self.port(port)
+        if worker not in (None, 0):
+            raise NotFoundError(f"there is no worker {worker}")
+        return 0 if worker is None else 1
+
+    async def worker_rebalance(self) -> int:
+        return 2
+
+    async def set_link(self, name: str, up: bool) -> PortInfo:
+        info = self.port(name)
+        info["link"] = "up" if up else "down"
+        return info
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         self._callbacks.append(callback)

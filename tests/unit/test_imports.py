@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.tap_port",
             "vswitch.workers",
             "vswitch.journals",
+            "vswitch.placement",
         ),
         (
             *BASE,
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.tap_port",
             "vswitch.workers",
             "vswitch.journals",
+            "vswitch.placement",
         ),
     ),
     "vswitch.daemon": (

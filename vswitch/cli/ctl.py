@@ -334,6 +334,38 @@ def worker_show(state: State) -> None:
     state.show(workers, tables.workers)
 
 
+@worker.command("pin")
+@click.argument("port", shell_complete=_complete_ports)
+@click.argument("number", metavar="WORKER", required=False, type=click.IntRange(min=0))
+@pass_state
+def worker_pin(state: State, port: str, number: int | None) -> None:
+    """Have WORKER poll all queues of PORT; without WORKER, let the switch choose again."""
+    with state.connect() as switch:
+        moved = switch.worker_pin(port, number)
+    what = "is no longer pinned" if number is None else f"is pinned to worker {number}"
+    state.done({"moved": moved}, f"port {port} {what}, {moved} queues moved")
+
+
+@worker.command("rebalance")
+@pass_state
+def worker_rebalance(state: State) -> None:
+    """Spread the queues that are not pinned over the workers by their load."""
+    with state.connect() as switch:
+        moved = switch.worker_rebalance()
+    state.done({"moved": moved}, f"{moved} queues moved")
+
+
+@cli.command("set-link")
+@click.argument("name", shell_complete=_complete_ports)
+@click.argument("link", type=click.Choice(["up", "down"]))
+@pass_state
+def set_link(state: State, name: str, link: str) -> None:
+    """Set the link of port NAME up or down: while down, its frames are dropped."""
+    with state.connect() as switch:
+        port = switch.set_link(name, link == "up")
+    state.done(port, f"link of {name} is {port['link']}")
+
+
 @cli.command("log-level")
 @click.argument("level", required=False, type=click.Choice(["debug", "info", "warning", "error"]))
 @pass_state

@@ -277,7 +277,19 @@ def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
             each["sleeps"],
             each["wakeups"],
         )
-    return table
+    queues = _table(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
+    for each in workers:
+        for queue in each["queues"]:
+            _add(
+                queues,
+                each["id"],
+                queue["port"],
+                queue["index"],
+                queue["frames"],
+                queue["frames_per_s"],
+                "pinned" if queue["pinned"] else "",
+            )
+    return Group(table, "", queues) if queues.row_count else table
 
 
 def event_line(event: Event) -> str:

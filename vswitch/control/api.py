@@ -55,14 +55,15 @@ class RingInfo(TypedDict):
 class PortInfo(TypedDict):
     """A guest's port or an uplink.
 
-    `mtu` is in bytes, `connected_since` a Unix time in seconds, `error` why the port does not
-    forward, `warning` what is worth knowing although it does.
+    `link` is what `set_link` said, `mtu` is in bytes, `connected_since` a Unix time in seconds,
+    `error` why the port does not forward, `warning` what is worth knowing although it does.
     """
 
     name: str
     id: int
     kind: PortKind
     state: PortState
+    link: Literal["up", "down"]
     socket: str | None
     mode: str | None
     queues: int
@@ -110,6 +111,16 @@ class FdbEntry(TypedDict):
     age_s: int
 
 
+class QueueInfo(TypedDict):
+    """A transmitq that a worker polls: its port, vring index, and frames since it was connected."""
+
+    port: str
+    index: int
+    frames: int
+    frames_per_s: int
+    pinned: bool
+
+
 class WorkerInfo(TypedDict):
     """A poll thread and what it did since the start; `*_ns` are nanoseconds."""
 
@@ -124,6 +135,7 @@ class WorkerInfo(TypedDict):
     wakeups: int
     busy_ns: int
     idle_ns: int
+    queues: list[QueueInfo]
 
 
 class HelloInfo(TypedDict):
@@ -213,6 +225,21 @@ class SwitchApi(Protocol):
 
     def workers(self) -> list[WorkerInfo]:
         """The poll threads."""
+        ...
+
+    async def worker_pin(self, port: str, worker: int | None) -> int:
+        """Have one worker poll all of a port's queues, or any (None); how many queues moved.
+
+        NotFoundError (port, worker).
+        """
+        ...
+
+    async def worker_rebalance(self) -> int:
+        """Spread the queues over the workers by their load; how many moved."""
+        ...
+
+    async def set_link(self, name: str, up: bool) -> PortInfo:
+        """Switch a port's link on or off. NotFoundError; not for uplinks."""
         ...
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:

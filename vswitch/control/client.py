@@ -188,6 +188,18 @@ class Client:
         """The poll threads."""
         return cast("list[WorkerInfo]", self._call("workers"))
 
+    def worker_pin(self, port: str, worker: int | None) -> int:
+        """Have one worker poll all queues of a port, or any (None); returns how many moved."""
+        return int(self._call("worker_pin", port=port, worker=worker)["moved"])
+
+    def worker_rebalance(self) -> int:
+        """Spread the queues over the workers by their load; returns how many moved."""
+        return int(self._call("worker_rebalance")["moved"])
+
+    def set_link(self, name: str, up: bool) -> PortInfo:
+        """Switch a port's link on or off: while off, all frames from and to it are dropped."""
+        return cast(PortInfo, self._call("set_link", name=name, up=up))
+
     # MAC addresses.
 
     def fdb(self) -> list[FdbEntry]:

@@ -86,6 +86,20 @@ class MaybePortParams(_Params):
     port: str | None = None
 
 
+class SetLinkParams(_Params):
+    """A port's name and whether its link is to be up."""
+
+    name: str
+    up: bool
+
+
+class WorkerPinParams(_Params):
+    """A port's name and the worker for its queues; none to let the switch choose again."""
+
+    port: str
+    worker: int | None = None
+
+
 class FdbKeyParams(_Params):
     """An address in a VLAN."""
 
@@ -200,6 +214,15 @@ class Methods:
     async def _workers(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.workers()
 
+    async def _worker_pin(self, params: WorkerPinParams, session: Session) -> Any:  # noqa: ARG002
+        return {"moved": await self._switch.worker_pin(params.port, params.worker)}
+
+    async def _worker_rebalance(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
+        return {"moved": await self._switch.worker_rebalance()}
+
+    async def _set_link(self, params: SetLinkParams, session: Session) -> Any:  # noqa: ARG002
+        return await self._switch.set_link(params.name, params.up)
+
     async def _fdb(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.fdb()
 
@@ -269,6 +292,9 @@ METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "del_uplink": (NameParams, Methods._del_uplink),
     "stats": (MaybeNameParams, Methods._stats),
     "workers": (NoParams, Methods._workers),
+    "worker_pin": (WorkerPinParams, Methods._worker_pin),
+    "worker_rebalance": (NoParams, Methods._worker_rebalance),
+    "set_link": (SetLinkParams, Methods._set_link),
     "fdb": (NoParams, Methods._fdb),
     "fdb_add": (FdbAddParams, Methods._fdb_add),
     "fdb_del": (FdbKeyParams, Methods._fdb_del),

@@ -86,6 +86,7 @@ DROP_REASONS = (
     ("tap-busy", "the TAP's queue is full"),
     ("tap-down", "the TAP interface is down"),
     ("tap-error", "the kernel refused the frame"),
+    ("link-down", "the link of the guest's port was set down"),
 )
 
 FOREVER = (1 << 64) - 1
@@ -286,21 +287,30 @@ cdef class Engine:
         self.fdb.flush(port.id, True)
         del self.ports[port.id]
 
-    def attach(self, Ring ring, int kick_fd):
-        """Give a started ring to the worker with the fewest; -1: it is polled, without kicks."""
-        cdef Worker worker
+    def attach(self, Ring ring, int kick_fd, int worker=0):
+        """Give a started ring to a worker; `kick_fd` -1: it is polled, without kicks."""
+        cdef Worker owner
         ring.kick_fd = kick_fd
         if not ring.is_transmitq:
             return  # nobody waits for receive buffers: frames that find none are dropped
-        load = [0] * len(self.workers)
-        for port in self.ports.values():
-            for other in port.rings.values():
-                if other.published and other.worker >= 0 and other is not ring:
-                    load[other.worker] += 1
-        ring.worker = load.index(min(load))
+        owner = self.workers[worker]
+        ring.worker = worker
         if kick_fd >= 0:
-            worker = self.workers[ring.worker]
-            worker.watch(kick_fd, <uint64_t>ring.port.id << 16 | <uint64_t>ring.c.index)
+            owner.watch(kick_fd, <uint64_t>ring.port.id << 16 | <uint64_t>ring.c.index)
+
+    def finish_move(self, Ring ring, int worker):
+        """Give a ring to another worker, after `Ring.begin_move`, `publish` and quiescence.
+
+        False if the ring was stopped meanwhile. It is polled again after another `publish`.
+        """
+        if not ring.moving:
+            return False
+        kick_fd = ring.kick_fd
+        self.detach(ring)
+        self.attach(ring, kick_fd, worker)
+        ring.moving = False
+        ring.published = True
+        return True
 
     def detach(self, Ring ring):
         """Stop waiting for the ring's kicks, before its eventfd is closed."""

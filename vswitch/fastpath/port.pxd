@@ -9,6 +9,7 @@ cdef class Ring:
     cdef Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it
+    cdef bint moving          # unpublished only to go from one worker to another
     cdef Journal journal
     cdef readonly int worker  # which worker polls it (transmitqs)
     cdef int kick_fd

@@ -6,6 +6,7 @@ from libc.stdlib cimport free
 from vswitch.fastpath.atomics cimport (
     vs_load16,
     vs_load32,
+    vs_load64,
     vs_load_acquire16,
     vs_load_acquire32,
     vs_store8,
@@ -177,11 +178,19 @@ cdef class Ring:
         refuse_kicks(c)
         self.memory = memory
         self.started = self.published = True
+        self.moving = False
         return self.base
 
     def unpublish(self):
         """Leave the ring out of what is published from now on."""
-        self.published = False
+        self.published = self.moving = False
+
+    def begin_move(self):
+        """The same for a moment, until Engine.finish_move; False if it is not published anyway."""
+        if self.published:
+            self.published = False
+            self.moving = True
+        return self.moving
 
     def forget_journal(self):
         """Notes of what the ring was are void: the frontend was told, or it is another ring."""
@@ -192,7 +201,7 @@ cdef class Ring:
 
         Only after every worker has passed a quiescent point since the ring was unpublished.
         """
-        self.started = self.published = False
+        self.started = self.published = self.moving = False
         self.memory = None
         self.c.desc = NULL
         self.c.mem = NULL
@@ -226,6 +235,11 @@ cdef class Ring:
     @property
     def used_idx(self):
         return vs_load16(&self.c.last_used)
+
+    @property
+    def frames(self):
+        """Chains taken from a transmitq since the port's frontend connected."""
+        return vs_load64(&self.c.taken)
 
     @property
     def enabled(self):
@@ -290,6 +304,15 @@ cdef class Port:
     @property
     def is_tap(self):
         return self.c.kind == KIND_TAP
+
+    @property
+    def link_down(self):
+        """Switched off by the user: what its guest sends is counted as dropped for that."""
+        return bool(self.c.link_down)
+
+    @link_down.setter
+    def link_down(self, bint value):
+        vs_store8(&self.c.link_down, value)
 
     @property
     def max_len(self):

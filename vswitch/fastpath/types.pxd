@@ -75,6 +75,7 @@ cdef enum:
     DROP_TAP_BUSY
     DROP_TAP_DOWN
     DROP_TAP_ERROR
+    DROP_LINK_DOWN
     N_DROPS
 
 # What is wrong with a ring. The order is that of RING_FAULTS in engine.pyx.
@@ -108,6 +109,7 @@ cdef enum PortKind:
 cdef struct PortC:
     uint16_t id            # main
     uint8_t kind           # main
+    uint8_t link_down      # atomic; switched off by the user
     uint32_t max_len       # atomic; longest Ethernet frame without FCS, bytes
     int tap_fd             # main
     uint32_t tap_lost      # atomic; the interface was deleted under us
@@ -169,6 +171,7 @@ cdef struct RingC:
     uint16_t walk_count    # ... and ring entries
     uint16_t region_hint
     uint32_t empty_polls
+    uint64_t taken         # chains of a transmitq since it was made
     uint64_t fault_value
     uint64_t fault_detail
     uint64_t src_key       # last source learned from this ring ...

@@ -26,6 +26,7 @@ from vswitch.fastpath.tap cimport tap_receive
 from vswitch.fastpath.types cimport (
     BURST,
     DROP_DISABLED,
+    DROP_LINK_DOWN,
     EVENT_RING_FAULT,
     EVENT_TAP_LOST,
     FAULT_HEAD,
@@ -162,11 +163,14 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
             forward_burst(w, view, ring.port, ring, taken)
         else:
             # Started but disabled: process and discard ("Ring states" of the protocol document).
-            counters.drops[DROP_DISABLED] += taken
+            counters.drops[
+                DROP_LINK_DOWN if vs_load8(&ring.port.link_down) else DROP_DISABLED
+            ] += taken
         for i in range(taken):
             put_used(w, ring, w.frames[i].id, w.frames[i].count, 0)
         publish_used(w, ring)
         notify_driver(ring, counters)
+        ring.taken += taken
         w.bursts += 1
         w.frames_total += taken
     if vs_unlikely(ring.fault != 0):

@@ -1,0 +1,135 @@
+"""Queues on workers: pinned, rebalanced by load, and moved under traffic without losing a frame."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from frames import BROADCAST, frame, mac
+from running import Wire, teach
+
+from vswitch.control.client import Client
+from vswitch.guest.load import Flow, Load
+
+COUNT = 30_000
+
+
+def workers_of(wire: Wire) -> dict[tuple[str, int], int]:
+    return {
+        (queue["port"], queue["index"]): worker["id"]
+        for worker in wire.client.workers()
+        for queue in worker["queues"]
+    }
+
+
+@pytest.fixture
+def wire(start: Callable[..., Wire]) -> Wire:
+    return start(workers=2)
+
+
+def test_queues_are_spread_as_they_come(wire: Wire) -> None:
+    for number, name in enumerate("abcd"):
+        wire.guest(name, number + 1)
+    assert sorted(workers_of(wire).values()) == [0, 0, 1, 1]
+
+
+def test_pins_hold_across_reconnects(wire: Wire) -> None:
+    a = wire.guest("a", 1)
+    wire.guest("b", 2)
+    client = wire.client
+    for worker in (1, 0):
+        client.worker_pin("a", worker)
+        assert workers_of(wire)["a", 1] == worker
+        a.disconnect()
+        a.reconnect()
+        assert workers_of(wire)["a", 1] == worker
+        assert all(
+            queue["pinned"] == (queue["port"] == "a")
+            for each in client.workers()
+            for queue in each["queues"]
+        )
+    assert client.worker_pin("a", 0) == 0, "it is there already"
+    client.worker_pin("a", None)
+    assert not any(queue["pinned"] for each in client.workers() for queue in each["queues"])
+
+
+def test_moving_under_load_loses_and_reorders_nothing(wire: Wire) -> None:
+    a, b = wire.guest("a", 1), wire.guest("b", 2)
+    teach(a, b)
+    sent = frame(mac(2), mac(1), 200)
+    flow = Flow(a.transmitqs[0], b.receiveqs[0], [sent], window=128, verify=True, write_off_s=5.0)
+    load = Load([flow])
+    results: list[Any] = []
+    runner = threading.Thread(
+        target=lambda: results.extend(load.run(60.0, frames=COUNT, settle_s=5.0, quiet_s=0.2))
+    )
+    runner.start()
+    moves = 0
+    with Client(wire.switch.run_dir / "control.sock") as client:
+        while runner.is_alive():
+            moves += client.worker_pin("a", 1)
+            moves += client.worker_pin("a", 0)
+    runner.join()
+    (result,) = results
+    assert moves >= 10
+    assert (result.sent, result.received) == (COUNT, COUNT)
+    assert (result.lost, result.misordered, result.corrupt) == (0, 0, 0)
+
+
+def test_rebalancing_by_load(wire: Wire) -> None:
+    """Two busy queues that were put on one worker end on two."""
+    guests = [wire.guest(name, number + 1) for number, name in enumerate("abcd")]
+    client = wire.client
+    for number, guest in enumerate(guests):
+        guest.send([frame(BROADCAST, mac(number + 1))])
+    for name, worker in (("a", 0), ("b", 0), ("c", 1), ("d", 1)):
+        client.worker_pin(name, worker)
+    for name in "abcd":
+        client.worker_pin(name, None)
+    stop = threading.Event()
+
+    def chat(one: int, other: int) -> None:
+        while not stop.is_set():
+            guests[one].send([frame(mac(other + 1), mac(one + 1))] * 8)
+            guests[other].poll_frames(64)
+
+    # a and b talk to c and d, who only listen.
+    talkers = [threading.Thread(target=chat, args=pair) for pair in ((0, 2), (1, 3))]
+    for talker in talkers:
+        talker.start()
+    try:
+        deadline = time.monotonic() + 20.0
+        while workers_of(wire)["a", 1] == workers_of(wire)["b", 1]:
+            assert time.monotonic() < deadline, client.workers()
+            client.worker_rebalance()
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for talker in talkers:
+            talker.join()
+
+
+def test_a_link_that_is_down_drops_and_counts_both_ways(wire: Wire) -> None:
+    a, b, c = (wire.guest(name, number + 1) for number, name in enumerate("abc"))
+    client = wire.client
+    teach(a, b, c)
+    assert client.set_link("a", False)["link"] == "down"
+    a.send([frame(mac(2), mac(1))] * 3)
+    a.drain()
+    b.send([frame(mac(1), mac(2))])
+    b.drain()
+    wire.wait_until(lambda: wire.drops("a").get("link-down") == 3, "three drops")
+    # What was for it is unknown now, and flooded to the others.
+    assert len(c.recv(1)) == 1
+    assert a.poll_frames(8) == []
+    a.disconnect()
+    a.reconnect()
+    a.send([frame(mac(2), mac(1))])
+    a.drain()
+    wire.wait_until(lambda: wire.drops("a").get("link-down") == 4, "a fourth drop")
+    assert client.set_link("a", True)["link"] == "up"
+    a.send([frame(mac(2), mac(1))])
+    assert len(b.recv(1)) == 1
