@@ -141,13 +141,14 @@ class Listener:
             else:
                 sock.setblocking(False)
                 return sock
-            self._ready = loop.create_future()
+            ready = self._ready = loop.create_future()
             fd = listening.fileno()
-            loop.add_reader(fd, _resolve, self._ready)
+            loop.add_reader(fd, _resolve, ready)
             try:
-                await self._ready
+                await ready
             finally:
-                if listening.fileno() == fd:
+                # A guard that was cancelled gets here after `next` has begun to wait.
+                if self._ready is ready and listening.fileno() == fd:
                     loop.remove_reader(fd)
 
 
