@@ -20,6 +20,7 @@ from vswitch.vhost_user.connection import Connection
 from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
 from vswitch.vhost_user.protocol import Feature, MemRegion, ProtocolFeature
+from vswitch.vhost_user.sharing import is_private_copy
 
 FEATURES = (
     Feature.VERSION_1
@@ -207,6 +208,9 @@ class VhostPort:
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
         self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
+        pid = self._backend.connection.peer_pid if self._backend else None
+        if any(is_private_copy(pid, one.uva, fd) for one, fd in zip(regions, fds, strict=True)):
+            self._warn_unshared("its process has it mapped privately")
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         if self._memory is None:
@@ -425,11 +429,14 @@ class VhostPort:
             self._unshared.update(self._file_ids)
         elif not (self._unshared.intersection(self._file_ids) and ring.base == 0):
             return
+        self._warn_unshared(f"nothing was ever written where {_ring_name(ring.index)} should be")
+
+    def _warn_unshared(self, evidence: str) -> None:
         if self._warning is not None:
             return
         self._warning = (
-            f"the guest's memory is not shared with the switch: nothing was ever written where "
-            f"{_ring_name(ring.index)} should be. Start QEMU with share=on, for example: -object "
+            f"the guest's memory is not shared with the switch: {evidence}. Start QEMU with "
+            "share=on, for example: -object "
             "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
         )
         log.warning("port %s: %s", self.name, self._warning)
