@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import Memory
+from vswitch.fastpath.mapping import SLOTS, Memory
 from vswitch.fastpath.port import Port, Ring, RingError
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
@@ -91,6 +91,7 @@ class VhostPort:
         self._backend: Backend | None = None
         self._memory: Memory | None = None
         self._memory_lost = False
+        self._old_memory: list[Memory] = []
         self._unshared: set[tuple[int, int]] = set()
         self._file_ids: list[tuple[int, int]] = []
         self._connects = 0
@@ -193,11 +194,16 @@ class VhostPort:
     def features(self) -> Feature:
         return FEATURES
 
+    @property
+    def memory_slots(self) -> int:
+        return SLOTS
+
     async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
         self._memory_lost = False
+        self._old_memory.clear()
         self._file_ids = []
         if not regions:
             return
@@ -211,6 +217,36 @@ class VhostPort:
         pid = self._backend.connection.peer_pid if self._backend else None
         if any(is_private_copy(pid, one.uva, fd) for one, fd in zip(regions, fds, strict=True)):
             self._warn_unshared("its process has it mapped privately")
+
+    async def add_memory(self, region: MemRegion, fd: int) -> None:
+        try:
+            memory = (self._memory or Memory([], [])).with_region(region, fd)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        await self._replace_memory(memory)
+        status = os.fstat(fd)
+        self._file_ids.append((status.st_dev, status.st_ino))
+
+    async def remove_memory(self, region: MemRegion) -> None:
+        assert self._memory is not None
+        at = self._memory.regions.index(region)
+        memory = self._memory.without_region(region.gpa, region.size, region.uva)
+        await self._replace_memory(memory)
+        del self._file_ids[at]
+
+    async def _replace_memory(self, memory: Memory) -> None:
+        """Go on with another memory; what only the old one had is unmapped."""
+        if self._memory is not None:
+            # Kept here: workers use it until they are told, whatever happens to this coroutine.
+            self._old_memory.append(self._memory)
+        self._memory = memory
+        for ring in self.fast.rings.values():
+            if ring.started:
+                ring.use_memory(memory)
+        await self._settle()
+        self._old_memory.clear()
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         if self._memory is None:

@@ -61,7 +61,7 @@ class Bench:
         if negotiated:
             frontend.negotiate(
                 Feature.VERSION_1 | Feature.PROTOCOL_FEATURES,
-                ProtocolFeature.MQ | ProtocolFeature.MTU | ProtocolFeature.RARP,
+                ~ProtocolFeature.REPLY_ACK & ~ProtocolFeature.INBAND_NOTIFICATIONS,
             )
             frontend.sync()
         return frontend
@@ -154,7 +154,8 @@ def test_requests_that_were_not_negotiated(bench: Bench) -> None:
             continue
         frontend = bench.connect(negotiated=False)
         frontend.negotiate(Feature.PROTOCOL_FEATURES, 0)
-        frontend.send(request, bytes(PAYLOAD_SIZES[spec.payload][0]))
+        with eventfds(spec.min_fds) as fds:
+            frontend.send(request, bytes(PAYLOAD_SIZES[spec.payload][0]), fds)
         bench.ended(frontend, f"{spec.needs.name} was not negotiated")
 
 

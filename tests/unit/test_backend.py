@@ -270,7 +270,7 @@ def test_acknowledgements() -> None:
         # A request with a reply of its own has that and no other.
         assert await peer.ack(Request.GET_QUEUE_NUM) == 2
         # A request of a later time is refused, and the connection lives.
-        assert await peer.ack(Request.GET_STATUS) == 1
+        assert await peer.ack(Request.CHECK_DEVICE_STATE) == 1
         assert await peer.ack(4242) == 1
         assert await peer.ack(Request.SET_OWNER) == 0
 

@@ -126,6 +126,60 @@ def test_mapping_and_unmapping_leave_nothing() -> None:
     assert mappings() == before
 
 
+def test_memory_grows_and_shrinks_and_what_stays_lies_where_it_lay() -> None:
+    first, second = (0, PAGE, UVA, 0), (PAGE, PAGE, UVA + PAGE, PAGE)
+
+    def mappings() -> list[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line.split()[0] for line in lines if "memfd:guest" in line]
+
+    before = mappings()
+    with guest_file() as fd, guest_file() as other:
+        small = Memory([first], [fd])
+        alone = mappings()
+        large = small.with_region(second, other)
+        assert (small.regions, large.regions) == ([first], [first, second])
+        assert set(alone) < set(mappings())
+        small.close()
+        assert set(alone) < set(mappings()), "the larger memory has it still"
+        with pytest.raises(ValueError, match="region 2: guest address 0x1000 overlaps region 1"):
+            large.with_region((PAGE, PAGE, UVA + SIZE, 0), fd)
+        with pytest.raises(ValueError, match="no region with guest address 0x1000, size 0x1000 an"):
+            large.without_region(PAGE, PAGE, UVA)
+        rest = large.without_region(0, PAGE, UVA)
+        assert rest.regions == [second]
+        del large
+        assert not set(alone) & set(mappings())
+        rest.close()
+        assert mappings() == before
+
+
+def test_all_slots_in_use() -> None:
+    with guest_file() as fd:
+        rows = [(n * PAGE, PAGE, UVA + n * PAGE, 0) for n in range(64)]
+        memory = Memory(rows, [fd] * 64)
+        with pytest.raises(ValueError, match="all 64 memory slots are in use"):
+            memory.with_region((64 * PAGE, PAGE, UVA + 64 * PAGE, 0), fd)
+        # One in the middle makes room again.
+        less = memory.without_region(5 * PAGE, PAGE, UVA + 5 * PAGE)
+        assert len(less.with_region((64 * PAGE, PAGE, UVA + 64 * PAGE, 0), fd).regions) == 64
+
+
+def test_a_running_ring_keeps_its_own_memory() -> None:
+    with guest_file() as fd:
+        port = Engine().add_port("p")
+        ring = Ring(port, 1)
+        memory = Memory([(0, SIZE, UVA, 0)], [fd])
+        start(ring, memory)
+        larger = memory.with_region((SIZE, PAGE, UVA + SIZE, 0), fd)
+        ring.use_memory(larger)
+        elsewhere = Memory([(0, SIZE, UVA, 0)], [fd])
+        for other in (elsewhere, larger.without_region(0, SIZE, UVA)):
+            with pytest.raises(RingError, match="the memory of the running ring at 0x7f000000"):
+                ring.use_memory(other)
+        assert ring.started
+
+
 def test_holes_are_what_nobody_wrote() -> None:
     with guest_file() as fd:
         os.pwrite(fd, b"x", 4 * PAGE + 17)

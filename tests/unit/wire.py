@@ -30,6 +30,7 @@ class RecordingDatapath:
 
     def __init__(self, queue_pairs: int = 2) -> None:
         self.queue_pairs = queue_pairs
+        self.memory_slots = 64
         self.features = OFFERED
         self.calls: list[tuple[Any, ...]] = []
         self.running: dict[int, RingSetup] = {}
@@ -47,6 +48,16 @@ class RecordingDatapath:
         for fd in fds:
             os.fstat(fd)
         self._note("set_memory", list(regions))
+
+    async def add_memory(self, region: MemRegion, fd: int) -> None:
+        os.fstat(fd)
+        self._note("add_memory", region)
+
+    async def remove_memory(self, region: MemRegion) -> None:
+        for setup in self.running.values():
+            for uva in (setup.desc_uva, setup.used_uva, setup.avail_uva):
+                assert not region.uva <= uva < region.uva + region.size, "a ring runs in there"
+        self._note("remove_memory", region)
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         assert index not in self.running

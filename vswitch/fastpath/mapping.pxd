@@ -1,9 +1,20 @@
+from libc.stdint cimport uint32_t
+
 from vswitch.fastpath.types cimport MemTable, Region
+
+
+cdef class Mapped:
+    cdef Region c
+    cdef uint32_t lost        # atomic; its file was truncated under us
+    cdef int slot             # in the table of sigbus.h
+    cdef tuple row            # guest address, size, user address, mmap offset
+    cdef bint is_huge
+    cdef bint huge_empty      # in hugetlbfs, and no page of its file exists
 
 
 cdef class Memory:
     cdef MemTable *table
-    cdef readonly list regions
-    cdef list huge_empty      # a bool a region: in hugetlbfs, and no page of its file exists
-    cdef list is_huge
-    cdef void _unmap(self, Region *region) noexcept
+    cdef list mapped          # Mapped, in the table's order
+    cdef Memory _copy(self)
+    cdef _enter(self, Mapped one)
+    cdef _map(self, tuple region, int fd)

@@ -26,6 +26,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 U64_END = 1 << 64
+SLOTS = MAX_REGIONS  # the most regions at a time
 
 
 def _check_region(index, region, fd, earlier):
@@ -67,40 +68,17 @@ def watch_lost_memory():
     return fd
 
 
-cdef class Memory:
-    """The mapped regions of one frontend (SET_MEM_TABLE).
+cdef class Mapped:
+    """One region in our address space; unmapped when nobody holds it any more."""
 
-    `regions` is a list of (guest address, size, user address, mmap offset), sizes and offsets in
-    bytes; `fds` holds one file descriptor each, which stay the caller's and may be closed
-    afterwards. Raises ValueError naming the region, field and value for what no honest frontend
-    sends, OSError when the kernel refuses to map.
-    """
-
-    def __cinit__(self, regions, fds):
-        self.regions = []
-        self.is_huge = []
-        self.huge_empty = []
-        self.table = <MemTable *>calloc(1, sizeof(MemTable))
-        if self.table == NULL:
-            raise MemoryError
-
-    def __init__(self, regions, fds):
-        if len(regions) != len(fds):
-            raise ValueError(f"{len(regions)} regions came with {len(fds)} file descriptors")
-        if len(regions) > MAX_REGIONS:
-            raise ValueError(f"{len(regions)} regions, the most is {MAX_REGIONS}")
-        for index, (region, fd) in enumerate(zip(regions, fds)):
-            self._map(index, tuple(region), fd)
-
-    def _map(self, index, region, int fd):
-        info = _check_region(index, region, fd, self.regions)
+    def __cinit__(self, index, region, int fd, earlier):
+        info = _check_region(index, region, fd, earlier)
         cdef uint64_t page = max(PAGE, info.st_blksize)
         cdef uint64_t gpa = region[0], size = region[1], uva = region[2], offset = region[3]
         # hugetlbfs wants file offset and length in whole huge pages; st_blksize tells their size.
         cdef uint64_t start = offset - offset % page
         cdef uint64_t length = (offset - start + size + page - 1) // page * page
         cdef void *base
-        cdef Region *slot
         with nogil:
             base = mmap(
                 NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start
@@ -109,18 +87,87 @@ cdef class Memory:
             raise OSError(errno, f"region {index}: mmap of {size:#x} bytes: {os.strerror(errno)}")
         # Guest memory is of no use in a core dump of the switch, and is somebody else's secret.
         madvise(base, length, MADV_DONTDUMP)
-        slot = &self.table.regions[self.table.count]
-        slot.gpa = gpa
-        slot.size = size
-        slot.uva = uva
-        slot.host = <char *>base + (offset - start)
-        slot.map_base = base
-        slot.map_len = length
-        slot.slot = vs_add_region(<char *>base, length, &self.table.lost)
+        self.c.gpa = gpa
+        self.c.size = size
+        self.c.uva = uva
+        self.c.host = <char *>base + (offset - start)
+        self.c.map_base = base
+        self.c.map_len = length
+        self.slot = vs_add_region(<char *>base, length, &self.lost)
+        self.row = region
+        self.is_huge = page > <uint64_t>PAGE
+        self.huge_empty = info.st_blocks == 0
+
+    def __dealloc__(self):
+        if self.c.map_base != NULL:
+            vs_remove_region(self.slot)
+            munmap(self.c.map_base, self.c.map_len)
+
+
+cdef class Memory:
+    """The mapped regions of one frontend (SET_MEM_TABLE, ADD_MEM_REG).
+
+    `regions` is a list of (guest address, size, user address, mmap offset), sizes and offsets in
+    bytes; `fds` holds one file descriptor each, which stay the caller's and may be closed
+    afterwards. Raises ValueError naming the region, field and value for what no honest frontend
+    sends, OSError when the kernel refuses to map.
+
+    A Memory never changes: `with_region` and `without_region` make another one, in which what stays
+    lies where it lay. A region is unmapped when the last Memory that has it is gone.
+    """
+
+    def __cinit__(self, regions=(), fds=()):
+        self.mapped = []
+        self.table = <MemTable *>calloc(1, sizeof(MemTable))
+        if self.table == NULL:
+            raise MemoryError
+
+    def __init__(self, regions=(), fds=()):
+        if len(regions) != len(fds):
+            raise ValueError(f"{len(regions)} regions came with {len(fds)} file descriptors")
+        if len(regions) > MAX_REGIONS:
+            raise ValueError(f"{len(regions)} regions, the most is {MAX_REGIONS}")
+        for region, fd in zip(regions, fds):
+            self._map(tuple(region), fd)
+
+    @property
+    def regions(self):
+        return [(<Mapped>one).row for one in self.mapped]
+
+    def with_region(self, region, int fd):
+        """These regions and one more (ADD_MEM_REG). Raises ValueError and OSError like Memory."""
+        cdef Memory other = self._copy()
+        if other.table.count == MAX_REGIONS:
+            raise ValueError(f"all {MAX_REGIONS} memory slots are in use")
+        other._map(tuple(region), fd)
+        return other
+
+    def without_region(self, uint64_t gpa, uint64_t size, uint64_t uva):
+        """These regions without one (REM_MEM_REG). Raises ValueError when it is none of them."""
+        cdef Memory other = Memory()
+        cdef Mapped one
+        for one in self.mapped:
+            if not (one.c.gpa == gpa and one.c.size == size and one.c.uva == uva):
+                other._enter(one)
+        if other.table.count == self.table.count:
+            raise ValueError(
+                f"no region with guest address {gpa:#x}, size {size:#x} and user address {uva:#x}"
+            )
+        return other
+
+    cdef Memory _copy(self):
+        cdef Memory other = Memory()
+        for one in self.mapped:
+            other._enter(one)
+        return other
+
+    cdef _enter(self, Mapped one):
+        self.table.regions[self.table.count] = one.c
         self.table.count += 1
-        self.regions.append(region)
-        self.is_huge.append(page > <uint64_t>PAGE)
-        self.huge_empty.append(info.st_blocks == 0)
+        self.mapped.append(one)
+
+    cdef _map(self, tuple region, int fd):
+        self._enter(Mapped(len(self.mapped), region, fd, self.regions))
 
     def is_hole(self, uint64_t uva, uint64_t length):
         """True when no page behind a user address range was ever written.
@@ -131,16 +178,16 @@ cdef class Memory:
         cdef char *host
         cdef unsigned char present
         cdef uint64_t page = PAGE, at
-        cdef size_t i
-        for i in range(self.table.count):
-            if uva - self.table.regions[i].uva < self.table.regions[i].size:
+        cdef Mapped one
+        for one in self.mapped:
+            if uva - one.c.uva < one.c.size:
                 break
         else:
             return False
         # mincore() looks into the file for ordinary shared memory, but only into our own page
         # table for huge pages; there the file as a whole must do.
-        if self.is_huge[i]:
-            return self.huge_empty[i]
+        if one.is_huge:
+            return one.huge_empty
         host = uva_to_host(self.table, uva, length)
         if host == NULL:
             return False
@@ -154,23 +201,12 @@ cdef class Memory:
     @property
     def lost(self):
         """True once memory was found missing: its owner truncated the file. It reads as zero now."""
-        return bool(vs_load32(&self.table.lost))
-
-    cdef void _unmap(self, Region *region) noexcept:
-        vs_remove_region(region.slot)
-        munmap(region.map_base, region.map_len)
+        return any([vs_load32(&(<Mapped>one).lost) for one in self.mapped])
 
     def close(self):
-        """Unmap. No worker may know of this memory any more."""
-        cdef uint64_t i
-        for i in range(self.table.count):
-            self._unmap(&self.table.regions[i])
+        """Give the regions up. No worker may know of this memory any more."""
         self.table.count = 0
-        self.regions = []
+        self.mapped = []
 
     def __dealloc__(self):
-        cdef uint64_t i
-        if self.table != NULL:
-            for i in range(self.table.count):
-                self._unmap(&self.table.regions[i])
-            free(self.table)
+        free(self.table)

@@ -7,6 +7,7 @@ cdef class Ring:
     cdef RingC *c
     cdef readonly Port port
     cdef Memory memory        # kept mapped for as long as the ring points into it
+    cdef tuple areas          # (user address, len) of the parts of a started ring
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it
     cdef bint moving          # unpublished only to go from one worker to another

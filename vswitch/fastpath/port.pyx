@@ -12,6 +12,7 @@ from vswitch.fastpath.atomics cimport (
     vs_store8,
     vs_store32,
     vs_store_int,
+    vs_store_release_ptr,
 )
 from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
 from vswitch.fastpath.mapping cimport Memory
@@ -177,9 +178,23 @@ cdef class Ring:
         # Polling to begin with; a worker asks for kicks before it sleeps.
         refuse_kicks(c)
         self.memory = memory
+        self.areas = tuple((uva, length) for _, uva, _, length in parts)
         self.started = self.published = True
         self.moving = False
         return self.base
+
+    def use_memory(self, Memory memory):
+        """Translate buffers by another memory from now on, in which the ring lies where it lay.
+
+        The old one may be in use until quiescence. Raises RingError if the ring itself is elsewhere
+        or nowhere in it; nothing has changed then.
+        """
+        for uva, length in self.areas:
+            if uva_to_host(memory.table, uva, length) != uva_to_host(self.memory.table, uva, length):
+                raise RingError(f"the memory of the running ring at {uva:#x} would go")
+        # Release: the table before the pointer to it; workers load the pointer once a translation.
+        vs_store_release_ptr(<void **>&self.c.mem, memory.table)
+        self.memory = memory
 
     def unpublish(self):
         """Leave the ring out of what is published from now on."""

@@ -52,11 +52,9 @@ cdef struct Region:
     char *host             # the same byte in ours
     void *map_base         # what munmap() gets
     uint64_t map_len
-    int slot               # in the table of sigbus.h
 
 cdef struct MemTable:      # main; immutable once made
     uint32_t count
-    uint32_t lost          # atomic; a region's file was truncated under us
     Region regions[MAX_REGIONS]
 
 # Why a frame went no further. The order is that of DROP_REASONS in engine.pyx.

@@ -273,6 +273,18 @@ class Frontend:
         if ProtocolFeature.REPLY_ACK not in self.protocol_features:
             self.sync()
 
+    def get_max_mem_slots(self) -> int:
+        """The most memory regions the backend takes at a time."""
+        return self._u64(Request.GET_MAX_MEM_SLOTS)
+
+    def add_mem_reg(self, region: MemRegion, fd: int) -> None:
+        """Hot-plug one region of guest memory."""
+        self.command(Request.ADD_MEM_REG, protocol.encode_mem_region(region), [fd])
+
+    def rem_mem_reg(self, region: MemRegion) -> None:
+        """Take one region away; the backend has unmapped it when this returns with REPLY_ACK."""
+        self.command(Request.REM_MEM_REG, protocol.encode_mem_region(region))
+
     def set_vring_num(self, index: int, size: int) -> None:
         self.command(Request.SET_VRING_NUM, protocol.encode_vring_state(VringState(index, size)))
 

@@ -18,7 +18,7 @@ from typing import Self
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue
 from vswitch.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
 from vswitch.guest.frontend import DEFAULT_TIMEOUT_S, Frontend, Listener
-from vswitch.guest.memory import GuestMemory, Region
+from vswitch.guest.memory import GuestMemory, Region, row
 from vswitch.guest.packets import parse_mac
 from vswitch.guest.queues import (
     GuestQueue,
@@ -41,7 +41,11 @@ DEFAULT_FEATURES = (
     | Feature.PROTOCOL_FEATURES
 )
 DEFAULT_PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.MTU | ProtocolFeature.RARP
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.MTU
+    | ProtocolFeature.RARP
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 _CLOSED_CHECK_S = 0.01
 """How often a polling guest looks whether the backend is still there."""
@@ -57,6 +61,7 @@ class SoftwareGuest:
     features, protocol_features: what to take if it is offered. required_features: GuestError at
         connect if one of these is not offered.
     regions: a number from 1 to 8 (sizes are worked out) or the exact memory layout.
+    spare_regions: memory for `plug`.
     max_frame_len: longest frame to send, and to receive without mergeable buffers, in bytes.
     mtu: told to the backend where MTU is negotiated as a protocol feature.
     tx_cuts, rx_cuts: where to cut buffers into descriptors, see shapes.cut(). Legacy layout
@@ -84,6 +89,7 @@ class SoftwareGuest:
         required_features: int = 0,
         protocol_features: int = DEFAULT_PROTOCOL_FEATURES,
         regions: int | Sequence[Region] = 1,
+        spare_regions: Sequence[Region] = (),
         max_frame_len: int = 1518,
         mtu: int | None = None,
         tx_cuts: tuple[int, ...] = (),
@@ -127,7 +133,7 @@ class SoftwareGuest:
         self.transmitqs: list[GuestQueue[TransmitQueue]] = []
         if isinstance(regions, int):
             regions = self._buffers.layout(regions, self.wanted_features, queues)
-        self.memory = GuestMemory(regions)
+        self.memory = GuestMemory(regions, spare_regions)
         self._frontend: Frontend | None = None
         self._listener: Listener | None = None
         self._path: str | Path | None = None
@@ -321,6 +327,16 @@ class SoftwareGuest:
         frontend.sync()
         for queue in self.queues():
             queue.kick()
+
+    def plug(self, region: Region) -> None:
+        """Hot-plug one of the spare regions; running rings go on."""
+        self.frontend.add_mem_reg(row(region), self.memory.fd(region))
+        self.memory.plug(region)
+
+    def unplug(self, region: Region) -> None:
+        """Take a region away. No ring may use it any more."""
+        self.frontend.rem_mem_reg(row(region))
+        self.memory.unplug(region)
 
     def stop_rings(self) -> None:
         """Disable and stop every ring, and keep the base the backend returns."""

@@ -36,6 +36,11 @@ class Region:
     file: int = 0
 
 
+def row(region: Region) -> protocol.MemRegion:
+    """A region as the protocol has it."""
+    return protocol.MemRegion(region.gpa, region.size, region.uva, region.mmap_offset)
+
+
 def plain_layout(total_len: int) -> list[Region]:
     """One region from guest-physical address 0, like a small QEMU guest."""
     return [Region(0, round_up(total_len, PAGE_LEN), 0x7F00_0000_0000)]
@@ -74,15 +79,20 @@ class GuestMemory:
     Allocations spread over the regions (each goes where most room is left), so that the descriptors
     of one chain lie in different regions when there are several. There is no free(): `reset()`
     forgets all of them, as a guest's reboot does.
+
+    `spare` are regions that a backend is told of only later (memory hot-plug): nothing is allocated
+    from them before `plug`.
     """
 
-    def __init__(self, regions: Sequence[Region]) -> None:
+    def __init__(self, regions: Sequence[Region], spare: Sequence[Region] = ()) -> None:
         if not 1 <= len(regions) <= protocol.MAX_FDS:
             raise ValueError(f"{len(regions)} regions, must be 1 to {protocol.MAX_FDS}")
         self.regions = list(regions)
         self._files: dict[int, int] = {}
+        self._spare = list(spare)
+        everything = [*self.regions, *self._spare]
         try:
-            for region in self.regions:
+            for region in everything:
                 fd = self._files.get(region.file)
                 if fd is None:
                     fd = os.memfd_create(f"vswitch-guest-{region.file}", os.MFD_CLOEXEC)
@@ -90,7 +100,7 @@ class GuestMemory:
                 end = region.mmap_offset + region.size
                 if os.fstat(fd).st_size < end:
                     os.ftruncate(fd, end)
-            self.mapping = Mapping([(r.gpa, r.size, self.fd(r), r.mmap_offset) for r in regions])
+            self.mapping = Mapping([(r.gpa, r.size, self.fd(r), r.mmap_offset) for r in everything])
         except BaseException:
             self.close()
             raise
@@ -102,8 +112,19 @@ class GuestMemory:
 
     def table(self) -> tuple[list[protocol.MemRegion], list[int]]:
         """What SET_MEM_TABLE says: the regions, and one file descriptor for each."""
-        rows = [protocol.MemRegion(r.gpa, r.size, r.uva, r.mmap_offset) for r in self.regions]
-        return rows, [self.fd(r) for r in self.regions]
+        return [row(r) for r in self.regions], [self.fd(r) for r in self.regions]
+
+    def plug(self, region: Region) -> None:
+        """Let a spare region be part of the table and of what is allocated from."""
+        self._spare.remove(region)
+        self.regions.append(region)
+        self._used_len.append(0)
+
+    def unplug(self, region: Region) -> None:
+        """The opposite of `plug`. What was allocated there must not be used any more."""
+        at = self.regions.index(region)
+        del self.regions[at], self._used_len[at]
+        self._spare.append(region)
 
     def allocate(self, length: int, align: int = 64) -> int:
         """Set `length` bytes aside and return their gpa. GuestError when no region has the room."""

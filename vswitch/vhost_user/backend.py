@@ -7,6 +7,7 @@ docs/interop/vhost-user.rst is the specification; section names in quotes are it
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from vswitch.errors import ProtocolError
@@ -33,6 +34,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
     | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 """What the backend offers in GET_PROTOCOL_FEATURES."""
 
@@ -61,6 +63,7 @@ class Backend:
         self.protocol_features = ProtocolFeature(0)
         self.regions: list[MemRegion] = []
         self.vrings: dict[int, Vring] = {}
+        self._repeated: Counter[tuple[int, int, int]] = Counter()
         self._datapath = datapath
         self._changed = changed
         self._log = logging.getLogger("vswitch.vhost_user")
@@ -86,6 +89,9 @@ class Backend:
             Request.SEND_RARP: self._send_rarp,
             Request.NET_SET_MTU: self._net_set_mtu,
             Request.RESET_DEVICE: self._reset_device,
+            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: self._rem_mem_reg,
         }
 
     async def run(self) -> None:
@@ -229,11 +235,60 @@ class Backend:
             )
         running = await self._stop(self._running())
         self.regions = []
+        self._repeated.clear()
         await self._datapath.set_memory(regions, message.fds)
         self.regions = regions
         await self._start(running)
         # Some frontends set up rings first.
         await self._start([v for v in self.vrings.values() if v.complete and not v.started])
+
+    async def _get_max_mem_slots(self, _: Message) -> bytes:
+        return protocol.encode_u64(self._datapath.memory_slots)
+
+    async def _add_mem_reg(self, message: Message) -> None:
+        region = protocol.decode_mem_region(message.payload)
+        if region in self.regions:
+            # QEMU before 9.0 says everything once for each queue pair, and so it will take back.
+            known = _identity(region)
+            if known not in self._repeated and len(self._repeated) >= self._datapath.memory_slots:
+                raise DatapathError("more regions were said twice than there are memory slots")
+            self._repeated[known] += 1
+            return
+        await self._datapath.add_memory(region, message.fds[0])
+        self.regions.append(region)
+        # Those that wait for this: not set up before there was memory, or stopped with a region.
+        await self._start([vring for vring in self.vrings.values() if self._is_waiting(vring)])
+
+    async def _rem_mem_reg(self, message: Message) -> None:
+        wanted = _identity(protocol.decode_mem_region(message.payload))
+        for region in self.regions:
+            if _identity(region) == wanted:
+                break
+        else:
+            if self._repeated[wanted] == 0:
+                gpa, size, uva = wanted
+                raise DatapathError(
+                    f"no region with guest address {gpa:#x}, size {size:#x} "
+                    f"and user address {uva:#x}"
+                )
+            self._repeated[wanted] -= 1
+            if not self._repeated[wanted]:
+                del self._repeated[wanted]
+            return
+        # QEMU takes a region away and adds a part of it when the guest's memory layout changes: the
+        # rings in it stop, and go on as soon as all of their memory is there again.
+        await self._stop(
+            [
+                vring
+                for vring in self._running()
+                if any(
+                    uva < region.uva + region.size and region.uva < uva + length
+                    for uva, length in vring.areas(self.features)
+                )
+            ]
+        )
+        await self._datapath.remove_memory(region)
+        self.regions.remove(region)
 
     # Rings
 
@@ -377,10 +432,26 @@ class Backend:
         if running or (vring.complete and self.regions):
             await self._start([vring])
 
+    def _is_waiting(self, vring: Vring) -> bool:
+        """Whether a stopped ring has all it needs to run, its memory included."""
+        return (
+            vring.complete
+            and not vring.started
+            and all(
+                any(r.uva <= uva and uva + length <= r.uva + r.size for r in self.regions)
+                for uva, length in vring.areas(self.features)
+            )
+        )
+
     async def _start(self, vrings: list[Vring]) -> None:
         for vring in vrings:
-            base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
+            # Before, not after: whoever is cancelled in the call has to stop it again.
             vring.started = True
+            try:
+                base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
+            except DatapathError:
+                vring.started = False
+                raise
             if base & 0xFFFF != vring.base & 0xFFFF:
                 self._log.info(
                     "port %s: vring %d goes on from %d, where the used ring is, not from %d",
@@ -411,3 +482,8 @@ class Backend:
         self.vrings.clear()
         self.regions = []
         await self._datapath.set_memory([], [])
+
+
+def _identity(region: MemRegion) -> tuple[int, int, int]:
+    """What REM_MEM_REG names a region by; the mmap offset is ignored."""
+    return region.gpa, region.size, region.uva

@@ -53,11 +53,30 @@ class Datapath(Protocol):
         """Virtio features the port offers, without PROTOCOL_FEATURES."""
         ...
 
+    @property
+    def memory_slots(self) -> int:
+        """The most regions of guest memory at a time."""
+        ...
+
     async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
         """Map new guest memory in place of the old; no ring may be running.
 
         `fds` has a descriptor a region, may be closed afterwards. Raises DatapathError, and then
         there is no memory at all.
+        """
+        ...
+
+    async def add_memory(self, region: MemRegion, fd: int) -> None:
+        """Map one more region; running rings go on, and may use it when this returns.
+
+        `fd` may be closed afterwards. Raises DatapathError, and then nothing has changed.
+        """
+        ...
+
+    async def remove_memory(self, region: MemRegion) -> None:
+        """Unmap one region, in which no running ring lies; other rings go on.
+
+        Raises DatapathError, and then nothing has changed.
         """
         ...
 

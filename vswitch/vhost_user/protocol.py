@@ -261,6 +261,10 @@ REQUESTS: dict[Request, Spec] = {
     Request.SEND_RARP: Spec(Payload.U64, needs=_F.RARP),
     Request.NET_SET_MTU: Spec(Payload.U64, needs=_F.MTU),
     Request.RESET_DEVICE: Spec(Payload.NONE, needs=_F.RESET_DEVICE),
+    Request.GET_MAX_MEM_SLOTS: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.CONFIGURE_MEM_SLOTS),
+    Request.ADD_MEM_REG: Spec(Payload.MEM_REGION, 1, 1, needs=_F.CONFIGURE_MEM_SLOTS),
+    # Some frontends send a descriptor here, against the document, which allows to ignore it.
+    Request.REM_MEM_REG: Spec(Payload.MEM_REGION, max_fds=1, needs=_F.CONFIGURE_MEM_SLOTS),
 }
 """Every request the backend understands. What is missing here is refused as unsupported."""
 

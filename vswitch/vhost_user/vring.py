@@ -49,6 +49,18 @@ class Vring:
         """
         return self.wanted or Feature.PROTOCOL_FEATURES not in features
 
+    def areas(self, features: Feature) -> list[tuple[int, int]]:
+        """User address and length in bytes of each of its parts (VIRTIO 1.2, 2.7 and 2.8)."""
+        if Feature.RING_PACKED in features:
+            avail_len = used_len = 4
+        else:
+            avail_len, used_len = 6 + 2 * self.size, 6 + 8 * self.size
+        return [
+            (self.desc_uva, 16 * self.size),
+            (self.avail_uva, avail_len),
+            (self.used_uva, used_len),
+        ]
+
     def setup(self, features: Feature) -> RingSetup:
         return RingSetup(
             size=self.size,
