@@ -432,15 +432,20 @@ class VhostPort:
         self._was_ready = ready
 
     def _identity(self, setup: RingSetup) -> int:
-        """A number that is the same for the same ring in the same memory, whoever looks at it."""
-        told = (
-            *self._file_ids,
-            setup.size,
-            setup.desc_uva,
-            setup.used_uva,
-            setup.avail_uva,
-            Feature.RING_PACKED in setup.features,
-        )
+        """A number that is the same for the same ring in the same memory, whoever looks at it.
+
+        Only the files that hold the ring count: others come and go by hot-plug.
+        """
+        assert self._memory is not None
+        places = [
+            (file_id, uva, offset + uva - region_uva)
+            for uva in (setup.desc_uva, setup.used_uva, setup.avail_uva)
+            for file_id, (_, size, region_uva, offset) in zip(
+                self._file_ids, self._memory.regions, strict=True
+            )
+            if 0 <= uva - region_uva < size
+        ]
+        told = (places, setup.size, Feature.RING_PACKED in setup.features)
         digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") | 1
 

@@ -28,6 +28,7 @@ from vswitch.vhost_user.protocol import (
     MemRegion,
     ProtocolFeature,
     Request,
+    Status,
     VringAddr,
     VringState,
 )
@@ -284,6 +285,21 @@ class Frontend:
     def rem_mem_reg(self, region: MemRegion) -> None:
         """Take one region away; the backend has unmapped it when this returns with REPLY_ACK."""
         self.command(Request.REM_MEM_REG, protocol.encode_mem_region(region))
+
+    def set_backend_req_fd(self, fd: int) -> None:
+        """Give the backend a socket on which to make requests of its own."""
+        self.command(Request.SET_BACKEND_REQ_FD, b"", [fd])
+
+    def vring_kick(self, index: int) -> None:
+        """Notify the device of new buffers by a message (INBAND_NOTIFICATIONS)."""
+        self.command(Request.VRING_KICK, protocol.encode_vring_state(VringState(index, 0)))
+
+    def set_status(self, status: int) -> None:
+        """Device status bits; 0 resets the device."""
+        self.command(Request.SET_STATUS, protocol.encode_u64(status))
+
+    def get_status(self) -> Status:
+        return Status(self._u64(Request.GET_STATUS))
 
     def set_vring_num(self, index: int, size: int) -> None:
         self.command(Request.SET_VRING_NUM, protocol.encode_vring_state(VringState(index, size)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vswitch.guest.backend_requests import BackendRequests
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue
 from vswitch.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
 from vswitch.guest.frontend import DEFAULT_TIMEOUT_S, Frontend, Listener
@@ -28,7 +29,8 @@ from vswitch.guest.queues import (
 from vswitch.guest.responder import Responder, ping
 from vswitch.guest.shapes import BufferOptions
 from vswitch.guest.stack import NetStack
-from vswitch.vhost_user.protocol import Feature, ProtocolFeature, VringAddr
+from vswitch.vhost_user import protocol
+from vswitch.vhost_user.protocol import BackendRequest, Feature, ProtocolFeature, VringAddr
 
 AnyQueue = GuestQueue[ReceiveQueue] | GuestQueue[TransmitQueue]
 
@@ -46,6 +48,9 @@ DEFAULT_PROTOCOL_FEATURES = (
     | ProtocolFeature.MTU
     | ProtocolFeature.RARP
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+)
+_INBAND = (
+    ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 )
 _CLOSED_CHECK_S = 0.01
 """How often a polling guest looks whether the backend is still there."""
@@ -73,6 +78,7 @@ class SoftwareGuest:
         an error.
     first_idx: where the free-running indices of fresh rings begin, 0 to 65535.
     strict: see ReceiveQueue; False for devices that are a little lax.
+    inband: where INBAND_NOTIFICATIONS is negotiated, kick and be called by messages.
     polling: never sleep, ask the device for no notifications. Settable at any time.
     auto_post: post receive buffers again once they were read. Settable at any time.
     """
@@ -100,6 +106,7 @@ class SoftwareGuest:
         slot_offset: int = 0,
         first_idx: int = 0,
         strict: bool = True,
+        inband: bool = False,
         polling: bool = False,
     ) -> None:
         self.name = mac
@@ -109,6 +116,8 @@ class SoftwareGuest:
         self.wanted_features = features | (Feature.MQ if queues > 1 else 0)
         self.required_features = required_features
         self.wanted_protocol_features = protocol_features
+        if inband:
+            self.wanted_protocol_features |= _INBAND
         self.max_frame_len = max_frame_len
         self.mtu = mtu
         self.polling = polling
@@ -135,6 +144,9 @@ class SoftwareGuest:
             regions = self._buffers.layout(regions, self.wanted_features, queues)
         self.memory = GuestMemory(regions, spare_regions)
         self._frontend: Frontend | None = None
+        self._requests: BackendRequests | None = None
+        self.vring_errors: set[int] = set()
+        """Vrings the backend has called broken by a message."""
         self._listener: Listener | None = None
         self._path: str | Path | None = None
         self.lock = threading.RLock()
@@ -250,6 +262,9 @@ class SoftwareGuest:
         if self._frontend is not None:
             self._frontend.close()
             self._frontend = None
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
 
     def _start(self, frontend: Frontend, *, fresh: bool) -> None:
         with self.lock:
@@ -313,6 +328,10 @@ class SoftwareGuest:
         started and disabled.
         """
         frontend = self.frontend
+        inband = ProtocolFeature.INBAND_NOTIFICATIONS in frontend.protocol_features
+        if inband and self._requests is None:
+            self._requests = BackendRequests()
+            frontend.set_backend_req_fd(self._requests.theirs.fileno())
         frontend.set_mem_table(*self.memory.table())
         if Feature.PROTOCOL_FEATURES in self.features:
             for queue in self.queues():
@@ -321,6 +340,10 @@ class SoftwareGuest:
             frontend.set_vring_num(queue.index, queue.layout.size)
             frontend.set_vring_base(queue.index, queue.base)
             frontend.set_vring_addr(self.vring_addr(queue))
+            if self._requests is not None:
+                queue.kick_message = frontend.vring_kick
+                continue
+            queue.kick_message = None
             frontend.set_vring_call(queue.index, queue.call_fd)
             frontend.set_vring_err(queue.index, queue.err_fd)
             frontend.set_vring_kick(queue.index, queue.kick_fd)
@@ -470,6 +493,8 @@ class SoftwareGuest:
             poll.register(self._frontend.socket, select.POLLIN)
         if extra_fd is not None:
             poll.register(extra_fd, select.POLLIN)
+        if self._requests is not None:
+            poll.register(self._requests.socket, select.POLLIN)
         for queue in queues:
             poll.register(queue.call_fd, select.POLLIN)
         try:
@@ -481,6 +506,7 @@ class SoftwareGuest:
                 events = poll.poll(max(0.0, left) * 1000)
                 for queue in queues:
                     queue.take_calls()
+                self.take_requests()
                 if any(queue.ring.more_used() for queue in queues):
                     return True
                 if any(fd == extra_fd for fd, _ in events):
@@ -492,6 +518,17 @@ class SoftwareGuest:
             with self.lock:
                 for queue in queues:
                     queue.ring.calls_off()
+
+    def take_requests(self) -> None:
+        """Handle what the backend has asked for or notified by messages since the last look."""
+        if self._requests is None:
+            return
+        queues = list(self.queues())
+        for request, payload in self._requests.take():
+            if request is BackendRequest.VRING_CALL:
+                queues[protocol.decode_vring_state(payload).vring].calls += 1
+            elif request is BackendRequest.VRING_ERR:
+                self.vring_errors.add(protocol.decode_vring_state(payload).vring)
 
     def _spin(self, queues: Sequence[AnyQueue], deadline: float) -> bool:
         check = 0.0

@@ -6,27 +6,35 @@ docs/interop/vhost-user.rst is the specification; section names in quotes are it
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from vswitch.errors import ProtocolError
 from vswitch.vhost_user import protocol
+from vswitch.vhost_user.backend_channel import BackendChannel, take_socket
 from vswitch.vhost_user.connection import Connection, ConnectionClosedError, Message
 from vswitch.vhost_user.datapath import Datapath, DatapathError
 from vswitch.vhost_user.protocol import (
     FLAG_REPLY,
     VRING_IDX_MASK,
     VRING_NOFD,
+    BackendRequest,
     Feature,
     MalformedError,
     MemRegion,
     ProtocolFeature,
     Reply,
     Request,
+    Status,
     VringState,
 )
 from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd, signal_fd
+
+_INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
@@ -34,7 +42,10 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
     | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
 )
 """What the backend offers in GET_PROTOCOL_FEATURES."""
 
@@ -63,6 +74,9 @@ class Backend:
         self.protocol_features = ProtocolFeature(0)
         self.regions: list[MemRegion] = []
         self.vrings: dict[int, Vring] = {}
+        self.status = Status(0)
+        self._features_refused = False
+        self._channel: BackendChannel | None = None
         self._repeated: Counter[tuple[int, int, int]] = Counter()
         self._datapath = datapath
         self._changed = changed
@@ -92,6 +106,10 @@ class Backend:
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             Request.ADD_MEM_REG: self._add_mem_reg,
             Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_STATUS: self._set_status,
+            Request.GET_STATUS: self._get_status,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.VRING_KICK: self._vring_kick,
         }
 
     async def run(self) -> None:
@@ -115,10 +133,13 @@ class Backend:
             await self._release()
 
     def signal_error(self, index: int) -> None:
-        """Tell the frontend that a virtqueue is broken (SET_VRING_ERR)."""
+        """Tell the frontend that a virtqueue is broken (SET_VRING_ERR, BACKEND_VRING_ERR)."""
         vring = self.vrings.get(index)
-        if vring is not None:
-            signal_fd(vring.err_fd)
+        if vring is None:
+            return
+        if vring.err_fd < 0 and self._inband and self._channel is not None:
+            self._channel.post(BackendRequest.VRING_ERR, _one_vring(index))
+        signal_fd(vring.err_fd)
 
     # One message
 
@@ -178,8 +199,10 @@ class Backend:
     async def _set_features(self, message: Message) -> None:
         value = protocol.decode_u64(message.payload)
         unknown = value & ~int(self._offered)
+        # VIRTIO 1.2, 3.1.1: whoever asks for the status learns it from FEATURES_OK.
+        self._features_refused = bool(unknown)
         if unknown:
-            raise MalformedError(f"SET_FEATURES: {value:#x} has bits {unknown:#x}, never offered")
+            raise DatapathError(f"{value:#x} has bits {unknown:#x}, never offered")
         features = Feature(value)
         if features == self.features:
             return
@@ -196,6 +219,11 @@ class Backend:
         if unknown:
             raise MalformedError(
                 f"SET_PROTOCOL_FEATURES: {value:#x} has bits {unknown:#x}, never offered"
+            )
+        if value & ProtocolFeature.INBAND_NOTIFICATIONS and ~value & _INBAND_NEEDS:
+            # "In-band notifications" demands to end the connection then.
+            raise MalformedError(
+                "SET_PROTOCOL_FEATURES: INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK"
             )
         self.protocol_features = ProtocolFeature(value)
 
@@ -219,10 +247,77 @@ class Backend:
         """Back to the state after connecting, except for ownership, memory and the protocol."""
         await self._stop(self._running())
         for vring in self.vrings.values():
-            vring.close()
+            vring.reset()
             self._datapath.forget_ring(vring.index)
-        self.vrings.clear()
         self.features = Feature(0)
+        self._features_refused = False
+        self.status = Status(0)
+
+    # Device status
+
+    async def _set_status(self, message: Message) -> None:
+        """What the driver has written to the status field; 0 resets the device.
+
+        Nothing else starts or stops because of it: rings have their own messages for that.
+        """
+        value = protocol.decode_u64(message.payload)
+        if value > 0xFF:
+            raise MalformedError(f"SET_STATUS: u64 {value:#x} is more than 8 bits")
+        if value == 0:
+            await self._reset_device(message)
+            return
+        if self._features_refused:
+            value &= ~Status.FEATURES_OK
+        self.status = Status(value)
+
+    async def _get_status(self, _: Message) -> bytes:
+        return protocol.encode_u64(self.status)
+
+    # In-band notifications and requests of ours
+
+    @property
+    def _inband(self) -> bool:
+        return ProtocolFeature.INBAND_NOTIFICATIONS in self.protocol_features
+
+    async def _set_backend_req_fd(self, message: Message) -> None:
+        sock = take_socket("SET_BACKEND_REQ_FD", message.fds[0])
+        message.take_fd()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = BackendChannel(
+            self._name,
+            sock,
+            acknowledged=ProtocolFeature.REPLY_ACK in self.protocol_features,
+        )
+        # Calls may have been made before there was a way to pass them on.
+        for vring in self._running():
+            if vring.relayed:
+                self._channel.post(BackendRequest.VRING_CALL, _one_vring(vring.index))
+
+    async def _vring_kick(self, message: Message) -> None:
+        index, num = protocol.decode_vring_state(message.payload)
+        vring = self._vring("VRING_KICK", index)
+        if num:
+            raise MalformedError(f"VRING_KICK: num {num} of vring {index} is not 0")
+        if not vring.kickable:
+            # What wakes the worker is an eventfd all the same; this one is ours.
+            vring.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            vring.kickable = True
+            if vring.complete and self.regions:
+                await self._start([vring])
+        signal_fd(vring.kick_fd)
+
+    def _relay_calls(self, vring: Vring) -> None:
+        """Give a ring without SET_VRING_CALL an eventfd that becomes BACKEND_VRING_CALL."""
+        vring.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        vring.relayed = True
+        asyncio.get_running_loop().add_reader(vring.call_fd, self._pass_call_on, vring)
+
+    def _pass_call_on(self, vring: Vring) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(vring.call_fd)
+        if self._channel is not None:
+            self._channel.post(BackendRequest.VRING_CALL, _one_vring(vring.index))
 
     # Memory
 
@@ -354,6 +449,8 @@ class Backend:
     async def _set_vring_call(self, message: Message) -> None:
         index, fd = self._take_vring_fd("SET_VRING_CALL", message)
         vring = self.vrings[index]
+        vring.stop_relaying()
+        vring.callable = True
         old, vring.call_fd = vring.call_fd, fd
         if vring.started:
             await self._datapath.set_call(index, fd)
@@ -445,6 +542,8 @@ class Backend:
 
     async def _start(self, vrings: list[Vring]) -> None:
         for vring in vrings:
+            if self._inband and not vring.callable and not vring.relayed:
+                self._relay_calls(vring)
             # Before, not after: whoever is cancelled in the call has to stop it again.
             vring.started = True
             try:
@@ -481,9 +580,17 @@ class Backend:
             vring.close()
         self.vrings.clear()
         self.regions = []
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
         await self._datapath.set_memory([], [])
 
 
 def _identity(region: MemRegion) -> tuple[int, int, int]:
     """What REM_MEM_REG names a region by; the mmap offset is ignored."""
     return region.gpa, region.size, region.uva
+
+
+def _one_vring(index: int) -> bytes:
+    """The payload of a notification about a vring; its number is reserved."""
+    return protocol.encode_vring_state(VringState(index, 0))

@@ -81,6 +81,19 @@ class Request(enum.IntEnum):
     CHECK_DEVICE_STATE = 43
 
 
+class BackendRequest(enum.IntEnum):
+    """Requests a backend sends to the frontend ("Back-end message types")."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+
+
 class ProtocolFeature(enum.IntFlag):
     """VHOST_USER_PROTOCOL_F_*, as masks."""
 
@@ -151,6 +164,17 @@ class Feature(enum.IntFlag):
     HASH_REPORT = 1 << 57
     GUEST_HDRLEN = 1 << 59
     RSS = 1 << 60
+
+
+class Status(enum.IntFlag):
+    """Device status bits (VIRTIO 1.2, section 2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    DEVICE_NEEDS_RESET = 64
+    FAILED = 128
 
 
 class Payload(enum.Enum):
@@ -265,6 +289,10 @@ REQUESTS: dict[Request, Spec] = {
     Request.ADD_MEM_REG: Spec(Payload.MEM_REGION, 1, 1, needs=_F.CONFIGURE_MEM_SLOTS),
     # Some frontends send a descriptor here, against the document, which allows to ignore it.
     Request.REM_MEM_REG: Spec(Payload.MEM_REGION, max_fds=1, needs=_F.CONFIGURE_MEM_SLOTS),
+    Request.SET_STATUS: Spec(Payload.U64, needs=_F.STATUS),
+    Request.GET_STATUS: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.STATUS),
+    Request.SET_BACKEND_REQ_FD: Spec(Payload.NONE, 1, 1, needs=_F.BACKEND_REQ),
+    Request.VRING_KICK: Spec(Payload.VRING_STATE, needs=_F.INBAND_NOTIFICATIONS),
 }
 """Every request the backend understands. What is missing here is refused as unsupported."""
 

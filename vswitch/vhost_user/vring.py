@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import struct
@@ -35,6 +36,10 @@ class Vring:
     """SET_VRING_KICK has come, with a descriptor or without."""
     kick_fd: int = -1
     call_fd: int = -1
+    relayed: bool = False
+    """`call_fd` is our own eventfd: calls are passed on as messages."""
+    callable: bool = False
+    """SET_VRING_CALL has come, with a descriptor or without."""
     err_fd: int = -1
 
     @property
@@ -79,8 +84,24 @@ class Vring:
         self.kickable = False
         self.kick_fd = close_fd(self.kick_fd)
 
+    def reset(self) -> None:
+        """As if nothing had been said of it, except for where to signal calls and errors.
+
+        QEMU says that once a connection, not once a start of the device.
+        """
+        self.forget_kick()
+        self.wanted = self.placed = False
+        self.size = self.base = self.desc_uva = self.used_uva = self.avail_uva = 0
+
+    def stop_relaying(self) -> None:
+        """Calls are no longer messages; the eventfd stays, to be closed."""
+        if self.relayed:
+            asyncio.get_running_loop().remove_reader(self.call_fd)
+            self.relayed = False
+
     def close(self) -> None:
-        self.kickable = False
+        self.stop_relaying()
+        self.kickable = self.callable = False
         self.kick_fd = close_fd(self.kick_fd)
         self.call_fd = close_fd(self.call_fd)
         self.err_fd = close_fd(self.err_fd)

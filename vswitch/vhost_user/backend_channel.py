@@ -1,0 +1,136 @@
+"""The other direction: requests of the backend to its frontend ("Back-end communication")."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+
+from vswitch.vhost_user import protocol
+from vswitch.vhost_user.protocol import (
+    FLAG_NEED_REPLY,
+    HEADER_LEN,
+    BackendRequest,
+    MalformedError,
+)
+
+_REPLY_LEN = HEADER_LEN + 8
+
+
+class BackendChannel:
+    """The socket of SET_BACKEND_REQ_FD. Sending never waits, however slow the frontend is.
+
+    With `acknowledged` (REPLY_ACK) each request asks for a reply and the next goes only after it,
+    as in-band notifications demand. What cannot be sent yet is kept, once: a notification that
+    waits already says all that a second one would.
+    """
+
+    def __init__(self, name: str, sock: socket.socket, *, acknowledged: bool) -> None:
+        self._name = name
+        self._sock = sock
+        self._acknowledged = acknowledged
+        self._loop = asyncio.get_running_loop()
+        self._log = logging.getLogger("vswitch.vhost_user")
+        self._waiting: dict[tuple[BackendRequest, bytes], None] = {}
+        self._rest = b""
+        self._awaited: BackendRequest | None = None
+        self._received = b""
+        self._refused: set[BackendRequest] = set()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def is_open(self) -> bool:
+        return self._sock.fileno() >= 0
+
+    def post(self, request: BackendRequest, payload: bytes = b"") -> None:
+        """Send a request as soon as possible."""
+        if self.is_open:
+            self._waiting[request, payload] = None
+            self._flush()
+
+    def close(self) -> None:
+        if self.is_open:
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
+            self._sock.close()
+        self._waiting.clear()
+
+    def _flush(self) -> None:
+        while self._rest or (self._waiting and self._awaited is None):
+            if not self._rest:
+                request, payload = next(iter(self._waiting))
+                del self._waiting[request, payload]
+                flags = FLAG_NEED_REPLY if self._acknowledged else 0
+                self._rest = protocol.encode(request, payload, flags=flags)
+                if self._acknowledged:
+                    self._awaited = request
+            try:
+                self._rest = self._rest[self._sock.send(self._rest) :]
+            except (BlockingIOError, InterruptedError):
+                self._loop.add_writer(self._sock.fileno(), self._flush)
+                return
+            except OSError as exc:
+                self._end(f"the frontend is gone ({exc.strerror})")
+                return
+        self._loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end("closed by the frontend")
+            return
+        self._received += data
+        while len(self._received) >= _REPLY_LEN and self.is_open:
+            reply, self._received = self._received[:_REPLY_LEN], self._received[_REPLY_LEN:]
+            self._handle(reply)
+        if self.is_open:
+            self._flush()
+
+    def _handle(self, reply: bytes) -> None:
+        request, self._awaited = self._awaited, None
+        try:
+            header = protocol.decode_header(reply[:HEADER_LEN])
+        except MalformedError as exc:
+            self._end(str(exc))
+            return
+        if request is None or header.request != request or not header.is_reply or header.size != 8:
+            self._end(
+                f"request {header.request} with flags {header.flags:#x} and size {header.size} "
+                "is not the reply awaited"
+            )
+            return
+        value = protocol.decode_u64(reply[HEADER_LEN:])
+        if value and request not in self._refused:
+            self._refused.add(request)
+            self._log.warning(
+                "port %s: the frontend refused BACKEND_%s (%d)", self._name, request.name, value
+            )
+
+    def _end(self, why: str) -> None:
+        self._log.info("port %s: channel for backend requests: %s", self._name, why)
+        self.close()
+
+
+def take_socket(name: str, fd: int) -> socket.socket:
+    """A non-blocking socket from a descriptor, which is the socket's from now on.
+
+    Raises MalformedError, and leaves the descriptor alone, unless it is a Unix stream socket.
+    """
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISSOCK(mode):
+        raise MalformedError(
+            f"{name}: the file descriptor is no socket (file type {stat.S_IFMT(mode):#o})"
+        )
+    sock = socket.socket(fileno=fd)
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.detach()
+        raise MalformedError(f"{name}: the socket is no Unix stream socket")
+    sock.setblocking(False)
+    return sock
