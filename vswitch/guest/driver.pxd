@@ -1,11 +1,11 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.guest.mapping cimport Mapping
-from vswitch.guest.split cimport Desc, Piece, SplitRing
+from vswitch.guest.vring cimport Desc, Piece, Ring
 
 
 cdef class VirtQueue:
-    cdef SplitRing ring
+    cdef Ring ring
     cdef readonly Mapping mapping
     cdef readonly str name
     cdef readonly uint32_t header_len
@@ -21,6 +21,12 @@ cdef class VirtQueue:
     cdef uint32_t *free_slots   # a stack
     cdef uint32_t num_free_slots
 
+    cdef int lay_split(
+        self, Mapping mapping, uint64_t desc_gpa, uint64_t avail_gpa, uint64_t used_gpa
+    ) except -1
+    cdef int lay_packed(
+        self, Mapping mapping, uint64_t desc_gpa, uint64_t avail_gpa, uint64_t used_gpa
+    ) except -1
     cdef Piece *slot_pieces(self, uint32_t slot) noexcept nogil
     cdef int32_t add(self, uint32_t slot, Piece *pieces, uint32_t n, bint writable) noexcept nogil
     cdef object broken(self, int rule)

@@ -26,6 +26,8 @@ class VirtQueue:
         *,
         header_len: int,
         event_idx: bool,
+        packed: bool = False,
+        in_order: bool = False,
         first_idx: int = 0,
     ) -> None: ...
     @property
@@ -34,6 +36,14 @@ class VirtQueue:
     def avail_idx(self) -> int: ...
     @property
     def used_idx(self) -> int: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def skipped(self) -> int: ...
+    @property
+    def used_position(self) -> int: ...
+    @property
+    def avail_position(self) -> int: ...
     @property
     def outstanding(self) -> int: ...
     @property
@@ -69,6 +79,8 @@ class ReceiveQueue(VirtQueue):
         *,
         header_len: int,
         event_idx: bool,
+        packed: bool = False,
+        in_order: bool = False,
         first_idx: int = 0,
         mergeable: bool,
         guard_len: int = 0,

@@ -10,19 +10,25 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from vswitch.guest.mapping cimport Mapping
-from vswitch.guest.split cimport (
+from vswitch.guest.packed cimport packed_used_bits
+from vswitch.guest.ring cimport (
+    ring_add,
+    ring_calls_off,
+    ring_calls_on,
+    ring_kick_needed,
+    ring_more_used,
+    ring_publish,
+    ring_reap,
+)
+from vswitch.guest.vring cimport (
     USED_ID_NOT_OUTSTANDING,
     USED_ID_RANGE,
     USED_IDX_RAN_AHEAD,
+    USED_NOTHING_OUTSTANDING,
+    USED_OUT_OF_ORDER,
     Desc,
+    PackedDesc,
     Piece,
-    split_add,
-    split_calls_off,
-    split_calls_on,
-    split_kick_needed,
-    split_more_used,
-    split_publish,
-    split_reap,
 )
 
 from vswitch.guest.errors import DeviceError
@@ -45,8 +51,12 @@ cdef class VirtQueue:
 
     Each slot is a list of pieces (gpa, length in bytes), the same number for all slots. `tables`
     holds the gpa of an indirect table for each slot, or is empty: chains lie in the ring itself.
-    The rings' memory is zeroed but for the indices, which begin at `first_idx` (16 bits), as if the
-    ring had come from elsewhere after that many chains.
+    `packed` is the format: `desc_gpa` is then the descriptor ring, `avail_gpa` the driver event
+    suppression structure and `used_gpa` the device's. With `in_order` (VIRTIO_F_IN_ORDER) chains must
+    come back in the order they went, and the device may name the last of several only.
+    The ring's memory is made as if it had come from elsewhere after `first_idx` chains (16 bits) of
+    one descriptor each: free-running indices begin there, and a packed ring at that position, in that
+    round.
     """
 
     def __init__(
@@ -62,12 +72,17 @@ cdef class VirtQueue:
         *,
         uint32_t header_len,
         bint event_idx,
+        bint packed=False,
+        bint in_order=False,
         uint16_t first_idx=0,
     ):
         cdef uint32_t i, j
         cdef Piece *piece
-        if not 2 <= size <= 32768 or size & (size - 1):
-            raise ValueError(f"{name}: size {size} is no power of two from 2 to 32768")
+        if not 2 <= size <= 32768 or (size & (size - 1) and not packed):
+            raise ValueError(
+                f"{name}: size {size} is no {'number' if packed else 'power of two'} "
+                "from 2 to 32768"
+            )
         if not slots or not 1 <= len(slots[0]) <= C_MAX_PIECES:
             raise ValueError(f"{name}: needs slots of 1 to {C_MAX_PIECES} pieces")
         if tables and len(tables) != len(slots):
@@ -84,6 +99,7 @@ cdef class VirtQueue:
         self.ring.next = <uint16_t *>allocate(size, sizeof(uint16_t))
         self.ring.chain_size = <uint16_t *>allocate(size, sizeof(uint16_t))
         self.ring.token = <uint32_t *>allocate(size, sizeof(uint32_t))
+        self.ring.posted_len = <uint32_t *>allocate(size, sizeof(uint32_t))
         for i in range(self.slots):
             if len(slots[i]) != <int>self.max_pieces:
                 raise ValueError(f"{name}: slots with different numbers of pieces")
@@ -104,25 +120,62 @@ cdef class VirtQueue:
         for i in range(self.slots):
             self.free_slots[i] = self.slots - 1 - i
         self.num_free_slots = self.slots
-        mapping.fill(desc_gpa, 16 * size, 0)
-        mapping.fill(avail_gpa, 6 + 2 * size, 0)
-        mapping.fill(used_gpa, 6 + 8 * size, 0)
         self.ring.size = <uint16_t>size
         self.ring.event_idx = event_idx
-        self.ring.desc = <Desc *>mapping.at(desc_gpa, 16 * size)
-        self.ring.avail = <uint16_t *>mapping.at(avail_gpa, 6 + 2 * size)
-        self.ring.used = <uint16_t *>mapping.at(used_gpa, 6 + 8 * size)
+        self.ring.in_order = in_order
+        self.ring.packed = packed
         self.ring.num_free = <uint16_t>size
         self.ring.avail_idx = first_idx
         self.ring.published_idx = first_idx
-        self.ring.kicked_idx = first_idx
         self.ring.used_idx = first_idx
+        for i in range(size):
+            self.ring.next[i] = <uint16_t>((i + 1) % size)
+        mapping.fill(desc_gpa, 16 * size, 0)
+        if packed:
+            self.lay_packed(mapping, desc_gpa, avail_gpa, used_gpa)
+        else:
+            self.lay_split(mapping, desc_gpa, avail_gpa, used_gpa)
+        ring_calls_off(&self.ring)
+
+    cdef int lay_split(
+        self, Mapping mapping, uint64_t desc_gpa, uint64_t avail_gpa, uint64_t used_gpa
+    ) except -1:
+        cdef uint32_t size = self.ring.size
+        cdef uint16_t first_idx = self.ring.used_idx
+        mapping.fill(avail_gpa, 6 + 2 * size, 0)
+        mapping.fill(used_gpa, 6 + 8 * size, 0)
+        self.ring.desc = <Desc *>mapping.at(desc_gpa, 16 * size)
+        self.ring.avail = <uint16_t *>mapping.at(avail_gpa, 6 + 2 * size)
+        self.ring.used = <uint16_t *>mapping.at(used_gpa, 6 + 8 * size)
+        self.ring.kicked_idx = first_idx
         self.ring.seen_used_idx = first_idx
         self.ring.avail[1] = first_idx
         self.ring.used[1] = first_idx
+        if self.ring.in_order:
+            # Descriptors are taken in ring order, so there is but one place to be (2.7.9).
+            self.ring.free_head = self.ring.oldest = <uint16_t>(first_idx & (size - 1))
+        return 0
+
+    cdef int lay_packed(
+        self, Mapping mapping, uint64_t desc_gpa, uint64_t avail_gpa, uint64_t used_gpa
+    ) except -1:
+        cdef uint32_t size = self.ring.size
+        cdef uint32_t i
+        mapping.fill(avail_gpa, 4, 0)
+        mapping.fill(used_gpa, 4, 0)
+        self.ring.packed_desc = <PackedDesc *>mapping.at(desc_gpa, 16 * size)
+        self.ring.avail = <uint16_t *>mapping.at(avail_gpa, 4)
+        self.ring.used = <uint16_t *>mapping.at(used_gpa, 4)
+        self.ring.id_at = <uint16_t *>allocate(size, sizeof(uint16_t))
+        self.ring.avail_at = self.ring.used_at = <uint16_t>(self.ring.used_idx % size)
+        # Both wrap counters are 1 in the first round (2.8.1).
+        self.ring.avail_wrap = self.ring.used_wrap = 1 ^ (self.ring.used_idx // size & 1)
         for i in range(size):
-            self.ring.next[i] = <uint16_t>((i + 1) & (size - 1))
-        split_calls_off(&self.ring)
+            # Behind us lies what was used in this round, before us what was in the one before it.
+            self.ring.packed_desc[i].flags = packed_used_bits(
+                self.ring.used_wrap ^ (i >= self.ring.used_at)
+            )
+        return 0
 
     def __dealloc__(self):
         free(self.pieces)
@@ -132,6 +185,8 @@ cdef class VirtQueue:
         free(self.ring.next)
         free(self.ring.chain_size)
         free(self.ring.token)
+        free(self.ring.posted_len)
+        free(self.ring.id_at)
 
     cdef Piece *slot_pieces(self, uint32_t slot) noexcept nogil:
         return self.pieces + slot * self.max_pieces
@@ -144,7 +199,7 @@ cdef class VirtQueue:
         if self.tables != NULL:
             table = self.tables[slot]
             gpa = self.table_gpas[slot]
-        return split_add(
+        return ring_add(
             &self.ring, pieces, 0 if writable else n, n if writable else 0, slot, table, gpa
         )
 
@@ -157,6 +212,10 @@ cdef class VirtQueue:
             )
         elif rule == USED_ID_RANGE:
             text = f"used id {value} is outside of a ring of size {self.ring.size}"
+        elif rule == USED_OUT_OF_ORDER:
+            text = f"used id {value} is not the next one, and the ring is in order"
+        elif rule == USED_NOTHING_OUTSTANDING:
+            text = f"entry {self.ring.used_at} is used (id {value}), and nothing is outstanding"
         else:
             text = f"used id {value} is not outstanding"
         return DeviceError(f"{self.name}: {text} (used element {self.ring.used_idx})")
@@ -173,8 +232,28 @@ cdef class VirtQueue:
 
     @property
     def used_idx(self):
-        """Free-running count of used elements reaped, 16 bits."""
+        """Free-running count of used chains reaped, 16 bits."""
         return self.ring.used_idx
+
+    @property
+    def packed(self):
+        """Whether the ring is a packed one."""
+        return self.ring.packed
+
+    @property
+    def skipped(self):
+        """Chains, as far as reaped, that the device used without naming them (IN_ORDER)."""
+        return self.ring.skipped
+
+    @property
+    def used_position(self):
+        """Of a packed ring: where the next used descriptor is looked for, wrap counter in bit 15."""
+        return self.ring.used_at | self.ring.used_wrap << 15
+
+    @property
+    def avail_position(self):
+        """Of a packed ring: the next entry to make available, wrap counter in bit 15."""
+        return self.ring.avail_at | self.ring.avail_wrap << 15
 
     @property
     def outstanding(self):
@@ -187,22 +266,22 @@ cdef class VirtQueue:
 
     def take_kick(self):
         """Whether the device wants a notification for what was published since the last call."""
-        if split_kick_needed(&self.ring):
+        if ring_kick_needed(&self.ring):
             self.kicks += 1
             return True
         return False
 
     def more_used(self):
         """Whether there is something to reap."""
-        return split_more_used(&self.ring)
+        return ring_more_used(&self.ring)
 
     def calls_on(self):
         """Ask for notifications. True when there is something to reap already: do not sleep."""
-        return split_calls_on(&self.ring)
+        return ring_calls_on(&self.ring)
 
     def calls_off(self):
         """Ask for no notifications."""
-        split_calls_off(&self.ring)
+        ring_calls_off(&self.ring)
 
 
 cdef class TransmitQueue(VirtQueue):
@@ -268,7 +347,7 @@ cdef class TransmitQueue(VirtQueue):
                 self.bytes += length
             return len(frames) - first
         finally:
-            split_publish(&self.ring)
+            ring_publish(&self.ring)
 
     cdef void write_slot(
         self, uint32_t slot, uint32_t offset, const uint8_t *data, uint32_t length
@@ -299,7 +378,7 @@ cdef class TransmitQueue(VirtQueue):
         cdef int rc
         cdef int n = 0
         while True:
-            rc = split_reap(&self.ring, &slot, &length)
+            rc = ring_reap(&self.ring, &slot, &length)
             if rc < 0:
                 raise self.broken(rc)
             if rc == 0:
@@ -308,7 +387,7 @@ cdef class TransmitQueue(VirtQueue):
             self.num_free_slots += 1
             n += 1
         if not self.ring.calls_wanted and n:
-            split_calls_off(&self.ring)
+            ring_calls_off(&self.ring)
         return n
 
 
@@ -346,13 +425,13 @@ cdef class ReceiveQueue(VirtQueue):
                 break
             self.num_free_slots -= 1
             n += 1
-        split_publish(&self.ring)
+        ring_publish(&self.ring)
         return n
 
     cdef uint32_t take(self, uint32_t *length, uint32_t least) except *:
         """Reap one chain that must be there and hold `least` bytes; its slot becomes free."""
         cdef uint32_t slot = 0
-        cdef int rc = split_reap(&self.ring, &slot, length)
+        cdef int rc = ring_reap(&self.ring, &slot, length)
         if rc < 0:
             raise self.broken(rc)
         if length[0] > self.slot_len:
@@ -385,7 +464,7 @@ cdef class ReceiveQueue(VirtQueue):
         cdef uint32_t slot
         cdef uint32_t length = 0
         cdef uint32_t num_buffers, i
-        while len(result) < most and split_more_used(&self.ring):
+        while len(result) < most and ring_more_used(&self.ring):
             slot = self.take(&length, self.header_len)
             header = self.gather(slot, 0, self.header_len)
             frame = self.gather(slot, self.header_len, length)
@@ -403,7 +482,7 @@ cdef class ReceiveQueue(VirtQueue):
                 if num_buffers > 1:
                     parts = [frame]
                     for i in range(1, num_buffers):
-                        if not split_more_used(&self.ring):
+                        if not ring_more_used(&self.ring):
                             raise DeviceError(
                                 f"{self.name}: num_buffers is {num_buffers}, "
                                 f"but only {i} of them were used together"
@@ -415,7 +494,7 @@ cdef class ReceiveQueue(VirtQueue):
             self.bytes += <uint64_t>len(frame)
             result.append((header, frame))
         if result and not self.ring.calls_wanted:
-            split_calls_off(&self.ring)
+            ring_calls_off(&self.ring)
         return result
 
     cdef bytes gather(self, uint32_t slot, uint32_t offset, uint32_t end):

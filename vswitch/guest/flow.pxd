@@ -3,17 +3,14 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from vswitch.guest.split cimport (
-    Desc,
-    Piece,
-    SplitRing,
-    split_add,
-    split_kick_needed,
-    split_more_used,
-    split_publish,
-    split_reap,
-    split_used_elem,
+from vswitch.guest.ring cimport (
+    ring_add,
+    ring_kick_needed,
+    ring_publish,
+    ring_reap,
+    ring_upcoming,
 )
+from vswitch.guest.vring cimport Desc, Piece, Ring
 
 
 cdef extern from "barriers.h" nogil:
@@ -29,15 +26,15 @@ cdef enum:
     SCRATCH_LEN = 1 << 17
     MAX_CHAIN_PIECES = 64
     SEQ_LEN = 8
-    # What a step returns, besides the rules in split.pxd.
+    # What a step returns, besides the rules in vring.pxd.
     RX_LENGTH = -10
     RX_NUM_BUFFERS = -11
     RX_NOT_TOGETHER = -12
 
 
 cdef struct FlowC:
-    SplitRing *tx              # NULL: receive only
-    SplitRing *rx              # NULL: send only
+    Ring *tx                   # NULL: receive only
+    Ring *rx                   # NULL: send only
     Piece *tx_pieces
     Piece *rx_pieces
     Desc **tx_tables           # NULL: no indirect descriptors
@@ -128,7 +125,7 @@ cdef inline int reap_transmitted(FlowC *flow) noexcept nogil:
     cdef uint32_t slot = 0, length = 0, at
     cdef int rc = 0
     while True:
-        rc = split_reap(flow.tx, &slot, &length)
+        rc = ring_reap(flow.tx, &slot, &length)
         if rc <= 0:
             return rc
         at = flow.free_at + flow.free_count
@@ -185,7 +182,7 @@ cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
                 piece, flow.header_len + flow.frame_lens[kind] - SEQ_LEN,
                 <const uint8_t *>&flow.seq, SEQ_LEN,
             )
-        if split_add(flow.tx, chain, pieces, 0, slot, table, gpa) < 0:
+        if ring_add(flow.tx, chain, pieces, 0, slot, table, gpa) < 0:
             n = i
             break
         flow.seq += 1
@@ -196,8 +193,8 @@ cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
     if n:
         flow.sent += n
         flow.in_flight += n
-        split_publish(flow.tx)
-        if split_kick_needed(flow.tx):
+        ring_publish(flow.tx)
+        if ring_kick_needed(flow.tx):
             flow.tx_kicks += 1
             kick(flow.tx_kick_fd)
     return n
@@ -232,24 +229,17 @@ cdef inline void repost(FlowC *flow, uint32_t slot) noexcept nogil:
         table = flow.rx_tables[slot]
         gpa = flow.rx_table_gpas[slot]
     # It fits: its descriptors have just come back.
-    split_add(
+    ring_add(
         flow.rx, flow.rx_pieces + slot * flow.rx_max_pieces, 0, flow.rx_max_pieces, slot, table, gpa
     )
 
 
 cdef inline void prefetch_received(FlowC *flow) noexcept nogil:
     """Fetch the first line of the next buffers, a stage ahead of looking at their headers."""
-    cdef uint16_t n, i
-    cdef uint32_t head
-    if not split_more_used(flow.rx):
-        return
-    n = flow.rx.seen_used_idx - flow.rx.used_idx
-    if n > BURST:
-        n = BURST
+    cdef uint32_t[BURST] slots
+    cdef uint32_t n = ring_upcoming(flow.rx, slots, BURST), i
     for i in range(n):
-        head = split_used_elem(flow.rx, <uint16_t>(flow.rx.used_idx + i)).id
-        if head < flow.rx.size:
-            guest_prefetch(flow.rx_pieces[flow.rx.token[head] * flow.rx_max_pieces].ptr)
+        guest_prefetch(flow.rx_pieces[slots[i] * flow.rx_max_pieces].ptr)
 
 
 cdef inline int receive_burst(FlowC *flow) noexcept nogil:
@@ -260,7 +250,7 @@ cdef inline int receive_burst(FlowC *flow) noexcept nogil:
     cdef Piece *piece
     prefetch_received(flow)
     while n < BURST:
-        rc = split_reap(flow.rx, &slot, &length)
+        rc = ring_reap(flow.rx, &slot, &length)
         if rc < 0:
             return rc
         if rc == 0:
@@ -282,7 +272,7 @@ cdef inline int receive_burst(FlowC *flow) noexcept nogil:
         gathered = length
         repost(flow, slot)
         for i in range(1, num_buffers):
-            rc = split_reap(flow.rx, &slot, &length)
+            rc = ring_reap(flow.rx, &slot, &length)
             if rc < 0:
                 return rc
             if rc == 0:
@@ -303,8 +293,8 @@ cdef inline int receive_burst(FlowC *flow) noexcept nogil:
         n += 1
     if n:
         flow.in_flight -= n if flow.in_flight > <uint64_t>n else flow.in_flight
-        split_publish(flow.rx)
-        if split_kick_needed(flow.rx):
+        ring_publish(flow.rx)
+        if ring_kick_needed(flow.rx):
             flow.rx_kicks += 1
             kick(flow.rx_kick_fd)
     return n

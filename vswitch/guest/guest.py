@@ -61,7 +61,7 @@ class SoftwareGuest:
 
     mac: like "52:54:00:00:00:01". ip: IPv4 or IPv6 address to answer for; the link-local IPv6
         address is there anyway.
-    queue_size, rx_queue_size: entries of each ring, a power of two from 2 to 32768.
+    queue_size, rx_queue_size: entries of each ring, 2 to 32768; a power of two in split rings.
     queues: queue pairs; more than one asks for Feature.MQ.
     features, protocol_features: what to take if it is offered. required_features: GuestError at
         connect if one of these is not offered.
@@ -76,7 +76,7 @@ class SoftwareGuest:
     indirect: use indirect descriptors when they are negotiated.
     rx_guard_len, slot_offset: see QueueShape; a guard makes every write past the reported length
         an error.
-    first_idx: where the free-running indices of fresh rings begin, 0 to 65535.
+    first_idx: where the free-running indices of fresh rings begin, 0 to 65535; see VirtQueue.
     strict: see ReceiveQueue; False for devices that are a little lax.
     inband: where INBAND_NOTIFICATIONS is negotiated, kick and be called by messages.
     polling: never sleep, ask the device for no notifications. Settable at any time.
@@ -200,7 +200,8 @@ class SoftwareGuest:
         """Get the backend back, in the way it was got before, and go on with the rings as they are.
 
         After `disconnect` the backend resumes where it said it stopped; after it died or `drop` it
-        resumes at used.idx, as QEMU does. GuestError if it now offers other features.
+        is told what QEMU would tell it, see GuestQueue.guess_base. GuestError if it now offers
+        other features.
         """
         if self._path is None or not self.receiveqs:
             raise GuestError(f"{self.name}: this guest was never connected")
@@ -223,7 +224,7 @@ class SoftwareGuest:
         with self.lock:
             if self._frontend is not None:
                 for queue in self.queues():
-                    queue.base = queue.raw.used_idx
+                    queue.guess_base()
                 self._close_connection()
 
     def reboot(self) -> None:

@@ -19,7 +19,7 @@ from vswitch.guest.flow cimport (
     kick,
     step,
 )
-from vswitch.guest.split cimport split_calls_off, split_kick_needed
+from vswitch.guest.ring cimport ring_calls_off, ring_kick_needed
 
 from typing import NamedTuple
 
@@ -79,9 +79,9 @@ cdef inline void look_after(FlowC *flow, uint64_t now) noexcept nogil:
         # Every 16384 of 65536: before the index reaches the event it was told.
         flow.calls_off_idx = idx
         if flow.tx != NULL:
-            split_calls_off(flow.tx)
+            ring_calls_off(flow.tx)
         if flow.rx != NULL:
-            split_calls_off(flow.rx)
+            ring_calls_off(flow.rx)
     if flow.window and flow.in_flight >= flow.window and now - flow.progress_ns > flow.write_off_ns:
         flow.written_off += flow.in_flight
         flow.in_flight = 0
@@ -235,11 +235,11 @@ cdef class Flow:
                 slot = self.tx.free_slots[c.free_count - 1 - i]
                 c.free_slots[i] = slot
             self.tx.num_free_slots = 0
-            split_calls_off(c.tx)
+            ring_calls_off(c.tx)
         if self.rx is not None:
             self.rx.post()
-            split_calls_off(c.rx)
-            if split_kick_needed(c.rx):
+            ring_calls_off(c.rx)
+            if ring_kick_needed(c.rx):
                 kick(c.rx_kick_fd)
         c.calls_off_idx = c.rx.used_idx if c.rx != NULL else c.tx.used_idx
 

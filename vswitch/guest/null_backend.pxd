@@ -1,6 +1,14 @@
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vswitch.guest.driver cimport ReceiveQueue, TransmitQueue
+from vswitch.guest.vring cimport Ring
+
+
+cdef struct Side:              # the device's place in one ring
+    Ring *ring
+    uint16_t at                # next chain to take: free-running index, or position
+    uint16_t wrap              # packed: wrap counter of the position
+    uint16_t avail_idx         # split: avail.idx as last read
 
 
 cdef class NullBackend:
@@ -9,3 +17,5 @@ cdef class NullBackend:
     cdef uint32_t used_len
     cdef int stopping
     cdef readonly uint64_t forwarded
+
+    cdef Side begin(self, Ring *ring) noexcept nogil

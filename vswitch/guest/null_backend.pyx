@@ -3,15 +3,21 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.guest.flow cimport BURST, put
+from vswitch.guest.packed cimport (
+    EVENT_FLAGS_DISABLE,
+    packed_advance,
+    packed_avail_bits,
+    packed_used_bits,
+)
 from vswitch.guest.split cimport (
     USED_F_NO_NOTIFY,
-    SplitRing,
     UsedElem,
     guest_load_acquire_u16,
     guest_store_relaxed_u16,
     guest_store_release_u16,
     split_used_elem,
 )
+from vswitch.guest.vring cimport DESC_F_NEXT, DESC_F_WRITE, PackedDesc, Ring
 
 
 cdef extern from "barriers.h" nogil:
@@ -28,12 +34,64 @@ cdef enum:
     YIELD_AFTER = 4096         # loops without work before the core is offered to others
 
 
+cdef inline bint entry_is_available(const Side *side, uint16_t at, uint16_t wrap) noexcept nogil:
+    # Acquire: pairs with the release store in packed_publish.
+    cdef uint16_t flags = guest_load_acquire_u16(&side.ring.packed_desc[at].flags)
+    return flags & packed_used_bits(1) == packed_avail_bits(wrap)
+
+
+cdef inline uint16_t available(Side *side, uint16_t wanted) noexcept nogil:
+    """How many chains can be taken, `wanted` at most."""
+    cdef uint16_t n, at = side.at, wrap = side.wrap
+    if side.ring.packed:
+        for n in range(wanted):
+            if not entry_is_available(side, at, wrap):
+                return n
+            # What a chain has after its first entry is available with it.
+            while side.ring.packed_desc[at].flags & DESC_F_NEXT:
+                packed_advance(side.ring, &at, &wrap, 1)
+            packed_advance(side.ring, &at, &wrap, 1)
+        return wanted
+    if <uint16_t>(side.avail_idx - side.at) < wanted:
+        # Acquire: pairs with the release store in split_publish.
+        side.avail_idx = guest_load_acquire_u16(side.ring.avail + 1)
+    n = side.avail_idx - side.at
+    return n if n < wanted else wanted
+
+
+cdef inline void use(Side *side, uint16_t n, uint32_t length) noexcept nogil:
+    """Give `n` chains back, `length` bytes written into each."""
+    cdef Ring *ring = side.ring
+    cdef UsedElem *elem
+    cdef PackedDesc *first
+    cdef uint16_t i, flags
+    if not ring.packed:
+        for i in range(n):
+            elem = split_used_elem(ring, <uint16_t>(side.at + i))
+            elem.id = ring.avail[2 + (<uint16_t>(side.at + i) & (ring.size - 1))]
+            elem.len = length
+        side.at += n
+        # Release: pairs with the acquire load in split_more_used.
+        guest_store_release_u16(ring.used + 1, side.at)
+        return
+    for i in range(n):
+        first = ring.packed_desc + side.at
+        flags = packed_used_bits(side.wrap) | (DESC_F_WRITE if length else 0)
+        while ring.packed_desc[side.at].flags & DESC_F_NEXT:
+            packed_advance(ring, &side.at, &side.wrap, 1)
+        first.id = ring.packed_desc[side.at].id
+        first.len = length
+        packed_advance(ring, &side.at, &side.wrap, 1)
+        # Release: pairs with the acquire load in packed_is_used.
+        guest_store_release_u16(&first.flags, flags)
+
+
 cdef class NullBackend:
     """Moves chains from a transmitq to a receiveq without looking into any of them.
 
     Both belong to guests that are connected to nobody (SoftwareGuest.build_offline) and are polled
     by a Load in another thread. Every frame "arrives" with `frame_len` bytes, whatever was sent; a
-    frame waits until there is a buffer for it.
+    frame waits until there is a buffer for it. Each ring may be a split or a packed one.
     """
 
     def __init__(self, tx, rx, uint32_t frame_len):
@@ -56,30 +114,31 @@ cdef class NullBackend:
         """Make `run` return; for another thread."""
         guest_store_relaxed_int(&self.stopping, 1)
 
+    cdef Side begin(self, Ring *ring) noexcept nogil:
+        """Go on where the driver reaps next, and refuse notifications."""
+        cdef Side side
+        side.ring = ring
+        side.wrap = ring.used_wrap
+        if ring.packed:
+            side.at = side.avail_idx = ring.used_at
+            guest_store_relaxed_u16(ring.used + 1, EVENT_FLAGS_DISABLE)
+        else:
+            side.at = side.avail_idx = ring.used[1]
+            guest_store_relaxed_u16(ring.used, USED_F_NO_NOTIFY)
+        return side
+
     def run(self):
         """Forward until `stop` is called. Polls all the time, without the GIL."""
-        cdef SplitRing *tx = &self.tx.ring
-        cdef SplitRing *rx = &self.rx.ring
-        cdef uint16_t tx_idx, rx_idx, tx_avail, rx_avail, n, i
+        cdef Side tx, rx
+        cdef uint16_t n
         cdef uint32_t idle = 0
-        cdef uint32_t length = self.used_len
-        cdef UsedElem *elem
         with nogil:
-            guest_store_relaxed_u16(tx.used, USED_F_NO_NOTIFY)
-            guest_store_relaxed_u16(rx.used, USED_F_NO_NOTIFY)
-            tx_idx = tx.used[1]
-            rx_idx = rx.used[1]
-            rx_avail = rx_idx
+            tx = self.begin(&self.tx.ring)
+            rx = self.begin(&self.rx.ring)
             while not guest_load_relaxed_int(&self.stopping):
-                # Acquire: pairs with the release store in split_publish.
-                tx_avail = guest_load_acquire_u16(tx.avail + 1)
-                n = <uint16_t>(tx_avail - tx_idx)
-                if n > BURST:
-                    n = BURST
-                if <uint16_t>(rx_avail - rx_idx) < n:
-                    rx_avail = guest_load_acquire_u16(rx.avail + 1)
-                if <uint16_t>(rx_avail - rx_idx) < n:
-                    n = <uint16_t>(rx_avail - rx_idx)
+                n = available(&tx, BURST)
+                if n:
+                    n = available(&rx, n)
                 if n == 0:
                     idle += 1
                     guest_pause()
@@ -87,16 +146,6 @@ cdef class NullBackend:
                         sched_yield()
                     continue
                 idle = 0
-                for i in range(n):
-                    elem = split_used_elem(tx, <uint16_t>(tx_idx + i))
-                    elem.id = tx.avail[2 + (<uint16_t>(tx_idx + i) & (tx.size - 1))]
-                    elem.len = 0
-                    elem = split_used_elem(rx, <uint16_t>(rx_idx + i))
-                    elem.id = rx.avail[2 + (<uint16_t>(rx_idx + i) & (rx.size - 1))]
-                    elem.len = length
-                tx_idx += n
-                rx_idx += n
-                # Release: pairs with the acquire load in split_more_used.
-                guest_store_release_u16(rx.used + 1, rx_idx)
-                guest_store_release_u16(tx.used + 1, tx_idx)
+                use(&rx, n, self.used_len)
+                use(&tx, n, 0)
                 self.forwarded += n

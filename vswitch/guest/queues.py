@@ -8,14 +8,22 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue, VirtQueue
+from vswitch.guest.errors import GuestError
 from vswitch.guest.memory import GuestMemory, round_up
-from vswitch.guest.raw import DESC_LEN, RawRing, RingLayout
+from vswitch.guest.raw import DESC_LEN, RawPackedRing, RawRing, RingLayout
 from vswitch.guest.shapes import BLOCK_SLOTS, RING_ALIGN, QueueShape, header_len, stride
 from vswitch.vhost_user.protocol import Feature
 
 
-def place_ring(memory: GuestMemory, size: int) -> RingLayout:
-    """Set memory aside for a split ring, its parts apart from each other."""
+def place_ring(memory: GuestMemory, size: int, packed: bool) -> RingLayout:
+    """Set memory aside for a ring, its parts apart from each other."""
+    if packed:
+        return RingLayout(
+            size,
+            memory.allocate(16 * size, RING_ALIGN),
+            memory.allocate(4),
+            memory.allocate(4),
+        )
     return RingLayout(
         size,
         memory.allocate(16 * size, RING_ALIGN),
@@ -60,11 +68,15 @@ class GuestQueue(Generic[Q]):
     transmitq. `base` is where the backend is to start at the next SET_VRING_BASE.
     """
 
-    def __init__(self, index: int, ring: Q, raw: RawRing) -> None:
+    def __init__(self, index: int, ring: Q, memory: GuestMemory, layout: RingLayout) -> None:
         self.index = index
         self.ring = ring
-        self.raw = raw
+        self.layout = layout
+        self._memory = memory
+        self._raw = RawRing(memory, layout)
         self.base = ring.used_idx
+        if ring.packed:
+            self.base = ring.used_position | ring.used_position << 16
         self.calls = 0
         """Notifications that the device sent, as far as taken."""
         self.kick_message: Callable[[int], None] | None = None
@@ -74,8 +86,26 @@ class GuestQueue(Generic[Q]):
         self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
-    def layout(self) -> RingLayout:
-        return self.raw.layout
+    def raw(self) -> RawRing:
+        """The split ring below the driver's."""
+        if self.ring.packed:
+            raise GuestError(f"{self.ring.name} is a packed ring: use raw_packed()")
+        return self._raw
+
+    def raw_packed(self) -> RawPackedRing:
+        """The packed ring below the driver's, ready to go on where the driver would."""
+        if not self.ring.packed:
+            raise GuestError(f"{self.ring.name} is a split ring: use raw")
+        return RawPackedRing(self._memory, self.layout, self.ring.avail_position)
+
+    def guess_base(self) -> None:
+        """Take as `base` what QEMU does when the backend is gone and cannot be asked.
+
+        For a split ring that is used.idx. Nothing in memory says it of a packed ring, so what was
+        known last stays, however old.
+        """
+        if not self.ring.packed:
+            self.base = self._raw.used_idx
 
     def kick(self) -> None:
         """Notify the device, wanted or not."""
@@ -115,7 +145,7 @@ def build_receive_queue(
     memory: GuestMemory, pair: int, shape: QueueShape, features: int, name: str
 ) -> GuestQueue[ReceiveQueue]:
     """The receiveq of a queue pair, set up in memory, nothing posted."""
-    layout = place_ring(memory, shape.size)
+    layout = place_ring(memory, shape.size, bool(features & Feature.RING_PACKED))
     slots, tables = place_slots(memory, shape, header_len(features), transmit=False)
     ring = ReceiveQueue(
         memory.mapping,
@@ -128,18 +158,20 @@ def build_receive_queue(
         tables,
         header_len=header_len(features),
         event_idx=bool(features & Feature.RING_EVENT_IDX),
+        packed=bool(features & Feature.RING_PACKED),
+        in_order=bool(features & Feature.IN_ORDER),
         first_idx=shape.first_idx,
         mergeable=bool(features & Feature.MRG_RXBUF),
         guard_len=shape.guard_len,
     )
-    return GuestQueue(2 * pair, ring, RawRing(memory, layout))
+    return GuestQueue(2 * pair, ring, memory, layout)
 
 
 def build_transmit_queue(
     memory: GuestMemory, pair: int, shape: QueueShape, features: int, name: str
 ) -> GuestQueue[TransmitQueue]:
     """The transmitq of a queue pair."""
-    layout = place_ring(memory, shape.size)
+    layout = place_ring(memory, shape.size, bool(features & Feature.RING_PACKED))
     slots, tables = place_slots(memory, shape, header_len(features), transmit=True)
     ring = TransmitQueue(
         memory.mapping,
@@ -152,6 +184,8 @@ def build_transmit_queue(
         tables,
         header_len=header_len(features),
         event_idx=bool(features & Feature.RING_EVENT_IDX),
+        packed=bool(features & Feature.RING_PACKED),
+        in_order=bool(features & Feature.IN_ORDER),
         first_idx=shape.first_idx,
     )
-    return GuestQueue(2 * pair + 1, ring, RawRing(memory, layout))
+    return GuestQueue(2 * pair + 1, ring, memory, layout)

@@ -1,4 +1,4 @@
-"""A split ring as plain bytes, for tests that misbehave: no check, no bookkeeping.
+"""Rings as plain bytes, for tests that misbehave: no check, no bookkeeping.
 
 Whoever writes here goes behind the driver's back; the driver of the same queue should not be used
 afterwards.
@@ -19,13 +19,25 @@ AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 DESC_LEN = 16
 
+PACKED_F_AVAIL = 0x80
+PACKED_F_USED = 0x8000
+EVENT_FLAGS_ENABLE = 0
+EVENT_FLAGS_DISABLE = 1
+EVENT_FLAGS_DESC = 2
+_ROUND = 0x8000
+"""The wrap counter in a position."""
+
 _DESC = struct.Struct("<QIHH")
 _ELEM = struct.Struct("<II")
 
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where the three parts of a split ring lie; `size` counts entries."""
+    """Where the three parts of a ring lie; `size` counts entries.
+
+    Of a packed ring, `avail_gpa` is the driver event suppression structure and `used_gpa` the
+    device's.
+    """
 
     size: int
     desc_gpa: int
@@ -139,3 +151,110 @@ class RawRing:
         self.write_avail(idx, first)
         self.avail_idx = idx + 1
         return (idx + 1) & 0xFFFF
+
+
+class RawPackedDesc(NamedTuple):
+    """One descriptor of a packed ring (VIRTIO 1.2 section 2.8.13), AVAIL and USED in the flags."""
+
+    addr: int
+    len: int
+    id: int = 0
+    flags: int = 0
+
+
+class RawPackedRing:
+    """Reads and writes every field of a packed ring in guest memory.
+
+    `position` is where `offer` goes on, the wrap counter in bit 15.
+    """
+
+    def __init__(self, memory: GuestMemory, layout: RingLayout, position: int = _ROUND) -> None:
+        self.memory = memory
+        self.layout = layout
+        self.position = position
+
+    def read_desc(self, index: int) -> RawPackedDesc:
+        return RawPackedDesc(*_DESC.unpack(self.memory.read(self._entry(index), DESC_LEN)))
+
+    def write_desc(self, index: int, desc: RawPackedDesc) -> None:
+        """A whole descriptor, its flags last."""
+        gpa = self._entry(index)
+        self.memory.write(gpa, _DESC.pack(*desc)[:14])
+        self.memory.mapping.store_u16(gpa + 14, desc.flags)
+
+    def write_desc_at(self, gpa: int, desc: RawPackedDesc) -> None:
+        """A descriptor anywhere in guest memory, as in an indirect table."""
+        self.memory.write(gpa, _DESC.pack(*desc))
+
+    def _entry(self, index: int) -> int:
+        return self.layout.desc_gpa + DESC_LEN * index
+
+    def after(self, position: int, entries: int) -> int:
+        """The position so many entries on."""
+        at = (position & (_ROUND - 1)) + entries
+        wrap = position & _ROUND
+        while at >= self.layout.size:
+            at -= self.layout.size
+            wrap ^= _ROUND
+        return at | wrap
+
+    def available(self, position: int) -> int:
+        """The flags that make the entry at a position available."""
+        return PACKED_F_AVAIL if position & _ROUND else PACKED_F_USED
+
+    def used(self, position: int) -> int:
+        """The flags that mark the entry at a position as used."""
+        return PACKED_F_AVAIL | PACKED_F_USED if position & _ROUND else 0
+
+    def is_used(self, position: int) -> bool:
+        both = PACKED_F_AVAIL | PACKED_F_USED
+        at = position & (_ROUND - 1)
+        flags = self.memory.mapping.load_u16(self._entry(at) + 14)
+        return flags & both == self.used(position)
+
+    def put(self, *entries: RawPackedDesc) -> None:
+        """Make entries available at `position`, the first of them last; AVAIL and USED are added.
+
+        `position` is moved past them.
+        """
+        places: list[tuple[int, RawPackedDesc]] = []
+        position = self.position
+        for desc in entries:
+            flags = desc.flags | self.available(position)
+            places.append((position & (_ROUND - 1), desc._replace(flags=flags)))
+            position = self.after(position, 1)
+        for at, desc in reversed(places):
+            self.write_desc(at, desc)
+        self.position = position
+
+    def offer(self, *chain: RawDesc, id: int = 0) -> None:
+        """Make a chain available at `position`: NEXT is added, `id` goes into every entry."""
+        last = len(chain) - 1
+        self.put(
+            *(
+                RawPackedDesc(d.addr, d.len, id, d.flags | (DESC_F_NEXT if i < last else 0))
+                for i, d in enumerate(chain)
+            )
+        )
+
+    def write_used(self, position: int, id: int, length: int) -> None:
+        """Mark an entry as used, which is the device's to do."""
+        flags = self.used(position) | (DESC_F_WRITE if length else 0)
+        self.write_desc(position & (_ROUND - 1), RawPackedDesc(0, length, id, flags))
+
+    @property
+    def driver_event(self) -> tuple[int, int]:
+        """Offset with its wrap counter in bit 15, and flags, of the driver event suppression."""
+        load = self.memory.mapping.load_u16
+        return load(self.layout.avail_gpa), load(self.layout.avail_gpa + 2)
+
+    @property
+    def device_event(self) -> tuple[int, int]:
+        """The same of the device event suppression."""
+        load = self.memory.mapping.load_u16
+        return load(self.layout.used_gpa), load(self.layout.used_gpa + 2)
+
+    @device_event.setter
+    def device_event(self, value: tuple[int, int]) -> None:
+        self.memory.mapping.store_u16(self.layout.used_gpa, value[0])
+        self.memory.mapping.store_u16(self.layout.used_gpa + 2, value[1])
