@@ -8,6 +8,8 @@ a guest with packed rings its link until it is reset.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import stat
@@ -16,6 +18,40 @@ from pathlib import Path
 from vswitch.fastpath.journal import SLOT_LEN, Journal
 
 log = logging.getLogger("vswitch.journal")
+
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def make_shared(rings: int) -> tuple[int, int]:
+    """A journal for a frontend to keep for us: a descriptor, the caller's, and its size in bytes.
+
+    Sealed, so that nobody can take the memory away while we write to it. Raises OSError.
+    """
+    fd = os.memfd_create("vswitch-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, rings * SLOT_LEN)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, rings * SLOT_LEN
+
+
+def open_shared(fd: int, size: int, offset: int, rings: int) -> Journal:
+    """The journal that a frontend kept. Raises OSError for what make_shared did not make."""
+    expected = rings * SLOT_LEN
+    if (size, offset) != (expected, 0):
+        raise OSError(
+            errno.EINVAL, f"mmap size {size}, mmap offset {offset} are not {expected} and 0"
+        )
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & SEALS != SEALS or os.fstat(fd).st_size != expected:
+        raise OSError(errno.EINVAL, "the file is not the one from GET_INFLIGHT_FD")
+    return Journal(rings, fd)
 
 
 class Journals:

@@ -13,7 +13,8 @@ from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import SLOTS, Memory
-from vswitch.fastpath.port import Port, Ring, RingError
+from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
+from vswitch.journals import make_shared, open_shared
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
@@ -148,6 +149,7 @@ class VhostPort:
         """One frontend, from its connection to its end."""
         pid = connection.peer_pid
         backend = Backend(self.name, connection, self, self._rings_changed)
+        journal = self.fast.journal
         self._backend = backend
         self._connects += 1
         self._connected_at = time.time()
@@ -174,6 +176,7 @@ class VhostPort:
             self._was_ready = False
             self._warning = None
             self.fast.rings.clear()
+            self.fast.use_journal(journal)
             self._engine.fdb.flush(self.fast.id)
             log.info("port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)
@@ -290,6 +293,18 @@ class VhostPort:
             self._engine.detach(ring)
         await self._settle()
         return [ring.mark_stopped() for ring in rings]
+
+    def make_inflight(self) -> tuple[int, int]:
+        try:
+            return make_shared(MAX_VRINGS)
+        except OSError as exc:
+            raise DatapathError(f"no memory to be had: {exc.strerror}") from exc
+
+    def use_inflight(self, fd: int, size: int, offset: int) -> None:
+        try:
+            self.fast.use_journal(open_shared(fd, size, offset, MAX_VRINGS))
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
 
     def forget_ring(self, index: int) -> None:
         ring = self.fast.rings.get(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from vswitch.vhost_user.protocol import (
     HEADER,
     VRING_NOFD,
     Feature,
+    Inflight,
     MemRegion,
     ProtocolFeature,
     Request,
@@ -543,5 +545,31 @@ def test_eventfds_become_non_blocking() -> None:
             await peer.send(Request.SET_VRING_CALL, u64(0), [call])
             await peer.ask(Request.GET_FEATURES)
             assert not os.get_blocking(call)
+
+    with_peer(test)
+
+
+def test_memory_for_what_is_in_flight() -> None:
+    async def test(peer: Peer) -> None:
+        await running(peer)
+        asked = protocol.encode_inflight(Inflight(0, 0, 4, 256))
+        await peer.send(Request.GET_INFLIGHT_FD, asked, flags=FLAG_NEED_REPLY)
+        loop = asyncio.get_running_loop()
+        while not select.select([peer.sock], [], [], 0)[0]:
+            await asyncio.sleep(0.001)
+        data, fds, _, _ = socket.recv_fds(peer.sock, 64, 4)
+        assert protocol.decode_inflight(data[HEADER.size :]) == Inflight(4096, 0, 4, 256)
+        assert len(fds) == 1
+        del peer.datapath.calls[:]
+        told = protocol.encode_inflight(Inflight(4096, 0, 4, 256))
+        await peer.send(Request.SET_INFLIGHT_FD, told, fds)
+        os.close(fds[0])
+        # One reply came, and not an acknowledgement beside it.
+        await peer.ask(Request.GET_FEATURES)
+        assert peer.datapath.calls == [("stop", 0), ("use_inflight", 4096, 0), ("start", 0)]
+        # Without the padding too.
+        await peer.send(Request.GET_INFLIGHT_FD, asked[:20])
+        data = await loop.sock_recv(peer.sock, 64)
+        assert data[:4] == bytes([Request.GET_INFLIGHT_FD, 0, 0, 0])
 
     with_peer(test)

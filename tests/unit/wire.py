@@ -77,6 +77,15 @@ class RecordingDatapath:
         await asyncio.sleep(0)
         return [self.stop_at + index for index in indices]
 
+    def make_inflight(self) -> tuple[int, int]:
+        self._note("make_inflight")
+        return os.memfd_create("inflight"), 4096
+
+    def use_inflight(self, fd: int, size: int, offset: int) -> None:
+        assert not self.running
+        os.fstat(fd)
+        self._note("use_inflight", size, offset)
+
     def forget_ring(self, index: int) -> None:
         assert index not in self.running
 

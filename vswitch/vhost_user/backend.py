@@ -41,6 +41,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RARP
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.INBAND_NOTIFICATIONS
@@ -102,6 +103,8 @@ class Backend:
             Request.SET_VRING_ENABLE: self._set_vring_enable,
             Request.SEND_RARP: self._send_rarp,
             Request.NET_SET_MTU: self._net_set_mtu,
+            Request.GET_INFLIGHT_FD: self._get_inflight_fd,
+            Request.SET_INFLIGHT_FD: self._set_inflight_fd,
             Request.RESET_DEVICE: self._reset_device,
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             Request.ADD_MEM_REG: self._add_mem_reg,
@@ -182,12 +185,12 @@ class Backend:
             return
         if answer is not None:
             await self._reply(number, answer)
-        elif wants_ack:
+        elif wants_ack and spec.reply is Reply.ACK:
             await self._reply(number, protocol.encode_u64(0))
 
-    async def _reply(self, request: int, payload: bytes) -> None:
+    async def _reply(self, request: int, payload: bytes, fds: list[int] | None = None) -> None:
         try:
-            await self.connection.send(protocol.encode(request, payload, flags=FLAG_REPLY))
+            await self.connection.send(protocol.encode(request, payload, flags=FLAG_REPLY), fds)
         except ConnectionError as exc:
             raise ProtocolError("the frontend went away without its reply") from exc
 
@@ -384,6 +387,22 @@ class Backend:
         )
         await self._datapath.remove_memory(region)
         self.regions.remove(region)
+
+    async def _get_inflight_fd(self, message: Message) -> None:
+        """The reply carries a descriptor, so it is sent from here."""
+        asked = protocol.decode_inflight(message.payload)
+        fd, size = self._datapath.make_inflight()
+        try:
+            answer = asked._replace(mmap_size=size, mmap_offset=0)
+            await self._reply(Request.GET_INFLIGHT_FD, protocol.encode_inflight(answer), [fd])
+        finally:
+            close_fd(fd)
+
+    async def _set_inflight_fd(self, message: Message) -> None:
+        told = protocol.decode_inflight(message.payload)
+        running = await self._stop(self._running())
+        self._datapath.use_inflight(message.fds[0], told.mmap_size, told.mmap_offset)
+        await self._start(running)
 
     # Rings
 

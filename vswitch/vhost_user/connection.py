@@ -97,13 +97,18 @@ class Connection:
             raise
         return Message(header, payload, fds)
 
-    async def send(self, data: bytes) -> None:
-        """Send a reply. Raises ProtocolError when the frontend does not read it."""
+    async def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        """Send a reply, with descriptors that stay the caller's.
+
+        Raises ProtocolError when the frontend does not read it.
+        """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             async with asyncio.timeout(MESSAGE_PATIENCE_S):
                 while data:
                     try:
-                        data = data[self._sock.send(data) :]
+                        data = data[self._sock.sendmsg([data], rights) :]
+                        rights = []
                     except (BlockingIOError, InterruptedError):
                         await self._wait(self._loop.add_writer, self._loop.remove_writer)
         except TimeoutError:

@@ -88,6 +88,20 @@ class Datapath(Protocol):
         """Stop running virtqueues; returns the avail index of each to go on from later."""
         ...
 
+    def make_inflight(self) -> tuple[int, int]:
+        """Memory for what is in flight: a descriptor, which is the caller's, and its size in bytes.
+
+        Raises DatapathError.
+        """
+        ...
+
+    def use_inflight(self, fd: int, size: int, offset: int) -> None:
+        """Keep account of what is in flight there from now on; no ring may be running.
+
+        Raises DatapathError for memory that did not come from `make_inflight`.
+        """
+        ...
+
     def forget_ring(self, index: int) -> None:
         """The frontend knows where this stopped virtqueue is: what else is known of it is void."""
         ...

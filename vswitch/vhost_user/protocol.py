@@ -220,12 +220,22 @@ class MemRegion(NamedTuple):
     mmap_offset: int
 
 
+class Inflight(NamedTuple):
+    """Shared memory for I/O in flight: its size and offset in bytes, and for which rings."""
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+
 _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=II")
 _ADDR = struct.Struct("=IIQQQQ")
 _MEM_HEAD = struct.Struct("=II")
 _REGION = struct.Struct("=QQQQ")
 _SINGLE_REGION = struct.Struct("=QQQQQ")
+_INFLIGHT = struct.Struct("=QQHH")
 
 PAYLOAD_SIZES: dict[Payload, tuple[int, int]] = {
     Payload.NONE: (0, 0),
@@ -237,7 +247,8 @@ PAYLOAD_SIZES: dict[Payload, tuple[int, int]] = {
     Payload.LOG: (16, 16),
     Payload.IOTLB: (32, 32),
     Payload.CONFIG: (12, 12 + 256),
-    Payload.INFLIGHT: (24, 24),
+    # Padded to 24 bytes by QEMU and DPDK, packed by others.
+    Payload.INFLIGHT: (20, 24),
     Payload.DEVICE_STATE: (8, 8),
 }
 """Least and greatest length of each payload in bytes."""
@@ -284,6 +295,8 @@ REQUESTS: dict[Request, Spec] = {
     Request.SET_VRING_ENABLE: Spec(Payload.VRING_STATE),
     Request.SEND_RARP: Spec(Payload.U64, needs=_F.RARP),
     Request.NET_SET_MTU: Spec(Payload.U64, needs=_F.MTU),
+    Request.GET_INFLIGHT_FD: Spec(Payload.INFLIGHT, reply=Reply.ALWAYS, needs=_F.INFLIGHT_SHMFD),
+    Request.SET_INFLIGHT_FD: Spec(Payload.INFLIGHT, min_fds=1, max_fds=1, needs=_F.INFLIGHT_SHMFD),
     Request.RESET_DEVICE: Spec(Payload.NONE, needs=_F.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: Spec(Payload.MEM_REGION, 1, 1, needs=_F.CONFIGURE_MEM_SLOTS),
@@ -414,6 +427,14 @@ def decode_mem_table(payload: bytes) -> list[MemRegion]:
         MemRegion(*_REGION.unpack_from(payload, _MEM_HEAD.size + i * _REGION.size))
         for i in range(count)
     ]
+
+
+def encode_inflight(inflight: Inflight) -> bytes:
+    return _INFLIGHT.pack(*inflight).ljust(24, b"\0")
+
+
+def decode_inflight(payload: bytes) -> Inflight:
+    return Inflight(*_INFLIGHT.unpack_from(payload))
 
 
 def encode_mem_region(region: MemRegion) -> bytes:
