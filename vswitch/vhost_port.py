@@ -93,7 +93,6 @@ class VhostPort:
         self._memory: Memory | None = None
         self._memory_lost = False
         self._old_memory: list[Memory] = []
-        self._unshared: set[tuple[int, int]] = set()
         self._file_ids: list[tuple[int, int]] = []
         self._connects = 0
         self._connected_at: float | None = None
@@ -217,9 +216,6 @@ class VhostPort:
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
         self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
-        pid = self._backend.connection.peer_pid if self._backend else None
-        if any(is_private_copy(pid, one.uva, fd) for one, fd in zip(regions, fds, strict=True)):
-            self._warn_unshared("its process has it mapped privately")
 
     async def add_memory(self, region: MemRegion, fd: int) -> None:
         try:
@@ -258,7 +254,7 @@ class VhostPort:
         if self._memory_lost:
             raise DatapathError(f"vring {index}: the frontend truncated its memory file")
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
-        self._look_for_sharing(ring, setup)
+        self._look_for_sharing(setup)
         modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
         self._enabled[index] = setup.enabled
         ring.enabled = setup.enabled and not self.fast.link_down
@@ -464,38 +460,23 @@ class VhostPort:
         digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") | 1
 
-    def _look_for_sharing(self, ring: Ring, setup: RingSetup) -> None:
+    def _look_for_sharing(self, setup: RingSetup) -> None:
         """Warn when the driver's rings are not in the memory that we were given.
 
-        A driver has written its rings before it starts them. If the file has nothing there, the
-        guest's memory is a private copy of it. Our own first look at a ring makes the file's page
-        appear, so what was found of a file once counts until the ring there moves.
+        QEMU without share=on hands over the guest's file all the same, but has a private copy of it.
         """
         assert self._memory is not None
-        size = setup.size
-        hole = all(
-            self._memory.is_hole(uva, length)
-            for uva, length in (
-                (setup.desc_uva, 16 * size),
-                (setup.avail_uva, 6 + 2 * size),
-                (setup.used_uva, 6 + 8 * size),
-            )
-        )
-        if hole:
-            self._unshared.update(self._file_ids)
-        elif not (self._unshared.intersection(self._file_ids) and ring.base == 0):
+        if self._warning is not None or self._backend is None:
             return
-        self._warn_unshared(f"nothing was ever written where {_ring_name(ring.index)} should be")
-
-    def _warn_unshared(self, evidence: str) -> None:
-        if self._warning is not None:
-            return
-        self._warning = (
-            f"the guest's memory is not shared with the switch: {evidence}. Start QEMU with "
-            "share=on, for example: -object "
-            "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
-        )
-        log.warning("port %s: %s", self.name, self._warning)
+        pid = self._backend.connection.peer_pid
+        for file_id, (_, size, uva, _) in zip(self._file_ids, self._memory.regions, strict=True):
+            if 0 <= setup.desc_uva - uva < size and is_private_copy(pid, setup.desc_uva, file_id):
+                self._warning = (
+                    "the guest's memory is not shared with the switch: its process has it mapped "
+                    "privately. Start QEMU with share=on, for example: -object "
+                    "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+                )
+                log.warning("port %s: %s", self.name, self._warning)
 
 
 def _ring_name(index: int) -> str:

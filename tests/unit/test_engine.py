@@ -180,16 +180,6 @@ def test_a_running_ring_keeps_its_own_memory() -> None:
         assert ring.started
 
 
-def test_holes_are_what_nobody_wrote() -> None:
-    with guest_file() as fd:
-        os.pwrite(fd, b"x", 4 * PAGE + 17)
-        memory = Memory([(0, SIZE, UVA, 0)], [fd])
-        assert memory.is_hole(UVA, 4 * PAGE)
-        assert not memory.is_hole(UVA + 4 * PAGE, 16)
-        assert not memory.is_hole(UVA + 3 * PAGE, 2 * PAGE)
-        assert not memory.is_hole(UVA + SIZE, 1), "outside is no hole"
-
-
 # Rings
 
 

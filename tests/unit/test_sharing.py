@@ -24,6 +24,11 @@ sys.stdin.read()
 """
 
 
+def file_of(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 @pytest.fixture
 def memfd() -> Iterator[int]:
     fd = os.memfd_create("guest")
@@ -43,19 +48,19 @@ def test_private_mapping_is_recognised(memfd: int, flags: str, private: bool) ->
     ) as mapper:
         assert mapper.stdout is not None
         uva = int(mapper.stdout.readline())
-        assert is_private_copy(mapper.pid, uva, memfd) is private
-        assert is_private_copy(mapper.pid, uva + LEN - 1, memfd) is private
+        assert is_private_copy(mapper.pid, uva, file_of(memfd)) is private
+        assert is_private_copy(mapper.pid, uva + LEN - 1, file_of(memfd)) is private
         other = os.memfd_create("other")
-        assert not is_private_copy(mapper.pid, uva, other)
+        assert not is_private_copy(mapper.pid, uva, file_of(other))
         os.close(other)
         assert mapper.stdin is not None
         mapper.stdin.close()
-    assert not is_private_copy(mapper.pid, uva, memfd), "the process is gone"
+    assert not is_private_copy(mapper.pid, uva, file_of(memfd)), "the process is gone"
 
 
 def test_what_cannot_be_told_is_no_reason_to_warn(memfd: int) -> None:
-    assert not is_private_copy(None, 0x1000, memfd)
-    assert not is_private_copy(os.getpid(), 0, memfd)
+    assert not is_private_copy(None, 0x1000, file_of(memfd))
+    assert not is_private_copy(os.getpid(), 0, file_of(memfd))
     with mmap.mmap(memfd, LEN) as memory:
         memory[0] = 1
-        assert not is_private_copy(os.getpid(), 0x1000, memfd)
+        assert not is_private_copy(os.getpid(), 0x1000, file_of(memfd))

@@ -8,8 +8,6 @@ cdef class Mapped:
     cdef uint32_t lost        # atomic; its file was truncated under us
     cdef int slot             # in the table of sigbus.h
     cdef tuple row            # guest address, size, user address, mmap offset
-    cdef bint is_huge
-    cdef bint huge_empty      # in hugetlbfs, and no page of its file exists
 
 
 cdef class Memory:

@@ -8,7 +8,6 @@ import os
 import stat
 
 from vswitch.fastpath.atomics cimport vs_load32
-from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport MAX_REGIONS, MemTable, Region
 
 cdef extern from "sigbus.h" nogil:
@@ -20,7 +19,6 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
     int madvise(void *addr, size_t length, int advice)
-    int mincore(void *addr, size_t length, unsigned char *vec)
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
     void *MAP_FAILED
 
@@ -95,8 +93,6 @@ cdef class Mapped:
         self.c.map_len = length
         self.slot = vs_add_region(<char *>base, length, &self.lost)
         self.row = region
-        self.is_huge = page > <uint64_t>PAGE
-        self.huge_empty = info.st_blocks == 0
 
     def __dealloc__(self):
         if self.c.map_base != NULL:
@@ -168,35 +164,6 @@ cdef class Memory:
 
     cdef _map(self, tuple region, int fd):
         self._enter(Mapped(len(self.mapped), region, fd, self.regions))
-
-    def is_hole(self, uint64_t uva, uint64_t length):
-        """True when no page behind a user address range was ever written.
-
-        A driver has always written its rings before it starts them. When the file has no page
-        there, the guest's writes went elsewhere: its memory is mapped privately, without share=on.
-        """
-        cdef char *host
-        cdef unsigned char present
-        cdef uint64_t page = PAGE, at
-        cdef Mapped one
-        for one in self.mapped:
-            if uva - one.c.uva < one.c.size:
-                break
-        else:
-            return False
-        # mincore() looks into the file for ordinary shared memory, but only into our own page
-        # table for huge pages; there the file as a whole must do.
-        if one.is_huge:
-            return one.huge_empty
-        host = uva_to_host(self.table, uva, length)
-        if host == NULL:
-            return False
-        at = <uint64_t>host - <uint64_t>host % page
-        while at < <uint64_t>host + length:
-            if mincore(<void *>at, page, &present) < 0 or present & 1:
-                return False
-            at += page
-        return True
 
     @property
     def lost(self):

@@ -11,16 +11,16 @@ import os
 from pathlib import Path
 
 
-def is_private_copy(pid: int | None, uva: int, fd: int) -> bool:
-    """Whether process `pid` has `fd`'s file mapped privately at address `uva`.
+def is_private_copy(pid: int | None, uva: int, file: tuple[int, int]) -> bool:
+    """Whether process `pid` has a file (st_dev, st_ino) mapped privately at address `uva`.
 
     False also where that cannot be told: the process is in another PID namespace, or belongs to
     somebody else, or is not the one who mapped the memory.
     """
     if not pid:
         return False
-    file = os.fstat(fd)
-    wanted = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}", str(file.st_ino)
+    dev, ino = file
+    wanted = f"{os.major(dev):02x}:{os.minor(dev):02x}", str(ino)
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
     except OSError:
