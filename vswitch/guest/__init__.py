@@ -18,6 +18,7 @@ from vswitch.guest.guest import (
     SoftwareGuest,
 )
 from vswitch.guest.memory import GuestMemory, Region, plain_layout, scattered_layout
+from vswitch.guest.vnet import VnetHeader
 
 __all__ = [
     "DEFAULT_FEATURES",
@@ -32,6 +33,7 @@ __all__ = [
     "Listener",
     "Region",
     "SoftwareGuest",
+    "VnetHeader",
     "plain_layout",
     "scattered_layout",
 ]

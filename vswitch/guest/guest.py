@@ -29,6 +29,7 @@ from vswitch.guest.queues import (
 from vswitch.guest.responder import Responder, ping
 from vswitch.guest.shapes import BufferOptions
 from vswitch.guest.stack import NetStack
+from vswitch.guest.vnet import VnetHeader
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import BackendRequest, Feature, ProtocolFeature, VringAddr
 
@@ -466,14 +467,28 @@ class SoftwareGuest:
 
     def poll_frames(self, most: int) -> list[bytes]:
         """Up to `most` frames that are there now, straight from the rings."""
-        frames: list[bytes] = []
+        return [frame for _, frame in self._poll_with_headers(most)]
+
+    def _poll_with_headers(self, most: int) -> list[tuple[bytes, bytes]]:
+        found: list[tuple[bytes, bytes]] = []
         with self.lock:
             for queue in self.receiveqs:
-                if len(frames) < most and queue.ring.more_used():
-                    frames += queue.ring.recv(most - len(frames))
+                if len(found) < most and queue.ring.more_used():
+                    found += queue.ring.recv_with_headers(most - len(found))
                     if self.auto_post and queue.ring.post():
                         queue.notify()
-        return frames
+        return found
+
+    def recv_with_headers(self, n: int, timeout: float = 5.0) -> list[tuple[VnetHeader, bytes]]:
+        """As `recv`, each frame with its virtio-net header; not for guests with a responder."""
+        deadline = time.monotonic() + timeout
+        found: list[tuple[VnetHeader, bytes]] = []
+        while len(found) < n:
+            more = self._poll_with_headers(n - len(found))
+            found += [(VnetHeader.unpack(header), frame) for header, frame in more]
+            if not more and not self.wait_used(self.receiveqs, deadline):
+                break
+        return found
 
     def requeue(self, frames: Iterable[bytes]) -> None:
         """Leave frames for the next `recv`."""
