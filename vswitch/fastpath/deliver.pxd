@@ -21,8 +21,10 @@ from vswitch.fastpath.atomics cimport (
 from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault, walk_chain
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
 from vswitch.fastpath.types cimport (
     BURST,
+    DROP_BAD_GSO,
     DROP_BUFFER_SMALL,
     DROP_EGRESS_MTU,
     DROP_NO_BUFFER,
@@ -31,6 +33,7 @@ from vswitch.fastpath.types cimport (
     FAULT_EMPTY_BUFFER,
     FAULT_HEAD,
     MAX_CHAIN,
+    USED_BATCH,
     VNET_HDR_MAX,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
@@ -150,6 +153,9 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     seg = &w.segs[frame.more]
     for i in range(<uint32_t>frame.nseg - 1):
         scatter(w.rx_segs, &at, &offset, seg[i].ptr, seg[i].len)
+    if ring.packed and w.n_used + chains > USED_BATCH:
+        # A driver that sees the first buffer of a frame expects to find all of them.
+        publish_used(w, ring)
     for i in range(chains):
         put_used(w, ring, w.rx_heads[i], w.rx_counts[i], w.rx_lens[i])
     if ring.packed:
@@ -221,12 +227,43 @@ cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexce
     return n
 
 
+cdef inline uint32_t deliver_finished(
+    WorkerC *w, RingC *ring, const Frame *frame, uint64_t *total, Counters *counters
+) noexcept nogil:
+    """Finish a frame for a driver that cannot do so itself, and deliver what becomes of it.
+
+    Each segment is delivered, or dropped, for itself. Returns how many were delivered; their bytes
+    are added to `total`.
+    """
+    cdef Finish f
+    cdef Frame out
+    cdef int result
+    cdef uint32_t delivered = 0
+    if finish_begin(w, frame, ring.offloads, &f) == 0:
+        counters.drops[DROP_BAD_GSO] += 1
+        return 0
+    while f.left:
+        finish_next(w, frame, &f, &out)
+        result = deliver_chains(w, ring, &out)
+        if result >= 0:
+            delivered += 1
+            total[0] += out.len
+            continue
+        counters.drops[-1 - result] += 1
+        if -1 - result == DROP_NO_BUFFER or ring.fault:
+            # The rest fares no better.
+            counters.drops[-1 - result] += f.left
+            counters.stalls += -1 - result == DROP_NO_BUFFER
+            break
+    return delivered
+
+
 cdef inline void deliver_locked(
     WorkerC *w, RingC *ring, const uint8_t *which, uint16_t n, Counters *counters
 ) noexcept nogil:
     cdef uint16_t ready, at = 0, i
-    cdef uint32_t need, max_len = vs_load32(&ring.port.max_len)
-    cdef uint64_t total = 0, delivered = 0
+    cdef uint32_t need, got, max_len = vs_load32(&ring.port.max_len)
+    cdef uint64_t total = 0, delivered = 0, published = 0
     cdef const Frame *frame
     cdef char *host
     cdef int result
@@ -237,8 +274,21 @@ cdef inline void deliver_locked(
     ready = prepare_buffers(w, ring, n)
     for i in range(n):
         frame = &w.frames[which[i]]
-        if vs_unlikely(frame.len > max_len):
+        if vs_unlikely(frame.wire_len > max_len):
             counters.drops[DROP_EGRESS_MTU] += 1
+            continue
+        if vs_unlikely(frame.needs & ~ring.offloads):
+            ready = 0  # as below
+            got = deliver_finished(w, ring, frame, &total, counters)
+            delivered += got
+            if got > 1 and i + 1 < n:
+                # What is delivered by the dozen fills a ring: let the driver begin at once.
+                publish_used(w, ring)
+                notify_driver(ring, counters)
+                published = delivered
+            if vs_unlikely(ring.fault != 0):
+                counters.drops[DROP_RING_FAULT] += n - i - 1
+                break
             continue
         need = frame.len + ring.hdr_len
         if vs_likely(at < ready and w.rx_host[at] != NULL and w.rx_desc[at].len >= need):
@@ -267,10 +317,10 @@ cdef inline void deliver_locked(
                 continue
         delivered += 1
         total += frame.len
-    if delivered:
+    counters.egress_frames += delivered
+    counters.egress_bytes += total
+    if delivered > published:
         publish_used(w, ring)
-        counters.egress_frames += delivered
-        counters.egress_bytes += total
         notify_driver(ring, counters)
     if vs_unlikely(ring.fault != 0):
         post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)

@@ -36,6 +36,7 @@ from vswitch.fastpath.types cimport (
     EVENT_RING_FAULT,
     EVENT_SLOTS,
     EVENT_TAP_LOST,
+    LINEAR_LEN,
     MAX_PORTS,
     MAX_WORKERS,
     N_DROPS,
@@ -87,6 +88,9 @@ DROP_REASONS = (
     ("tap-down", "the TAP interface is down"),
     ("tap-error", "the kernel refused the frame"),
     ("link-down", "the link of the guest's port was set down"),
+    ("offload-unnegotiated", "asks for an offload that was not negotiated"),
+    ("bad-csum", "the checksum to be filled in is not in the frame, or not where its kind has it"),
+    ("bad-gso", "is to be segmented and is no such frame, or gso_size makes no sense"),
 )
 
 FOREVER = (1 << 64) - 1
@@ -107,8 +111,13 @@ cdef class Worker:
         self.c.counters = <Counters *>calloc(MAX_PORTS, sizeof(Counters))
         self.c.events = <EventC *>calloc(EVENT_SLOTS, sizeof(EventC))
         self.c.staging = <char *>aligned_alloc(4096, STAGING_LEN)
-        if self.c.counters == NULL or self.c.events == NULL or self.c.staging == NULL:
+        self.c.linear = <char *>aligned_alloc(64, LINEAR_LEN)
+        if (
+            self.c.counters == NULL or self.c.events == NULL or self.c.staging == NULL
+            or self.c.linear == NULL
+        ):
             raise MemoryError
+        self.c.fragment_id = int.from_bytes(os.urandom(4), "little")
         self.c.event_armed = 1
         self.c.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.c.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
@@ -125,6 +134,7 @@ cdef class Worker:
             free(self.c.counters)
             free(self.c.events)
             free(self.c.staging)
+            free(self.c.linear)
             free(self.c)
 
     def watch(self, int fd, uint64_t token):

@@ -28,7 +28,9 @@ from vswitch.fastpath.fdb cimport (
     fdb_learn,
     fdb_lookup,
 )
+from vswitch.fastpath.frame cimport gather_bytes
 from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.offload cimport check_offload
 from vswitch.fastpath.tap cimport tap_send
 from vswitch.fastpath.types cimport (
     DROP_BAD_SOURCE,
@@ -73,24 +75,26 @@ cdef extern from * nogil:
     """
     const uint64_t VS_MAC_MASK
 
-cdef inline uint32_t gather_bytes(WorkerC *w, const Frame *frame, char *to, uint32_t length) noexcept nogil:
-    """The first bytes of a frame, whatever pieces it is in; returns how many there were."""
-    cdef uint32_t have = frame.seg.len, part, i
-    cdef const Seg *seg
-    if have >= length:
-        memcpy(to, frame.seg.ptr, length)
-        return length
-    memcpy(to, frame.seg.ptr, have)
-    for i in range(<uint32_t>frame.nseg - 1):
-        seg = &w.segs[frame.more + i]
-        part = length - have
-        if part > seg.len:
-            part = seg.len
-        memcpy(to + have, seg.ptr, part)
+
+cdef inline void find_vnet_header(
+    RingC *ring, Frame *frame, const Seg *segs, uint32_t n
+) noexcept nogil:
+    """Note where the virtio_net_hdr of a chain is; one in pieces is gathered."""
+    cdef uint32_t have = 0, part, i
+    frame.vnet = segs[0].ptr
+    if segs[0].len >= ring.hdr_len or not ring.offloads:
+        return
+    frame.vnet = <const char *>frame.hdr
+    for i in range(n):
+        part = ring.hdr_len - have
+        if part > segs[i].len:
+            part = segs[i].len
+        memcpy(<char *>frame.hdr + have, segs[i].ptr, part)
         have += part
-        if have == length:
+        if have == ring.hdr_len:
             break
-    return have
+    if vs_get16(frame.vnet) == 0:
+        memset(frame.hdr, 0, VNET_HDR_MAX)
 
 
 cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDesc *first) noexcept nogil:
@@ -113,6 +117,7 @@ cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDes
     ):
         host = gpa_to_host(ring.mem, first.addr, first.len, &contiguous, &ring.region_hint)
         if vs_likely(host != NULL and contiguous == first.len):
+            frame.vnet = host
             frame.seg.ptr = host + ring.hdr_len
             frame.seg.len = first.len - ring.hdr_len
             frame.len = frame.seg.len
@@ -126,6 +131,8 @@ cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDes
     frame.id = ring.walk_id
     frame.count = ring.walk_count
     n = <uint32_t>got
+    if n:
+        find_vnet_header(ring, frame, segs, n)
     while n and segs[0].len <= skip:
         skip -= segs[0].len
         segs += 1
@@ -238,6 +245,8 @@ cdef inline void classify(
     cdef uint64_t dst, src, dst_key, src_key, vlan = 0
     cdef uint32_t have, k, generation, tick
     cdef uint16_t ethertype
+    cdef uint8_t offloads = ring.offloads if ring != NULL else <uint8_t>port.offloads
+    cdef uint8_t bad
     cdef int32_t out
     if vs_unlikely(frame.drop):
         counters.drops[frame.drop - 1] += 1
@@ -245,7 +254,15 @@ cdef inline void classify(
     if vs_unlikely(frame.len < ETH_HLEN):
         counters.drops[DROP_RUNT] += 1
         return
-    if vs_unlikely(frame.len > vs_load32(&port.max_len)):
+    frame.needs = 0
+    frame.wire_len = frame.len
+    # The flags and the gso_type: hardly ever set but by those who send much.
+    if offloads and vs_get16(frame.vnet):
+        bad = check_offload(w, frame, offloads, ring == NULL)
+        if vs_unlikely(bad):
+            counters.drops[bad - 1] += 1
+            return
+    if vs_unlikely(frame.wire_len > vs_load32(&port.max_len)):
         counters.drops[DROP_OVERSIZE] += 1
         return
     have = gather_bytes(w, frame, head, 18)
@@ -322,6 +339,9 @@ cdef inline void forward_burst(
     for i in range(n):
         vs_prefetch(w.frames[i].seg.ptr)
         total += w.frames[i].len
+    if ring != NULL and ring.offloads:
+        for i in range(n):
+            vs_prefetch(w.frames[i].vnet)
     counters.ingress_frames += n
     counters.ingress_bytes += total
     w.n_touched = 0

@@ -27,6 +27,7 @@ class Ring:
         poll_only: bool,
         packed: bool = False,
         identity: int = 0,
+        offloads: int = 0,
     ) -> int: ...
     def use_memory(self, memory: Memory) -> None: ...
     def unpublish(self) -> None: ...
@@ -60,6 +61,7 @@ class Ring:
 class Port:
     max_len: int
     link_down: bool
+    offloads: int
     @property
     def name(self) -> str: ...
     @property

@@ -1,6 +1,6 @@
 """Ports and rings as the main thread sees them; workers see the C structures inside."""
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vswitch.fastpath.atomics cimport (
@@ -25,6 +25,8 @@ from vswitch.fastpath.types cimport (
     MAX_FRAME_LEN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
+    OFFLOAD_CSUM,
+    OFFLOAD_VALID,
     PortC,
     RingC,
     VringDesc,
@@ -94,6 +96,7 @@ cdef class Ring:
         self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
         uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
         uint32_t base, bint poll_only, bint packed=False, uint64_t identity=0,
+        uint8_t offloads=0,
     ):
         """Point a stopped ring at its memory.
 
@@ -104,6 +107,7 @@ cdef class Ring:
         and not given back is taken again, none is lost to the driver.
         `identity` is the same for the same ring in the same memory, 0 if unknown: with it the
         port's journal tells a packed ring's place and which frames were on their way.
+        `offloads` has the OFFLOAD_* that a receiveq's driver takes, or a transmitq's may ask for.
         Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
@@ -150,6 +154,8 @@ cdef class Ring:
         c.mergeable = mergeable
         c.poll_only = poll_only
         c.packed = packed
+        # Whoever computes checksums itself may also be told that there is nothing to compute.
+        c.offloads = offloads | OFFLOAD_VALID if offloads & OFFLOAD_CSUM else 0
         c.lock = 0
         if packed:
             c.last_avail = c.last_used = base & 0x7FFF
@@ -328,6 +334,15 @@ cdef class Port:
     @link_down.setter
     def link_down(self, bint value):
         vs_store8(&self.c.link_down, value)
+
+    @property
+    def offloads(self):
+        """OFFLOAD_* (the values of TUN_F_*) that a TAP takes and asks for; set before it is shown."""
+        return self.c.offloads & ~OFFLOAD_VALID
+
+    @offloads.setter
+    def offloads(self, uint8_t value):
+        self.c.offloads = value | OFFLOAD_VALID if value & OFFLOAD_CSUM else 0
 
     @property
     def max_len(self):

@@ -22,6 +22,21 @@ cdef enum:
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
     LAST_NONE = 0xFFFF
     USED_BATCH = 128       # used descriptors of a packed ring that are written in one go
+    LINEAR_LEN = 65664     # MAX_FRAME_LEN, rounded up to a cache line
+    HEADERS_MAX = 512      # Ethernet, IP and TCP or UDP headers of a frame to be segmented, bytes
+
+# What a frame may leave to its receiver, and a receiver may take. The values are those of TUN_F_*
+# in linux/if_tun.h, but for the last.
+cdef enum:
+    OFFLOAD_CSUM = 0x01
+    OFFLOAD_TSO4 = 0x02
+    OFFLOAD_TSO6 = 0x04
+    OFFLOAD_ECN = 0x08
+    OFFLOAD_UFO = 0x10
+    OFFLOAD_USO4 = 0x20
+    OFFLOAD_USO6 = 0x40
+    OFFLOAD_VALID = 0x80   # its checksum was verified already: a hint, nothing is left to do
+    OFFLOAD_NEVER = 0x100  # nobody has it: the frame is always finished here
 
 cdef enum:
     VRING_DESC_F_NEXT = 1
@@ -74,6 +89,9 @@ cdef enum:
     DROP_TAP_DOWN
     DROP_TAP_ERROR
     DROP_LINK_DOWN
+    DROP_OFFLOAD_UNNEGOTIATED
+    DROP_BAD_CSUM
+    DROP_BAD_GSO
     N_DROPS
 
 # What is wrong with a ring. The order is that of RING_FAULTS in engine.pyx.
@@ -110,6 +128,7 @@ cdef struct PortC:
     uint8_t link_down      # atomic; switched off by the user
     uint32_t max_len       # atomic; longest Ethernet frame without FCS, bytes
     int tap_fd             # main
+    uint32_t offloads      # main; OFFLOAD_* that a TAP takes and may ask for, 0 for guests
     uint32_t tap_lost      # atomic; the interface was deleted under us
 
 cdef struct JournalBatch:  # chains of a packed ring that are being used, in their order
@@ -148,6 +167,7 @@ cdef struct RingC:
     uint8_t mergeable
     uint8_t poll_only      # no kick eventfd: the worker may not sleep for long
     uint8_t packed
+    uint8_t offloads       # OFFLOAD_*: what a receiveq takes, what a transmitq may ask for
     # atomic
     uint8_t enabled
     uint32_t fault         # a Fault; nonzero stops the ring
@@ -192,7 +212,10 @@ cdef struct Frame:
     uint16_t id            # head or buffer id, to be given back ...
     uint16_t count         # ... with so many ring entries
     uint8_t drop           # a Drop + 1 when the frame is not to be forwarded
-    uint8_t hdr[VNET_HDR_MAX]
+    uint16_t needs         # OFFLOAD_* that a receiver must have to take it as it is
+    uint32_t wire_len      # its length, or that of its longest segment
+    const char *vnet       # the sender's virtio_net_hdr
+    uint8_t hdr[VNET_HDR_MAX]  # what receivers get
 
 cdef struct PortView:
     PortC *port
@@ -297,7 +320,7 @@ cdef struct WorkerC:
     # scratch of one burst
     uint16_t heads[BURST]
     Frame frames[BURST]
-    Seg segs[SEG_POOL]
+    Seg segs[SEG_POOL + 1] # the last: the payload of a frame finished in software
     uint32_t n_segs
     uint16_t touched[MAX_PORTS]
     uint32_t n_touched
@@ -316,3 +339,6 @@ cdef struct WorkerC:
     uint32_t used_len[USED_BATCH]
     uint32_t n_used
     char *staging          # frames read from a TAP
+    char *linear           # [LINEAR_LEN]; a frame being finished in software
+    char headers[HEADERS_MAX + 64]  # of its present segment
+    uint32_t fragment_id   # of the next IPv6 datagram to be fragmented

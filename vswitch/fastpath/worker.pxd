@@ -210,6 +210,7 @@ cdef inline void send_injected(WorkerC *w, const View *view) noexcept nogil:
         port = view.ports[oldest.port].port
         if port != NULL:
             memset(w.frames[0].hdr, 0, VNET_HDR_MAX)
+            w.frames[0].vnet = <const char *>w.frames[0].hdr
             w.frames[0].seg.ptr = oldest.data
             w.frames[0].seg.len = oldest.len
             w.frames[0].len = oldest.len
