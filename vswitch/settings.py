@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -35,6 +36,12 @@ CPU_MAX = 1023
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _OCTAL = re.compile(r"0?[0-7]{3}")
+
+OFFLOADS = ("csum", "tso4", "tso6", "ecn", "uso", "ufo")
+"""What `offloads` can name. All but csum rest on csum (VIRTIO 1.2, 5.1.3.1)."""
+
+OffloadSetting = bool | list[str]
+"""True: all, False: none, or those named."""
 
 Mode = Literal["server", "client"]
 Polling = Literal["adaptive", "busy", "sleep"]
@@ -141,6 +148,23 @@ def _check_cpu(value: int) -> int:
     return value
 
 
+def _check_offloads(value: object) -> OffloadSetting:
+    names = ", ".join(f'"{name}"' for name in OFFLOADS)
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list):
+        raise _bad(f"must be true, false or a list of {names}")
+    for name in value:
+        if name not in OFFLOADS:
+            raise _bad(f"names no offload with {name!r}; there are {names}")
+    if len(set(value)) != len(value):
+        raise _bad("names an offload twice")
+    if value and "csum" not in value:
+        raise _bad(f'must have "csum" as well: {value[0]} is not possible without')
+    return value
+
+
+Offloads = Annotated[OffloadSetting, PlainValidator(_check_offloads)]
 Name = Annotated[str, AfterValidator(check_name)]
 InterfaceName = Annotated[str, AfterValidator(check_interface_name)]
 SocketPath = Annotated[Path, BeforeValidator(_path_from_text)]
@@ -216,6 +240,9 @@ class PortSettings(_Model):
     )
     queues: int = Field(default=1, ge=1, le=QUEUES_MAX, description="most queue pairs")
     mtu: Mtu | None = Field(default=None, description="MTU offered to the guest, in bytes")
+    offloads: Offloads = Field(
+        default=True, description="checksum and segmentation offloads offered to the guest"
+    )
 
     @field_validator("owner", "group", "permissions")
     @classmethod
@@ -240,6 +267,9 @@ class UplinkSettings(_Model):
     mtu: Mtu | None = Field(default=None, description="MTU to set on the interface, in bytes")
     bridge: InterfaceName | None = Field(
         default=None, description="Linux bridge the interface joins"
+    )
+    offloads: Offloads = Field(
+        default=True, description="checksum and segmentation offloads left to the kernel"
     )
 
     @field_validator("bridge")

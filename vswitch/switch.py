@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Self, cast
 
+from vswitch import offloads
 from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.engine import Engine
@@ -145,7 +146,12 @@ class Switch:
     async def add_uplink(self, settings: UplinkSettings) -> PortInfo:
         async with self._lock:
             self._check_free(settings)
-            tap = open_tap(settings.name, mtu=settings.mtu, bridge=settings.bridge)
+            tap = open_tap(
+                settings.name,
+                mtu=settings.mtu,
+                bridge=settings.bridge,
+                offloads=offloads.mask(settings.offloads),
+            )
             try:
                 port = TapPort(settings, tap, self._new_fast_port(settings.name, tap.fd))
             except BaseException:

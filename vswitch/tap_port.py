@@ -20,6 +20,7 @@ class TapPort:
         self.settings = settings
         self.fast = port
         self._tap = tap
+        port.offloads = tap.offloads
         self._lost = False
         self._mtu = tap.mtu
         self.check()

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 
+from vswitch import offloads
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
@@ -41,8 +42,9 @@ FEATURES = (
     | Feature.GUEST_ANNOUNCE
     | Feature.MQ
 )
-"""What a port offers. CTRL_*, STATUS, ANNOUNCE and MQ are the frontend's to implement; to offer
-them says that nothing here stands in their way."""
+"""What a port offers besides offloads. CTRL_*, STATUS, ANNOUNCE and MQ are the frontend's to
+implement; to offer them says that nothing here stands in their way. CTRL_GUEST_OFFLOADS does not
+belong to them: a guest changes its offloads by it, and no message tells a backend."""
 
 ETH_OVERHEAD = 14 + 4
 """Bytes of a frame beyond its MTU: Ethernet header and one VLAN tag."""
@@ -194,7 +196,7 @@ class VhostPort:
 
     @property
     def features(self) -> Feature:
-        return FEATURES
+        return FEATURES | offloads.offered(self.settings.offloads)
 
     @property
     def memory_slots(self) -> int:
@@ -274,6 +276,7 @@ class VhostPort:
                 poll_only=setup.kick_fd < 0,
                 packed=Feature.RING_PACKED in setup.features,
                 identity=self._identity(setup),
+                offloads=_offloads(ring, setup.features),
             )
         except RingError as exc:
             raise DatapathError(f"vring {index}: {exc}") from exc
@@ -482,6 +485,12 @@ class VhostPort:
 def _ring_name(index: int) -> str:
     """receiveq0, transmitq0, receiveq1 ... counted from 0 as in `ethtool`."""
     return f"{'transmitq' if index & 1 else 'receiveq'}{index // 2}"
+
+
+def _offloads(ring: Ring, features: Feature) -> int:
+    if ring.is_transmitq:
+        return offloads.asked_for(features)
+    return offloads.taken(features)
 
 
 def rarp_frame(mac: bytes) -> bytes:

@@ -60,6 +60,13 @@ def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     done = run("add-port", "vm2", "/nowhere/vm2", "--client", "--mtu", "9000", "--json")
     assert done.json["mode"] == "client"
     assert done.json["mtu"] == 9000
+    done = run("add-port", "vm3", "/nowhere/vm3", "--client", "--offloads", "csum,tso4")
+    assert done.code == 0
+    assert controlled.do(lambda: controlled.switch.settings.ports[2].offloads) == ["csum", "tso4"]
+    assert "must have" in run("add-port", "vm4", "/nowhere/4", "--offloads", "tso4").err
+    assert run("add-port", "vm4", "/nowhere/4", "--client", "--offloads", "off").code == 0
+    assert controlled.do(lambda: controlled.switch.settings.ports[3].offloads) is False
+    assert run("del-port", "vm3", "vm4").code == 0
 
     table = run("list-ports").out.splitlines()
     assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "MODE", "SOCKET"]

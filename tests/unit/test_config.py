@@ -264,7 +264,7 @@ def test_values_given_at_run_time() -> None:
         'port "vm1".socket: must be an absolute path (got "s")',
         'port "vm1".queues: must be at least 1 (got 0)',
         'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
-        "queues, mtu)",
+        "queues, mtu, offloads)",
     ]
     assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
     with pytest.raises(ConfigError, match=r"uplink.name: is missing"):
@@ -296,3 +296,32 @@ def test_the_demo_has_three_ports_and_a_tap() -> None:
     assert [u.name for u in settings.uplinks] == ["vswitch0"]
     run = CONFIG / "run"
     assert {p.socket.parent for p in settings.ports} == {run} == {settings.switch.control.parent}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ('"on"', 'must be true, false or a list of "csum", "tso4"'),
+        ("1", "must be true, false or a list of"),
+        ('["tso4"]', 'must have "csum" as well: tso4 is not possible without'),
+        ('["csum", "lro"]', "names no offload with 'lro'; there are"),
+        ('["csum", 4]', "names no offload with 4; there are"),
+        ('["csum", "csum"]', "names an offload twice"),
+    ],
+)
+@pytest.mark.parametrize("table", ["[[port]]\nsocket = '/x/s'", "[uplink]"])
+def test_offloads_that_cannot_be(table: str, value: str, reason: str) -> None:
+    with pytest.raises(ConfigFileError) as caught:
+        parse(f"{table}\nname = 'a'\noffloads = {value}\n")
+    (problem,) = caught.value.problems
+    assert problem.key.endswith('"a".offloads')
+    assert problem.reason.startswith(reason)
+
+
+def test_offloads() -> None:
+    text = "[[port]]\nname = 'a'\nsocket = '/x/s'\n"
+    for value, expected in (
+        ("true", True), ("false", False), ("[]", []), ('["csum", "uso"]', ["csum", "uso"]),
+    ):  # fmt: skip
+        assert parse(f"{text}offloads = {value}\n").ports[0].offloads == expected
+    assert parse(text).ports[0].offloads is True

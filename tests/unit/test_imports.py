@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.workers",
             "vswitch.journals",
             "vswitch.placement",
+            "vswitch.offloads",
         ),
         (
             *BASE,
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.workers",
             "vswitch.journals",
             "vswitch.placement",
+            "vswitch.offloads",
         ),
     ),
     "vswitch.daemon": (

@@ -124,8 +124,21 @@ def test_frames_cross_behind_a_header_of_twelve_bytes() -> None:
 def test_offloads_are_passed_on() -> None:
     TUN_F_CSUM = 0x01
     with open_tap("t0", offloads=TUN_F_CSUM) as opened:
-        assert opened.fd >= 0
+        assert opened.offloads == TUN_F_CSUM
     assert "offloads 0x8000 are not possible" in failure("t0", offloads=0x8000).message
+
+
+def test_an_older_kernel_knows_no_uso(monkeypatch: pytest.MonkeyPatch) -> None:
+    ioctl = tap.fcntl.ioctl
+
+    def older(fd: int, request: int, argument: object) -> object:
+        if request == tap.TUNSETOFFLOAD and int(argument) & 0x60:  # type: ignore[call-overload]
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return ioctl(fd, request, argument)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(tap.fcntl, "ioctl", older)
+    with open_tap("t0", offloads=0x7F) as opened:
+        assert opened.offloads == 0x1F
 
 
 def test_it_joins_a_bridge() -> None:
@@ -184,7 +197,7 @@ def test_a_tap_of_the_user_needs_no_rights() -> None:
     ip("link", "set", "p0", "master", "br0", "up", "mtu", "1400")
     text = as_nobody(lambda: open_tap("p0", mtu=1400, bridge="br0"))
     assert text.startswith("Tap(fd=")
-    assert "created=False, warning=None" in text
+    assert "created=False, offloads=0, warning=None" in text
     text = as_nobody(lambda: open_tap("p0", mtu=1500))
     assert 'uplink "p0": cannot set mtu 1500' in text
     assert "ip link set p0 mtu 1500" in text

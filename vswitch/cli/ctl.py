@@ -130,6 +130,21 @@ def cli(ctx: click.Context, socket: str | None, timeout: float) -> None:
 cli.params.append(_json_option())
 
 
+def _offload_names(_ctx: click.Context, _: click.Parameter, value: str) -> bool | list[str]:
+    """`on`, `off` or names with commas between them; which names there are, the switch knows."""
+    return {"on": True, "off": False}.get(value, value.split(","))
+
+
+_offloads = click.option(
+    "--offloads",
+    default="on",
+    show_default=True,
+    callback=_offload_names,
+    metavar="LIST",
+    help="Checksum and segmentation offloads: on, off, or some of csum,tso4,tso6,ecn,uso,ufo.",
+)
+
+
 @cli.command("add-port")
 @click.argument("name")
 @click.argument("socket", type=click.Path())
@@ -139,6 +154,7 @@ cli.params.append(_json_option())
 @click.option("--owner", help="User who owns the socket.")
 @click.option("--group", help="Group of the socket.")
 @click.option("--permissions", metavar="OCTAL", help="Permissions of the socket, e.g. 0660.")
+@_offloads
 @pass_state
 def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:
     """Add the port NAME with the vhost-user socket SOCKET."""
@@ -298,11 +314,12 @@ def uplink() -> None:
 @click.argument("name")
 @click.option("--mtu", type=int, help="MTU to set on the interface, in bytes.")
 @click.option("--bridge", help="Linux bridge the interface joins.")
+@_offloads
 @pass_state
-def uplink_add(state: State, name: str, mtu: int | None, bridge: str | None) -> None:
+def uplink_add(state: State, /, name: str, **options: Any) -> None:
     """Open the TAP interface NAME, created if need be, and join it to the switch."""
     with state.connect() as switch:
-        port = switch.add_uplink(name, mtu=mtu, bridge=bridge)
+        port = switch.add_uplink(name, **options)
     state.done(port, f"added uplink {name} ({port['state']})")
     if port["warning"] and not state.json:
         click.echo(f"vswitchctl: warning: {port['warning']}", err=True)

@@ -139,8 +139,12 @@ class Client:
         owner: str | None = None,
         group: str | None = None,
         permissions: str | None = None,
+        offloads: bool | list[str] = True,
     ) -> PortInfo:
-        """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes."""
+        """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes.
+
+        `offloads`: all, none, or those of settings.OFFLOADS that are named.
+        """
         return cast(
             PortInfo,
             self._call(
@@ -153,6 +157,7 @@ class Client:
                 owner=owner,
                 group=group,
                 permissions=permissions,
+                offloads=offloads,
             ),
         )
 
@@ -169,11 +174,20 @@ class Client:
         return cast(PortInfo, self._call("port", name=name))
 
     def add_uplink(
-        self, name: str, *, type: str = "tap", mtu: int | None = None, bridge: str | None = None
+        self,
+        name: str,
+        *,
+        type: str = "tap",
+        mtu: int | None = None,
+        bridge: str | None = None,
+        offloads: bool | list[str] = True,
     ) -> PortInfo:
-        """Open a TAP interface, created if need be."""
+        """Open a TAP interface, created if need be. `offloads` as for `add_port`."""
         return cast(
-            PortInfo, self._call("add_uplink", name=name, type=type, mtu=mtu, bridge=bridge)
+            PortInfo,
+            self._call(
+                "add_uplink", name=name, type=type, mtu=mtu, bridge=bridge, offloads=offloads
+            ),
         )
 
     def del_uplink(self, name: str) -> None:

@@ -29,6 +29,8 @@ VNET_HDR_LEN = 12
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
+TUN_F_USO = 0x60
+"""TUN_F_USO4 and TUN_F_USO6, which kernels before 6.2 do not know."""
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
@@ -57,6 +59,7 @@ class Tap:
 
     `fd` is non-blocking. `mtu` is in bytes, `mac` is that of the host's side, `warning` what a user
     should know although the interface is open. `created` says that closing removes the interface.
+    `offloads` has the TUN_F_* bits that the kernel granted.
     """
 
     fd: int
@@ -65,6 +68,7 @@ class Tap:
     mtu: int
     mac: str
     created: bool
+    offloads: int
     warning: str | None = None
 
     def close(self) -> None:
@@ -88,9 +92,9 @@ def open_tap(
     """Open the TAP interface `name`, creating it if need be, and bring it up.
 
     Frames on the descriptor follow a virtio_net_hdr of VNET_HDR_LEN bytes. `offloads` has the
-    TUN_F_* bits of what may be left to us in frames from the host (TUNSETOFFLOAD). What is already
-    as it should be is left alone, so that a persistent TAP that belongs to the user needs no
-    privilege. Raises UplinkError.
+    TUN_F_* bits of what may be left to us in frames from the host (TUNSETOFFLOAD), USO only where
+    the kernel knows it. What is already as it should be is left alone, so that a persistent TAP
+    that belongs to the user needs no privilege. Raises UplinkError.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
         existed = _check_kind(control, name)
@@ -98,7 +102,7 @@ def open_tap(
         try:
             try:
                 fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("=i", VNET_HDR_LEN))
-                fcntl.ioctl(fd, TUNSETOFFLOAD, offloads)
+                offloads = _set_offloads(fd, offloads)
             except OSError as exc:
                 raise UplinkError(
                     f'uplink "{name}": offloads {offloads:#x} are not possible: {exc.strerror}',
@@ -116,6 +120,7 @@ def open_tap(
                 mtu=_get_int(control, name, SIOCGIFMTU),
                 mac=_mac(control, name),
                 created=not existed,
+                offloads=offloads,
                 warning=warning,
             )
         except OSError as exc:
@@ -182,6 +187,18 @@ def _attach(name: str, existed: bool) -> int:
         os.close(fd)
         raise _attach_error(name, existed, exc) from exc
     return fd
+
+
+def _set_offloads(fd: int, offloads: int) -> int:
+    """Returns what the kernel took."""
+    try:
+        fcntl.ioctl(fd, TUNSETOFFLOAD, offloads)
+    except OSError:
+        if not offloads & TUN_F_USO:
+            raise
+        offloads &= ~TUN_F_USO
+        fcntl.ioctl(fd, TUNSETOFFLOAD, offloads)
+    return offloads
 
 
 def _attach_error(name: str, existed: bool, exc: OSError) -> UplinkError:
