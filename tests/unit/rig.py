@@ -1,0 +1,79 @@
+"""An engine in this process with software guests on it, and no sockets between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from vswitch import offloads
+from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.mapping import Memory
+from vswitch.fastpath.port import Port, Ring
+from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.vhost_user.protocol import Feature
+
+ALL = offloads.offered(True)
+"""Every offload, both ways."""
+
+
+class Rig:
+    """Ports of one running engine; what it does not know is flooded."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.engine = Engine()
+        self._stack = stack
+        self._keep: list[object] = []
+        worker = self.engine.workers[0]
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(worker.stop)
+
+    def guest(self, n: int, features: int = ALL, **options: Any) -> tuple[SoftwareGuest, Port]:
+        """A guest with these features besides those of every guest."""
+        options = {"max_frame_len": 65553, "queue_size": 64, **options}
+        guest = self._stack.enter_context(SoftwareGuest(f"52:54:00:00:00:{n:02x}", **options))
+        guest.build_offline(DEFAULT_FEATURES | features)
+        port = self.engine.add_port(f"vm{n}")
+        regions, fds = guest.memory.table()
+        memory = Memory(regions, fds)
+        for queue in guest.queues():
+            ring = Ring(port, queue.index)
+            ring.enabled = True
+            ring.set_call(queue.call_fd)
+            addr = guest.vring_addr(queue)
+            ring.start(
+                memory,
+                queue.layout.size,
+                addr.desc_uva,
+                addr.used_uva,
+                addr.avail_uva,
+                hdr_len=queue.ring.header_len,
+                event_idx=True,
+                indirect=True,
+                mergeable=Feature.MRG_RXBUF in guest.features,
+                base=0,
+                poll_only=False,
+                offloads=(offloads.asked_for if ring.is_transmitq else offloads.taken)(
+                    guest.features
+                ),
+            )
+            self.engine.attach(ring, queue.kick_fd)
+            self._keep += [memory, ring]
+        self.settle()
+        return guest, port
+
+    def settle(self) -> None:
+        ticket = self.engine.publish()
+        assert self.engine.wait(ticket, 5_000_000_000)
+
+    def drops(self, port: Port) -> dict[str, int]:
+        return self.engine.stats(port)["drops"]
+
+
+@contextmanager
+def running() -> Iterator[Rig]:
+    with ExitStack() as stack:
+        yield Rig(stack)
