@@ -466,7 +466,7 @@ class VhostPort:
     def _look_for_sharing(self, setup: RingSetup) -> None:
         """Warn when the driver's rings are not in the memory that we were given.
 
-        QEMU without share=on hands over the guest's file all the same, but has a private copy of it.
+        QEMU without share=on hands over the file all the same, and keeps a private copy of it.
         """
         assert self._memory is not None
         if self._warning is not None or self._backend is None:
