@@ -13,15 +13,15 @@ from vswitch import offloads
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import SLOTS, Memory
+from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory
 from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
 from vswitch.journals import make_shared, open_shared
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
-from vswitch.vhost_user.datapath import DatapathError, RingSetup
+from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
 from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
-from vswitch.vhost_user.protocol import Feature, MemRegion, ProtocolFeature
+from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion, ProtocolFeature
 from vswitch.vhost_user.sharing import is_private_copy
 
 FEATURES = (
@@ -95,6 +95,9 @@ class VhostPort:
         self._memory: Memory | None = None
         self._memory_lost = False
         self._old_memory: list[Memory] = []
+        self._dirty_log: DirtyLog | None = None
+        self._old_logs: list[DirtyLog | None] = []
+        self._logs: dict[int, RingLog | None] = {}
         self._file_ids: list[tuple[int, int]] = []
         self._connects = 0
         self._connected_at: float | None = None
@@ -209,6 +212,9 @@ class VhostPort:
         self._memory_lost = False
         self._old_memory.clear()
         self._file_ids = []
+        self._old_logs.clear()
+        if not regions:
+            self._dirty_log = None
         if not regions:
             return
         try:
@@ -249,6 +255,32 @@ class VhostPort:
         await self._settle()
         self._old_memory.clear()
 
+    async def set_log(self, fd: int, area: LogArea) -> None:
+        try:
+            self._dirty_log = DirtyLog(fd, area.size, area.offset)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        await self.log_rings({i: self._logs[i] for i, r in self.fast.rings.items() if r.started})
+
+    async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
+        # Kept, as old memory is, until no worker writes there any more.
+        self._old_logs += [self._set_ring_log(index, log_) for index, log_ in logs.items()]
+        await self._settle()
+        self._old_logs.clear()
+
+    def _set_ring_log(self, index: int, log_: RingLog | None) -> DirtyLog | None:
+        """Tell a ring what to log; returns the log it had."""
+        self._logs[index] = log_
+        ring = self.fast.rings[index]
+        old = ring.log
+        if log_ is None or self._dirty_log is None:
+            ring.set_log(None, None)
+        else:
+            ring.set_log(self._dirty_log, log_.used_gpa)
+        return old
+
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         if self._memory is None:
             raise DatapathError(f"vring {index} is to start and there is no memory table")
@@ -261,6 +293,7 @@ class VhostPort:
         self._enabled[index] = setup.enabled
         ring.enabled = setup.enabled and not self.fast.link_down
         ring.set_call(setup.call_fd)
+        self._set_ring_log(index, setup.log)
         try:
             base = ring.start(
                 self._memory,

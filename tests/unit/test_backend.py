@@ -92,7 +92,7 @@ def complaint(exc: BaseException | None) -> str:
 
 def test_offers() -> None:
     async def test(peer: Peer) -> None:
-        assert await peer.ask(Request.GET_FEATURES) == u64(ALL)
+        assert await peer.ask(Request.GET_FEATURES) == u64(ALL | Feature.LOG_ALL)
         assert await peer.ask(Request.GET_PROTOCOL_FEATURES) == u64(PROTOCOL_FEATURES)
         await negotiate(peer)
         assert await peer.ask(Request.GET_QUEUE_NUM) == u64(2)
@@ -518,7 +518,7 @@ def test_many_messages_at_once() -> None:
         await negotiate(peer)
         await peer.send_raw(protocol.encode(Request.GET_FEATURES) * 50, [])
         for _ in range(50):
-            assert (await peer.reply())[2] == u64(ALL)
+            assert (await peer.reply())[2] == u64(ALL | Feature.LOG_ALL)
 
     with_peer(test)
 

@@ -12,11 +12,12 @@ from typing import Any
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
-from vswitch.vhost_user.datapath import DatapathError, RingSetup
+from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     HEADER,
     Feature,
+    LogArea,
     MemRegion,
     VringAddr,
     VringState,
@@ -58,6 +59,14 @@ class RecordingDatapath:
             for uva in (setup.desc_uva, setup.used_uva, setup.avail_uva):
                 assert not region.uva <= uva < region.uva + region.size, "a ring runs in there"
         self._note("remove_memory", region)
+
+    async def set_log(self, fd: int, area: LogArea) -> None:
+        os.fstat(fd)
+        self._note("set_log", *area)
+
+    async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
+        assert logs.keys() <= self.running.keys()
+        self._note("log_rings", logs)
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         assert index not in self.running
@@ -197,8 +206,10 @@ def state(vring: int, num: int) -> bytes:
 
 
 def addr(vring: int, **other: int) -> bytes:
-    fields = {"desc_uva": 0x1000, "used_uva": 0x3000, "avail_uva": 0x2000} | other
-    return protocol.encode_vring_addr(VringAddr(vring, fields.pop("flags", 0), **fields, log_gpa=0))
+    fields = {
+        "flags": 0, "desc_uva": 0x1000, "used_uva": 0x3000, "avail_uva": 0x2000, "log_gpa": 0,
+    } | other  # fmt: skip
+    return protocol.encode_vring_addr(VringAddr(vring, **fields))
 
 
 class Eventfd:

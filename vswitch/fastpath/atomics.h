@@ -47,6 +47,9 @@ static inline int vs_cas_ptr(void **p, void *expected, void *desired) {
     return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
+/* Release: whoever finds the bit sees what was written before it. */
+static inline void vs_set_bit(uint8_t *p, unsigned bit) { __atomic_fetch_or(p, 1u << bit, __ATOMIC_RELEASE); }
+
 /* A spin lock for the places that are not the common path. vs_trylock's acquire pairs with
  * vs_unlock's release. */
 static inline int vs_trylock(uint32_t *lock) {

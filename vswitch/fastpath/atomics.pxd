@@ -25,6 +25,7 @@ cdef extern from "atomics.h" nogil:
     bint vs_cas64(uint64_t *p, uint64_t expected, uint64_t desired)
     void *vs_exchange_ptr(void **p, void *v)
     bint vs_cas_ptr(void **p, void *expected, void *desired)
+    void vs_set_bit(uint8_t *p, unsigned bit)
     bint vs_trylock(uint32_t *lock)
     void vs_unlock(uint32_t *lock)
     void vs_pause()

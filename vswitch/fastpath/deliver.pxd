@@ -19,6 +19,7 @@ from vswitch.fastpath.atomics cimport (
     vs_unlock,
 )
 from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault, walk_chain
+from vswitch.fastpath.dirty cimport log_host, log_segs
 from vswitch.fastpath.events cimport post_event
 from vswitch.fastpath.memory cimport gpa_to_host
 from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
@@ -153,6 +154,8 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     seg = &w.segs[frame.more]
     for i in range(<uint32_t>frame.nseg - 1):
         scatter(w.rx_segs, &at, &offset, seg[i].ptr, seg[i].len)
+    if vs_unlikely(ring.log != NULL):
+        log_segs(ring, w.rx_segs, need)
     if ring.packed and w.n_used + chains > USED_BATCH:
         # A driver that sees the first buffer of a frame expects to find all of them.
         publish_used(w, ring)
@@ -296,6 +299,8 @@ cdef inline void deliver_locked(
             head = w.rx_heads[at]
             put_header(host, frame, ring.hdr_len, 1)
             copy_frame(w, host + ring.hdr_len, frame)
+            if vs_unlikely(ring.log != NULL):
+                log_host(ring, host, need)
             put_used(w, ring, head, 1, need)
             if ring.packed:
                 packed_step(ring, &ring.last_avail, &ring.avail_wrap, 1)

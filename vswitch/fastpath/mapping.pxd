@@ -1,6 +1,6 @@
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 
-from vswitch.fastpath.types cimport MemTable, Region
+from vswitch.fastpath.types cimport LogC, MemTable, Region
 
 
 cdef class Mapped:
@@ -16,3 +16,11 @@ cdef class Memory:
     cdef Memory _copy(self)
     cdef _enter(self, Mapped one)
     cdef _map(self, tuple region, int fd)
+
+
+cdef class DirtyLog:
+    cdef LogC c
+    cdef void *map_base
+    cdef uint64_t map_len
+    cdef uint32_t lost        # atomic; its file was truncated under us
+    cdef int slot             # in the table of sigbus.h

@@ -1,7 +1,7 @@
 """Guest memory, mapped from the file descriptors that a frontend hands over."""
 
 from libc.errno cimport errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 import os
@@ -177,3 +177,47 @@ cdef class Memory:
 
     def __dealloc__(self):
         free(self.table)
+
+
+cdef class DirtyLog:
+    """The frontend's bitmap of written pages (SET_LOG_BASE), mapped.
+
+    `size` and `offset` are bytes. The descriptor stays the caller's and may be closed afterwards.
+    Raises ValueError for a log that cannot be, OSError when the kernel refuses to map. Unmapped when
+    the last ring that logs there is done with it.
+    """
+
+    def __cinit__(self, int fd, size, offset):
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError(
+                "the log's file descriptor is not a file of shared memory "
+                f"(file type {stat.S_IFMT(info.st_mode):#o})"
+            )
+        if size == 0:
+            raise ValueError("the log's size is 0")
+        if offset + size > info.st_size:
+            raise ValueError(
+                f"log offset {offset:#x} plus size {size:#x} is beyond "
+                f"the end of its file ({info.st_size:#x} bytes)"
+            )
+        cdef uint64_t page = max(PAGE, info.st_blksize)
+        cdef uint64_t start = offset - offset % page
+        cdef uint64_t length = (offset - start + size + page - 1) // page * page
+        cdef void *base
+        with nogil:
+            base = mmap(
+                NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start
+            )
+        if base == MAP_FAILED:
+            raise OSError(errno, f"log: mmap of {size:#x} bytes: {os.strerror(errno)}")
+        self.map_base = base
+        self.map_len = length
+        self.slot = vs_add_region(<char *>base, length, &self.lost)
+        self.c.bits = <uint8_t *>base + <uint64_t>(offset - start)
+        self.c.len = size
+
+    def __dealloc__(self):
+        if self.map_base != NULL:
+            vs_remove_region(self.slot)
+            munmap(self.map_base, self.map_len)

@@ -1,5 +1,5 @@
 from vswitch.fastpath.journal cimport Journal
-from vswitch.fastpath.mapping cimport Memory
+from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.types cimport PortC, RingC
 
 
@@ -7,6 +7,7 @@ cdef class Ring:
     cdef RingC *c
     cdef readonly Port port
     cdef Memory memory        # kept mapped for as long as the ring points into it
+    cdef readonly DirtyLog log         # kept mapped as well
     cdef tuple areas          # (user address, len) of the parts of a started ring
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it

@@ -15,13 +15,15 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release_ptr,
 )
 from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
-from vswitch.fastpath.mapping cimport Memory
+from vswitch.fastpath.dirty cimport log_packed, log_used
+from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport (
     FAULT_NONE,
     KIND_TAP,
     KIND_VHOST,
     LAST_NONE,
+    LogC,
     MAX_FRAME_LEN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
@@ -173,6 +175,7 @@ cdef class Ring:
         note_taken(c)
         note_batch(c, c.last_avail, c.avail_wrap, NULL, NULL, 0)
         c.journal.identity = identity
+        c.published = c.last_used
         c.signalled_valid = 0
         c.region_hint = 0
         c.empty_polls = 0
@@ -183,6 +186,11 @@ cdef class Ring:
         vs_store32(&c.fault, FAULT_NONE)
         # Polling to begin with; a worker asks for kicks before it sleeps.
         refuse_kicks(c)
+        if c.log != NULL:
+            # What was given back of an earlier switch's, wherever that was.
+            log_used(c, 0, 4 if packed else 6 + 8 * size)
+            if packed:
+                log_packed(c, 0, size)
         self.memory = memory
         self.areas = tuple((uva, length) for _, uva, _, length in parts)
         self.started = self.published = True
@@ -201,6 +209,21 @@ cdef class Ring:
         # Release: the table before the pointer to it; workers load the pointer once a translation.
         vs_store_release_ptr(<void **>&self.c.mem, memory.table)
         self.memory = memory
+
+    def set_log(self, DirtyLog log, used_gpa):
+        """Log writes from now on, or no longer with None; takes effect at the next quiescence.
+
+        `used_gpa` is what the used ring's first byte is logged as, None if its writes are not to be
+        logged.
+        """
+        cdef LogC *c = NULL
+        if log is not None:
+            c = &log.c
+        self.c.log_gpa = used_gpa or 0
+        self.c.log_used = used_gpa is not None
+        # Release: the rest before the pointer that makes it count.
+        vs_store_release_ptr(<void **>&self.c.log, c)
+        self.log = log
 
     def unpublish(self):
         """Leave the ring out of what is published from now on."""
@@ -224,6 +247,7 @@ cdef class Ring:
         """
         self.started = self.published = self.moving = False
         self.memory = None
+        self.set_log(None, None)
         self.c.desc = NULL
         self.c.mem = NULL
         return self.base

@@ -147,6 +147,10 @@ cdef struct JournalC:      # of one ring; outlives the process, see journal.pyx
     uint16_t current       # which of the two batches counts
     JournalBatch batches[2]
 
+cdef struct LogC:          # main; immutable once made
+    uint8_t *bits          # one a page of 4096 bytes
+    uint64_t len           # bytes of it
+
 cdef struct RingC:
     # main
     VringDesc *desc
@@ -158,6 +162,9 @@ cdef struct RingC:
     MemTable *mem
     PortC *port
     JournalC *journal
+    LogC *log              # atomic; NULL unless writes are to be logged
+    uint64_t log_gpa       # what the first byte of the used ring is logged as ...
+    uint8_t log_used       # ... if its writes are to be logged
     uint16_t size
     uint16_t mask
     uint16_t index         # vring index: even receiveq, odd transmitq
@@ -177,6 +184,7 @@ cdef struct RingC:
     uint32_t lock          # receiveq only, and only with more than one worker
     uint16_t last_avail    # next avail entry to take; packed: a position
     uint16_t last_used     # next used entry to write; packed: a position
+    uint16_t published     # split: used.idx as the driver sees it
     uint16_t cached_avail  # avail.idx as last read
     uint16_t signalled     # used.idx at the last notification decision
     uint8_t signalled_valid

@@ -19,6 +19,7 @@ from vswitch.fastpath.atomics cimport (
     vs_unlikely,
 )
 from vswitch.fastpath.chain cimport ring_fault
+from vswitch.fastpath.dirty cimport log_packed, log_used, log_used_elements
 from vswitch.fastpath.journal cimport note_batch
 from vswitch.fastpath.types cimport (
     FAULT_AVAIL_IDX,
@@ -92,7 +93,7 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
     before what was not.
     """
     cdef uint32_t i
-    cdef uint16_t flags
+    cdef uint16_t flags, first = ring.last_used
     if w.n_used == 0:
         return
     if not ring.index & 1:  # of a transmitq it was noted before the frames were forwarded
@@ -111,6 +112,8 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
         ring.last_wrap = ring.used_wrap
         packed_step(ring, &ring.last_used, &ring.used_wrap, w.used_count[i])
     w.n_used = 0
+    if vs_unlikely(ring.log != NULL):
+        log_packed(ring, first, ring.last_used)
 
 
 cdef inline void put_used(
@@ -138,6 +141,9 @@ cdef inline void publish_used(WorkerC *w, RingC *ring) noexcept nogil:
     # Release: elements and buffers before the index. Pairs with the driver's read barrier after it
     # read used.idx (2.7.14).
     vs_store_release16(ring.used_hdr + 1, ring.last_used)
+    if vs_unlikely(ring.log != NULL):
+        log_used_elements(ring, ring.published, ring.last_used)
+    ring.published = ring.last_used
 
 
 cdef inline bint driver_wants_call(RingC *ring) noexcept nogil:
@@ -191,6 +197,14 @@ cdef inline void notify_driver(RingC *ring, Counters *counters) noexcept nogil:
         counters.calls += 1
 
 
+cdef inline void log_event(RingC *ring) noexcept nogil:
+    """Mark where want_kicks and refuse_kicks write."""
+    if not ring.packed and ring.event_idx:
+        log_used(ring, 4 + 8 * <uint32_t>ring.size, 2)
+    else:
+        log_used(ring, 0, 4)
+
+
 cdef inline void want_kicks(RingC *ring) noexcept nogil:
     """Ask the driver to kick (2.7.10, 2.8.10). The caller fences and looks at the ring once more."""
     if ring.packed:
@@ -206,6 +220,8 @@ cdef inline void want_kicks(RingC *ring) noexcept nogil:
     else:
         vs_store16(ring.used_hdr, 0)
     ring.armed = 1
+    if vs_unlikely(ring.log != NULL):
+        log_event(ring)
 
 
 cdef inline void refuse_kicks(RingC *ring) noexcept nogil:
@@ -216,3 +232,5 @@ cdef inline void refuse_kicks(RingC *ring) noexcept nogil:
     elif not ring.event_idx:
         vs_store16(ring.used_hdr, VRING_USED_F_NO_NOTIFY)
     ring.armed = 0
+    if vs_unlikely(ring.log != NULL):
+        log_event(ring)

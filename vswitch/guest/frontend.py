@@ -25,6 +25,7 @@ from vswitch.guest.errors import (
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (
     Feature,
+    LogArea,
     MemRegion,
     ProtocolFeature,
     Request,
@@ -285,6 +286,19 @@ class Frontend:
     def rem_mem_reg(self, region: MemRegion) -> None:
         """Take one region away; the backend has unmapped it when this returns with REPLY_ACK."""
         self.command(Request.REM_MEM_REG, protocol.encode_mem_region(region))
+
+    def set_log_base(self, fd: int, size: int, offset: int = 0) -> None:
+        """Hand over the bitmap of written pages; `size` and `offset` are bytes."""
+        payload = protocol.encode_log(LogArea(size, offset))
+        reply = self.request(Request.SET_LOG_BASE, payload, [fd])
+        if reply:
+            raise BackendRefusedError(
+                f"{self.path}: the reply to SET_LOG_BASE has {len(reply)} bytes, must have none"
+            )
+
+    def set_log_fd(self, fd: int) -> None:
+        """Give the backend an eventfd for the news that something was logged."""
+        self.command(Request.SET_LOG_FD, b"", [fd])
 
     def set_backend_req_fd(self, fd: int) -> None:
         """Give the backend a socket on which to make requests of its own."""

@@ -48,6 +48,7 @@ DEFAULT_PROTOCOL_FEATURES = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
     | ProtocolFeature.RARP
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
 )
 _INBAND = (

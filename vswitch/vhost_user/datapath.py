@@ -9,11 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from vswitch.vhost_user.protocol import Feature, MemRegion
+from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion
 
 
 class DatapathError(Exception):
     """The switch cannot do what a request asks; the text names the field and the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingLog:
+    """Writes into guest memory are to be logged.
+
+    `used_gpa` is the guest address that a write to the used ring's first byte is logged as; None if
+    writes to the used ring are not to be logged.
+    """
+
+    used_gpa: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +34,7 @@ class RingSetup:
     `size` counts entries; addresses are the frontend's; `base` is the avail index to go on from;
     `kick_fd` -1 means that the driver cannot kick and the ring is polled, `call_fd` -1 that the
     driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
+    `log` is None unless writes are to be logged (LOG_ALL).
     """
 
     size: int
@@ -34,6 +46,7 @@ class RingSetup:
     enabled: bool
     kick_fd: int
     call_fd: int
+    log: RingLog | None = None
 
 
 class Datapath(Protocol):
@@ -78,6 +91,17 @@ class Datapath(Protocol):
 
         Raises DatapathError, and then nothing has changed.
         """
+        ...
+
+    async def set_log(self, fd: int, area: LogArea) -> None:
+        """Log writes of the rings that are to be logged in another bitmap from now on.
+
+        `fd` may be closed afterwards. Raises DatapathError, and then nothing has changed.
+        """
+        ...
+
+    async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
+        """Begin or end to log the writes of running rings, which go on meanwhile."""
         ...
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:

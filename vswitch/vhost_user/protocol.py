@@ -29,6 +29,9 @@ MAX_FDS = 8
 """VHOST_MEMORY_BASELINE_NREGIONS: the most regions, hence file descriptors, in one message."""
 
 VRING_IDX_MASK = 0xFF
+VRING_F_LOG = 1 << 0
+"""Flag of SET_VRING_ADDR: writes to the used ring are to be logged."""
+
 VRING_NOFD = 1 << 8
 """Set in a SET_VRING_KICK/CALL/ERR payload that comes without a file descriptor."""
 
@@ -211,6 +214,13 @@ class VringAddr(NamedTuple):
     log_gpa: int
 
 
+class LogArea(NamedTuple):
+    """Where the bitmap of written pages lies in its file; both are bytes."""
+
+    size: int
+    offset: int
+
+
 class MemRegion(NamedTuple):
     """One piece of guest memory. `size` and `mmap_offset` are bytes."""
 
@@ -232,6 +242,7 @@ class Inflight(NamedTuple):
 _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=II")
 _ADDR = struct.Struct("=IIQQQQ")
+_LOG = struct.Struct("=QQ")
 _MEM_HEAD = struct.Struct("=II")
 _REGION = struct.Struct("=QQQQ")
 _SINGLE_REGION = struct.Struct("=QQQQQ")
@@ -282,6 +293,9 @@ REQUESTS: dict[Request, Spec] = {
     Request.SET_OWNER: Spec(Payload.NONE),
     Request.RESET_OWNER: Spec(Payload.NONE),
     Request.SET_MEM_TABLE: Spec(Payload.MEM_TABLE, max_fds=MAX_FDS),
+    # Answered even where nobody asks for it, see Backend._set_log_base.
+    Request.SET_LOG_BASE: Spec(Payload.LOG, 1, 1, needs=_F.LOG_SHMFD),
+    Request.SET_LOG_FD: Spec(Payload.NONE, 1, 1, needs=_F.LOG_SHMFD),
     Request.SET_VRING_NUM: Spec(Payload.VRING_STATE),
     Request.SET_VRING_ADDR: Spec(Payload.VRING_ADDR),
     Request.SET_VRING_BASE: Spec(Payload.VRING_STATE),
@@ -435,6 +449,14 @@ def encode_inflight(inflight: Inflight) -> bytes:
 
 def decode_inflight(payload: bytes) -> Inflight:
     return Inflight(*_INFLIGHT.unpack_from(payload))
+
+
+def encode_log(area: LogArea) -> bytes:
+    return _LOG.pack(*area)
+
+
+def decode_log(payload: bytes) -> LogArea:
+    return LogArea(*_LOG.unpack(payload))
 
 
 def encode_mem_region(region: MemRegion) -> bytes:

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from vswitch.vhost_user.datapath import RingSetup
+from vswitch.vhost_user.datapath import RingLog, RingSetup
 from vswitch.vhost_user.protocol import Feature, MalformedError
 
 SIZE_MAX = 32768
@@ -31,6 +31,8 @@ class Vring:
     avail_uva: int = 0
     placed: bool = False
     """SET_VRING_ADDR has come."""
+    log_gpa: int | None = None
+    """Where writes to the used ring are logged, None if they are not to be."""
     base: int = 0
     kickable: bool = False
     """SET_VRING_KICK has come, with a descriptor or without."""
@@ -77,7 +79,12 @@ class Vring:
             enabled=self.enabled(features),
             kick_fd=self.kick_fd,
             call_fd=self.call_fd,
+            log=self.log(features),
         )
+
+    def log(self, features: Feature) -> RingLog | None:
+        """What is to be logged of it."""
+        return RingLog(self.log_gpa) if Feature.LOG_ALL in features else None
 
     def forget_kick(self) -> None:
         """As after GET_VRING_BASE: the ring needs a new SET_VRING_KICK to start again."""
@@ -91,6 +98,7 @@ class Vring:
         """
         self.forget_kick()
         self.wanted = self.placed = False
+        self.log_gpa = None
         self.size = self.base = self.desc_uva = self.used_uva = self.avail_uva = 0
 
     def stop_relaying(self) -> None:
