@@ -94,12 +94,13 @@ class Vring:
     def reset(self) -> None:
         """As if nothing had been said of it, except for where to signal calls and errors.
 
-        QEMU says that once a connection, not once a start of the device.
+        QEMU says that once a connection, not once a start of the device. `base` stays too: QEMU 7.2
+        sets status 0 first and asks for it then.
         """
         self.forget_kick()
         self.wanted = self.placed = False
         self.log_gpa = None
-        self.size = self.base = self.desc_uva = self.used_uva = self.avail_uva = 0
+        self.size = self.desc_uva = self.used_uva = self.avail_uva = 0
 
     def stop_relaying(self) -> None:
         """Calls are no longer messages; the eventfd stays, to be closed."""
