@@ -5,9 +5,10 @@ some point and none after. So it takes no fences, only an order of the stores th
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy
 
 from vswitch.fastpath.atomics cimport vs_compiler_barrier, vs_store16, vs_store32
-from vswitch.fastpath.types cimport JournalBatch, JournalC, RingC
+from vswitch.fastpath.types cimport JournalBatch, JournalC, RingC, UsedChain
 
 
 cdef inline void note_taken(RingC *ring) noexcept nogil:
@@ -17,19 +18,17 @@ cdef inline void note_taken(RingC *ring) noexcept nogil:
 
 
 cdef inline void note_batch(
-    RingC *ring, uint16_t position, uint8_t wrap, const uint16_t *ids, const uint16_t *counts, uint32_t n
+    RingC *ring, uint16_t position, uint8_t wrap, const UsedChain *chains, uint32_t n
 ) noexcept nogil:
-    """Packed ring: these chains are about to be used."""
+    """Packed ring: these chains are about to be used; what they hold is in its place."""
     cdef uint16_t other = ring.journal.current ^ 1
     cdef JournalBatch *batch = &ring.journal.batches[other & 1]
-    cdef uint32_t i
     batch.position = position
     batch.wrap = wrap
     batch.last = ring.last_used_at
     batch.last_wrap = ring.last_wrap
-    for i in range(n):
-        batch.ids[i] = ids[i]
-        batch.counts[i] = counts[i]
+    if n:
+        memcpy(batch.chains, chains, n * sizeof(UsedChain))
     batch.n = <uint16_t>n
     vs_compiler_barrier()
     vs_store16(&ring.journal.current, other & 1)
@@ -43,5 +42,5 @@ cdef class Journal:
     cdef JournalC *slot(self, int index) noexcept
 
 
-cdef bint recover_packed(RingC *ring, bint transmit) noexcept
+cdef bint recover_packed(RingC *ring) noexcept
 cdef void recover_split(RingC *ring) noexcept

@@ -6,11 +6,12 @@ note both, and who starts the ring again with the same memory reads it:
 
 - chains of a transmitq that were taken are given back without forwarding them. A frame that was in
   the switch when it was killed may be lost, as on a wire; none is delivered twice.
-- buffers of a receiveq that were not given back are filled again.
+- buffers of a receiveq that were not given back are filled again. In a packed ring, those whose giving
+  back had begun hold their frames already, and it is brought to its end.
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 import os
@@ -19,7 +20,6 @@ from vswitch.fastpath.atomics cimport (
     vs_load16,
     vs_load_acquire16,
     vs_store_release16,
-    vs_store_release64,
 )
 from vswitch.fastpath.types cimport (
     BURST,
@@ -31,7 +31,7 @@ from vswitch.fastpath.types cimport (
     JournalC,
     RingC,
 )
-from vswitch.fastpath.virtqueue cimport packed_step
+from vswitch.fastpath.virtqueue cimport packed_step, write_used
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
@@ -39,7 +39,10 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_ANONYMOUS, MAP_PRIVATE
     void *MAP_FAILED
 
-SLOT_LEN = 2048
+cdef enum:
+    C_SLOT_LEN = 20480
+
+SLOT_LEN = C_SLOT_LEN
 """Bytes a ring takes in a journal."""
 
 
@@ -52,7 +55,8 @@ cdef class Journal:
 
     def __cinit__(self, int size, int fd=-1, long offset=0):
         self.size = size
-        self.length = <size_t>size * 2048
+        assert sizeof(JournalC) <= C_SLOT_LEN
+        self.length = <size_t>size * C_SLOT_LEN
         self.base = mmap(
             NULL, self.length, PROT_READ | PROT_WRITE,
             MAP_SHARED if fd >= 0 else MAP_PRIVATE | MAP_ANONYMOUS, fd, offset,
@@ -66,69 +70,67 @@ cdef class Journal:
             munmap(self.base, self.length)
 
     cdef JournalC *slot(self, int index) noexcept:
-        return <JournalC *>(<char *>self.base + 2048 * index)
+        return <JournalC *>(<char *>self.base + <size_t>C_SLOT_LEN * index)
 
 
-cdef bint has_flags(RingC *ring, uint16_t index, uint8_t wrap) noexcept:
-    """Whether an entry is marked as used in the round of that wrap counter."""
-    cdef uint16_t both = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED
-    return vs_load_acquire16(<uint16_t *>&ring.desc[index] + 7) & both == (both if wrap else 0)
+cdef bint was_used(RingC *ring, uint16_t index, uint8_t wrap) noexcept:
+    """Whether an entry was used in the round of that wrap counter, the last or the present one.
+
+    USED alone says it: it stays what it was when the driver makes the entry available for the next
+    round, as drivers do with receive buffers at once (2.8.1).
+    """
+    return vs_load_acquire16(<uint16_t *>&ring.desc[index] + 7) >> 15 == wrap
 
 
-cdef bint is_same_round(RingC *ring, uint16_t last, uint8_t wrap) noexcept:
-    """Whether the ring is still the one of the notes, and not a fresh one in the same place.
+cdef bint is_fresh(RingC *ring) noexcept:
+    """Whether no device has used an entry since the driver zeroed the ring.
 
-    A fresh ring has no entry with the USED bit; in one that was used, the entry used last is marked
-    so, and in a round with wrap counter 0 some entry has the bit from the round before.
+    The driver's first round sets AVAIL and not USED. What was used has USED, or neither bit where
+    the wrap counter was 0, and then the address of its buffer still.
     """
     cdef uint32_t i
-    if last == LAST_NONE:
-        return True  # at its beginning, where a fresh one is too
-    if last >= ring.size or not has_flags(ring, last, wrap):
-        return False
-    if wrap:
-        return True
+    cdef uint16_t flags
     for i in range(ring.size):
-        if vs_load16(<uint16_t *>&ring.desc[i] + 7) & VRING_PACKED_DESC_F_USED:
-            return True
-    return False
+        flags = vs_load16(<uint16_t *>&ring.desc[i] + 7)
+        if flags & VRING_PACKED_DESC_F_USED:
+            return False
+        if not flags & VRING_PACKED_DESC_F_AVAIL and ring.desc[i].addr:
+            return False
+    return True
 
 
-cdef bint recover_packed(RingC *ring, bint transmit) noexcept:
+cdef bint recover_packed(RingC *ring) noexcept:
     """Set the ring's positions from its journal; False, and nothing changed, if that is not possible.
 
     The journal may come from a frontend: what it says is checked like a message.
     """
-    cdef JournalBatch journal = ring.journal.batches[ring.journal.current & 1]
-    cdef uint16_t position = journal.position, i
-    cdef uint8_t wrap = journal.wrap & 1
-    if journal.n > USED_BATCH or position >= ring.size:
+    cdef JournalBatch journal = ring.journal.batches[ring.journal.current & 1]  # read once
+    cdef uint16_t n = journal.n, last = journal.last, position = journal.position, i
+    cdef uint8_t wrap = journal.wrap & 1, last_wrap = journal.last_wrap & 1
+    cdef uint32_t entries = 0
+    cdef bint finished
+    if n > USED_BATCH or position >= ring.size or (last >= ring.size and last != LAST_NONE):
         return False
-    for i in range(journal.n):
-        if not 1 <= journal.counts[i] <= ring.size:
+    for i in range(n):
+        if not 1 <= journal.chains[i].count <= ring.size - entries:
             return False
-    if not is_same_round(ring, journal.last, journal.last_wrap & 1):
+        entries += journal.chains[i].count
+    if is_fresh(ring):
         return False
-    ring.last_used_at = journal.last
-    ring.last_wrap = journal.last_wrap & 1
-    i = 0
-    while i < journal.n and has_flags(ring, position, wrap):
-        ring.last_used_at = position
-        ring.last_wrap = wrap
-        packed_step(ring, &position, &wrap, journal.counts[i])
-        i += 1
-    while transmit and i < journal.n:
-        vs_store_release64(
-            <uint64_t *>&ring.desc[position].len,
-            <uint64_t>journal.ids[i] << 32
-            | <uint64_t>(
-                (VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED) if wrap else 0
-            ) << 48,
-        )
-        ring.last_used_at = position
-        ring.last_wrap = wrap
-        packed_step(ring, &position, &wrap, journal.counts[i])
-        i += 1
+    # The first is written last (flush_packed).
+    finished = n == 0 or was_used(ring, position, wrap)
+    if n == 0 or not finished:
+        # Else it may have been used once more since.
+        if last != LAST_NONE and not was_used(ring, last, last_wrap):
+            return False
+    if not finished:
+        write_used(ring, position, wrap, journal.chains, n)
+    for i in range(n):
+        last = position
+        last_wrap = wrap
+        packed_step(ring, &position, &wrap, journal.chains[i].count)
+    ring.last_used_at = last
+    ring.last_wrap = last_wrap
     ring.last_avail = ring.last_used = position
     ring.avail_wrap = ring.used_wrap = wrap
     return True

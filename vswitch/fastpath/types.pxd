@@ -21,7 +21,7 @@ cdef enum:
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
     LAST_NONE = 0xFFFF
-    USED_BATCH = 128       # used descriptors of a packed ring that are written in one go
+    USED_BATCH = 1024      # used descriptors of a packed ring written in one go; a frame's go together
     LINEAR_LEN = 65664     # MAX_FRAME_LEN, rounded up to a cache line
     HEADERS_MAX = 512      # Ethernet, IP and TCP or UDP headers of a frame to be segmented, bytes
 
@@ -131,14 +131,18 @@ cdef struct PortC:
     uint32_t offloads      # main; OFFLOAD_* that a TAP takes and may ask for, 0 for guests
     uint32_t tap_lost      # atomic; the interface was deleted under us
 
+cdef struct UsedChain:     # what giving a chain of a packed ring back takes
+    uint16_t id
+    uint16_t count         # ring entries
+    uint32_t len           # bytes written into it
+
 cdef struct JournalBatch:  # chains of a packed ring that are being used, in their order
     uint16_t n             # how many
     uint16_t position      # ring entry and wrap counter of the first
     uint8_t wrap
     uint8_t last_wrap
     uint16_t last          # ring entry of the used descriptor before them, LAST_NONE: there is none
-    uint16_t ids[USED_BATCH]
-    uint16_t counts[USED_BATCH]
+    UsedChain chains[USED_BATCH]
 
 cdef struct JournalC:      # of one ring; outlives the process, see journal.pyx
     uint64_t identity      # main; of the ring this is about
@@ -342,9 +346,7 @@ cdef struct WorkerC:
     uint16_t rx_heads[2 * MAX_CHAIN]
     uint32_t rx_lens[2 * MAX_CHAIN]
     uint16_t rx_counts[2 * MAX_CHAIN]
-    uint16_t used_id[USED_BATCH]
-    uint16_t used_count[USED_BATCH]
-    uint32_t used_len[USED_BATCH]
+    UsedChain used[USED_BATCH]
     uint32_t n_used
     char *staging          # frames read from a TAP
     char *linear           # [LINEAR_LEN]; a frame being finished in software

@@ -28,11 +28,13 @@ from vswitch.fastpath.types cimport (
     RING_EVENT_FLAGS_ENABLE,
     USED_BATCH,
     VRING_AVAIL_F_NO_INTERRUPT,
+    VRING_DESC_F_WRITE,
     VRING_PACKED_DESC_F_AVAIL,
     VRING_PACKED_DESC_F_USED,
     VRING_USED_F_NO_NOTIFY,
     Counters,
     RingC,
+    UsedChain,
     VringDesc,
     WorkerC,
 )
@@ -86,31 +88,52 @@ cdef inline bint has_work(const RingC *ring) noexcept nogil:
     return vs_load16(ring.avail + 1) != ring.last_avail
 
 
-cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
-    """Write the used descriptors of a packed ring, each with one store and in their order.
+cdef inline void write_used_entry(
+    RingC *ring, uint16_t index, uint8_t wrap, const UsedChain *chain
+) noexcept nogil:
+    cdef uint16_t flags = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED if wrap else 0
+    if chain.len:
+        flags |= VRING_DESC_F_WRITE  # something was written, so len counts (2.8.4)
+    # Release: the buffer before the flags. Pairs with the driver's read barrier after it read them
+    # (2.8.22).
+    vs_store_release64(
+        <uint64_t *>&ring.desc[index].len,
+        <uint64_t>chain.len | <uint64_t>chain.id << 32 | <uint64_t>flags << 48,
+    )
 
-    So the ring is consistent at whatever point this process may be killed: what was used comes
-    before what was not.
+
+cdef inline void write_used(
+    RingC *ring, uint16_t position, uint8_t wrap, const UsedChain *chains, uint32_t n
+) noexcept nogil:
+    """Write the used descriptors of chains that were made available one after the other.
+
+    The first comes last, and with it the driver sees all of them: when it finds the first buffer of
+    a frame it takes for granted that the others are there.
     """
+    cdef uint16_t at = position
+    cdef uint8_t round = wrap
     cdef uint32_t i
-    cdef uint16_t flags, first = ring.last_used
+    packed_step(ring, &at, &round, chains[0].count)
+    for i in range(1, n):
+        write_used_entry(ring, at, round, &chains[i])
+        packed_step(ring, &at, &round, chains[i].count)
+    write_used_entry(ring, position, wrap, &chains[0])
+
+
+cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
+    """Give chains of a packed ring back. Wherever this process may be killed in it, who comes next
+    finds in the journal what is missing."""
+    cdef uint32_t i
+    cdef uint16_t first = ring.last_used
     if w.n_used == 0:
         return
     if not ring.index & 1:  # of a transmitq it was noted before the frames were forwarded
-        note_batch(ring, ring.last_used, ring.used_wrap, w.used_id, w.used_count, w.n_used)
+        note_batch(ring, ring.last_used, ring.used_wrap, w.used, w.n_used)
+    write_used(ring, ring.last_used, ring.used_wrap, w.used, w.n_used)
     for i in range(w.n_used):
-        flags = VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED if ring.used_wrap else 0
-        if w.used_len[i]:
-            flags |= 2  # WRITE: something was written, so len counts (2.8.4)
-        # Release: the buffer before the flags. Pairs with the driver's read barrier after it read
-        # them (2.8.22).
-        vs_store_release64(
-            <uint64_t *>&ring.desc[ring.last_used].len,
-            <uint64_t>w.used_len[i] | <uint64_t>w.used_id[i] << 32 | <uint64_t>flags << 48,
-        )
         ring.last_used_at = ring.last_used
         ring.last_wrap = ring.used_wrap
-        packed_step(ring, &ring.last_used, &ring.used_wrap, w.used_count[i])
+        packed_step(ring, &ring.last_used, &ring.used_wrap, w.used[i].count)
     w.n_used = 0
     if vs_unlikely(ring.log != NULL):
         log_packed(ring, first, ring.last_used)
@@ -124,9 +147,9 @@ cdef inline void put_used(
     if ring.packed:
         if vs_unlikely(w.n_used == USED_BATCH):
             flush_packed(w, ring)
-        w.used_id[w.n_used] = id
-        w.used_count[w.n_used] = count
-        w.used_len[w.n_used] = length
+        w.used[w.n_used].id = id
+        w.used[w.n_used].count = count
+        w.used[w.n_used].len = length
         w.n_used += 1
         return
     ring.used[ring.last_used & ring.mask].id = id
@@ -151,13 +174,14 @@ cdef inline bint driver_wants_call(RingC *ring) noexcept nogil:
     cdef uint16_t event, old = ring.signalled, now = ring.last_used
     cdef bint valid = ring.signalled_valid
     if ring.packed:
+        # Noted whatever the driver wants: what is rounds old says nothing of an event in this one.
+        ring.signalled = now
+        ring.signalled_valid = 1
         event = vs_load16(ring.avail + 1) & 3
         if event == RING_EVENT_FLAGS_DISABLE:
             return False
         if event != RING_EVENT_FLAGS_DESC or not ring.event_idx:
             return True
-        ring.signalled = now
-        ring.signalled_valid = 1
         if not valid:
             return True
         event = vs_load_acquire16(ring.avail)

@@ -42,6 +42,7 @@ from vswitch.fastpath.types cimport (
     Inject,
     PortC,
     RingC,
+    UsedChain,
     VringDesc,
     View,
     WorkerC,
@@ -124,8 +125,7 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
     """The same from a packed ring."""
     cdef uint16_t taken = 0, position = ring.last_avail
     cdef uint8_t wrap = ring.avail_wrap
-    cdef uint16_t ids[BURST]
-    cdef uint16_t counts[BURST]
+    cdef UsedChain chains[BURST]
     cdef VringDesc desc
     cdef Frame *frame
     while taken < BURST and packed_ready(ring, ring.last_avail, ring.avail_wrap):
@@ -140,12 +140,13 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
         frame.count = 1
         if vs_unlikely(take_frame(w, ring, frame, &desc) < 0):
             break
-        ids[taken] = frame.id
-        counts[taken] = frame.count
+        chains[taken].id = frame.id
+        chains[taken].count = frame.count
+        chains[taken].len = 0
         packed_step(ring, &ring.last_avail, &ring.avail_wrap, frame.count)
         taken += 1
     if taken:
-        note_batch(ring, position, wrap, ids, counts, taken)
+        note_batch(ring, position, wrap, chains, taken)
     return taken
 
 
