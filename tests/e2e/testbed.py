@@ -261,6 +261,11 @@ class Transfer:
         assert sent.strip() == "0"
         self._sender.check("rm /tmp/data")
 
+    def goes_on_in(self, guest: Guest) -> bool:
+        """The receiver has moved to another QEMU; whether the transfer is still under way there."""
+        self._receiver = guest
+        return self.under_way()
+
     def under_way(self) -> bool:
         return self._receiver.run("[ -e /tmp/sum ]").exit_code != 0
 

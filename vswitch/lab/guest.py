@@ -7,11 +7,12 @@ import re
 import shlex
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from vswitch.lab import process
 from vswitch.lab.accel import QEMU, Accelerator, accelerator, qemu_version
@@ -23,6 +24,8 @@ from vswitch.lab.shell import CommandResult, GuestShell
 
 BOOT_TIMEOUT_S = 90.0
 """Three seconds on an idle core under TCG; several guests share two cores with other work."""
+
+_MIGRATION_LOOK_S = 0.05
 
 MemoryBackend = Literal["memfd", "shm", "hugetlbfs"]
 
@@ -51,6 +54,10 @@ class GuestSettings:
     event_idx: bool = True
     modern: bool = True
     """False leaves the legacy (virtio 0.9) interface only."""
+    incoming: bool = False
+    """Do not boot: wait for a guest that moves here, see `Guest.migrate_to`."""
+    max_memory_mib: int | None = None
+    """With this, `Guest.plug_memory` can add memory up to it."""
     device_options: str = ""
     """More properties of virtio-net-pci, as on QEMU's command line: `csum=off,guest_tso4=off`."""
 
@@ -171,6 +178,39 @@ class Guest:
             shell.wait_ready(before, deadline)
         return self
 
+    def migrate_to(self, target: Guest, through: Path, timeout_s: float = 60.0) -> None:
+        """Move the running guest to another QEMU that waits for it (`incoming`).
+
+        `through` is a Unix socket for the two to meet. Afterwards `target` is the guest; this QEMU
+        is still there, with the guest's last state, and does nothing.
+        """
+        deadline = Deadline(timeout_s)
+        fast: dict[str, Any] = {"max-bandwidth": 1 << 30}
+        with self._with_logs("migrating it"), target._with_logs("receiving it"):
+            target.qmp.command("migrate-incoming", deadline.left(), uri=f"unix:{through}")
+            self.qmp.command("migrate-set-parameters", **fast)
+            self.qmp.command("migrate", uri=f"unix:{through}")
+            for qemu, final in ((self.qmp, "completed"), (target.qmp, "completed")):
+                while (status := qemu.command("query-migrate", deadline.left())["status"]) != final:
+                    if status in {"failed", "cancelled"}:
+                        raise GuestError(f"guest {self.name}: the migration {status}")
+                    time.sleep(_MIGRATION_LOOK_S)
+            target._channel().boot_id = self._channel().boot_id
+
+    def plug_memory(self, size_mib: int) -> None:
+        """Hot-plug a module of memory of that size; the guest has it once it is online."""
+        number = len(self.qmp.command("query-memory-devices")) + 1
+        memory: dict[str, Any] = {
+            "qom-type": "memory-backend-memfd",
+            "id": f"plugged{number}",
+            "size": size_mib << 20,
+            "share": True,
+        }
+        self.qmp.command("object-add", **memory)
+        self.qmp.command(
+            "device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"plugged{number}"
+        )
+
     def stop(self) -> None:
         """Stop QEMU, politely and then not; does nothing if it is not running."""
         if self._process is not None:
@@ -229,7 +269,7 @@ class Guest:
         return [
             QEMU, "-name", one.name, "-accel", accel,
             "-cpu", "host" if accel == "kvm" else "max",
-            "-smp", str(one.cpus), "-m", str(one.memory_mib),
+            "-smp", str(one.cpus), "-m", _memory_size(one),
             "-nodefaults", "-no-user-config", "-display", "none",
             "-object", _memory_object(one), "-machine", "pc,memory-backend=mem",
             "-chardev", f"file,id=console,path={self.console_log}", "-serial", "chardev:console",
@@ -240,7 +280,14 @@ class Guest:
             "-device", _network_card(one, accel),
             "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
             "-append", "console=ttyS0 quiet panic=-1 mitigations=off " + " ".join(words),
+            *(["-incoming", "defer"] if one.incoming else []),
         ]  # fmt: skip
+
+
+def _memory_size(one: GuestSettings) -> str:
+    if one.max_memory_mib is None:
+        return str(one.memory_mib)
+    return f"size={one.memory_mib}M,slots=4,maxmem={one.max_memory_mib}M"
 
 
 def _memory_object(one: GuestSettings) -> str:

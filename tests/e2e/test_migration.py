@@ -1,0 +1,90 @@
+"""A guest moves to another QEMU on another port of the switch while it receives data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from testbed import Testbed, Transfer, pings_until_answered, wait_until
+
+from vswitch.lab.errors import GuestError
+from vswitch.lab.guest import Guest
+
+BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+
+
+def neighbours_know(testbed: Testbed, mac: str, port: str) -> None:
+    wait_until(f"{mac} is behind {port}", lambda: testbed.fdb().get(mac) == port)
+
+
+@pytest.mark.parametrize("how", ["announce", "rarp"])
+def test_a_guest_moves_while_it_receives(testbed: Testbed, tmp_path: Path, how: str) -> None:
+    """The switch says RARP for a guest whose driver cannot announce itself."""
+    options = "guest_announce=off" if how == "rarp" else ""
+    [vm1] = testbed.require("vm1")
+    with (
+        testbed.in_place_of("vm2", device_options=options) as source,
+        testbed.in_place_of(
+            "vm3",
+            mac=testbed.settings("vm2").mac,
+            ip=testbed.settings("vm2").ip,
+            memory_backend=testbed.settings("vm2").memory_backend,
+            device_options=options,
+            incoming=True,
+        ) as target,
+    ):
+        for name, guest in (("vm2", source), ("vm3", target)):
+            testbed.ctl("add-port", name, testbed.socket(name))
+            guest.start()
+        source.wait_up()
+        testbed.wait_state("vm2", "ready")
+        testbed.wait_state("vm3", "connected")
+        mac = source.settings.mac
+        pings_until_answered(vm1, source.ip)
+        neighbours_know(testbed, mac, "vm2")
+        boot = source.check(BOOT_ID)
+        log_len = testbed.log_len()
+        transfer = Transfer(vm1, source, 60_000_000)
+        assert "LOG_ALL" not in testbed.show("vm2")["feature_names"]
+        source.migrate_to(target, tmp_path / "migration.sock")
+        assert transfer.goes_on_in(target), "the transfer was over before the guest moved"
+        testbed.wait_state("vm3", "ready")
+        neighbours_know(testbed, mac, "vm3")
+        assert vm1.ping(target.ip, count=10, timeout_s=10)
+        transfer.finish(100)
+        assert target.check(BOOT_ID) == boot
+        announced = f"port vm3: announcing {mac} (RARP)" in testbed.logged_after(log_len)
+        assert announced == (how == "rarp")
+        source.stop()
+        assert vm1.ping(target.ip, count=3, timeout_s=5)
+
+
+def test_memory_is_plugged_into_a_running_guest(testbed: Testbed) -> None:
+    """What is received fills all memory, the plugged part too, and is as it was sent."""
+    [vm1] = testbed.require("vm1")
+    with testbed.in_place_of("vm2", memory_mib=160, max_memory_mib=512) as vm2:
+        testbed.ctl("add-port", "vm2", testbed.socket("vm2"))
+        vm2.start().wait_up()
+        testbed.wait_state("vm2", "ready")
+        pings_until_answered(vm1, vm2.ip)
+        before = testbed.show("vm2")
+        transfer = Transfer(vm1, vm2, 20_000_000)
+        vm2.plug_memory(256)
+        # The region reaches the switch when the guest's firmware has enabled it.
+        online = "for one in /sys/devices/system/memory/memory*/state; do echo online >$one; done"
+        wait_until("the guest has its memory", lambda: memory_kib(vm2, online) > 300_000)
+        after = testbed.show("vm2")
+        assert len(after["memory"]) > len(before["memory"])
+        assert after["connects"] == before["connects"]
+        transfer.finish()
+        # Page cache and socket buffers come from the new memory, which is the larger part.
+        Transfer(vm1, vm2, 30_000_000).finish()
+        assert testbed.show("vm2")["state"] == "ready"
+        assert vm1.ping(vm2.ip, count=5, timeout_s=5)
+
+
+def memory_kib(guest: Guest, online: str) -> int:
+    try:
+        return int(guest.check(f"({online}) 2>/dev/null; grep MemTotal /proc/meminfo").split()[1])
+    except GuestError:
+        return 0
