@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, mac
+from frames import frame, mac
 from running import Wire, teach
 
 from vswitch.guest import (
     BackendRefusedError,
     Frontend,
-    SoftwareGuest,
 )
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (
@@ -362,22 +361,6 @@ def test_refusals_with_reply_ack(bench: Bench) -> None:
         {"gpa": 0, "size": PAGE, "uva": UVA, "mmap_offset": 0}
     ]
     frontend.close()
-    bench.others_forward()
-
-
-def test_memory_without_share_on(bench: Bench) -> None:
-    """A guest whose memory is a private copy: its port says so and what to do."""
-    guest = bench.wire.enter(SoftwareGuest(mac(3)))
-    regions, _ = guest.memory.table()
-    with memory(sum(region.size for region in regions)) as other:
-        guest.memory.table = lambda: (regions, [other])  # type: ignore[method-assign]
-        guest.connect(bench.socket)
-        guest.send([frame(BROADCAST, mac(3))])
-    bench.wire.wait_until(
-        lambda: bench.wire.info("bad")["warning"] is not None, "the port says what is wrong"
-    )
-    assert "share=on" in str(bench.wire.info("bad")["warning"])
-    bench.wire.wait_log("share=on")
     bench.others_forward()
 
 
