@@ -60,11 +60,22 @@ class Migrating:
 
 
 @pytest.fixture(
-    params=["split", "no event_idx", "not mergeable", "in pieces", "far apart", "packed"]
+    params=[
+        "plain",
+        "split",
+        "no event_idx",
+        "not mergeable",
+        "in pieces",
+        "far apart",
+        "packed",
+        "plain packed",
+    ]
 )
 def migrating(wire: Wire, request: pytest.FixtureRequest) -> Iterator[Migrating]:
     options: dict[str, dict[str, object]] = {
+        "plain": {"indirect": False},
         "split": {},
+        "plain packed": {"indirect": False, "features": DEFAULT_FEATURES | Feature.RING_PACKED},
         "no event_idx": {"features": DEFAULT_FEATURES & ~Feature.RING_EVENT_IDX},
         "not mergeable": {"features": DEFAULT_FEATURES & ~Feature.MRG_RXBUF},
         "in pieces": {"rx_cuts": (0, 100, 700), "indirect": False},
