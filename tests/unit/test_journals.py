@@ -55,7 +55,7 @@ def test_shared_journals_come_back_and_nothing_else_does() -> None:
     try:
         assert open_shared(fd, size, 0, 4).size == 4
         for wrong in ((size - 1, 0), (size, 4096), (2**64 - 1, 0)):
-            with pytest.raises(OSError, match="are not 8192 and 0"):
+            with pytest.raises(OSError, match=f"are not {4 * SLOT_LEN} and 0"):
                 open_shared(fd, *wrong, 4)
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
@@ -67,11 +67,11 @@ def test_shared_journals_come_back_and_nothing_else_does() -> None:
 def test_a_shared_journal_must_be_sealed_and_whole(sealed: bool) -> None:
     fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, 100 if sealed else 8192)
+        os.ftruncate(fd, 100 if sealed else 4 * SLOT_LEN)
         if sealed:
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         with pytest.raises(OSError, match="not the one from GET_INFLIGHT_FD"):
-            open_shared(fd, 8192, 0, 4)
+            open_shared(fd, 4 * SLOT_LEN, 0, 4)
     finally:
         os.close(fd)
