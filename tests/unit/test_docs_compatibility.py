@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from vswitch.offloads import offered
+from vswitch.vhost_port import FEATURES as PORT_FEATURES
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
-from vswitch.vhost_user.protocol import REQUESTS, ProtocolFeature, Request
+from vswitch.vhost_user.protocol import REQUESTS, Feature, ProtocolFeature, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "compatibility.md").read_text()
 FEATURES = TEXT.partition("## Protocol features")[2].partition("\n## ")[0]
+VIRTIO = TEXT.partition("## Virtio features")[2].partition("\n## ")[0]
 FEATURE_ROW = re.compile(r"^\| (\d+) \| (\w+) \| (yes|no)", re.MULTILINE)
 MESSAGES = TEXT.partition("## Messages of the frontend")[2].partition("\n## ")[0]
 MESSAGE_ROW = re.compile(r"^\| (\d+)(?:(?:, | to )(\d+))? \| [^|]+ \| (\w+)", re.MULTILINE)
@@ -23,6 +26,15 @@ def test_every_protocol_feature_has_a_true_row() -> None:
     assert rows == {
         feature.bit_length() - 1: (feature.name, "yes" if feature in PROTOCOL_FEATURES else "no")
         for feature in ProtocolFeature
+    }
+
+
+def test_every_virtio_feature_has_a_true_row() -> None:
+    all_of_them = PORT_FEATURES | offered(True) | Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
+    rows = {int(bit): (name, said) for bit, name, said in FEATURE_ROW.findall(VIRTIO)}
+    assert rows == {
+        feature.bit_length() - 1: (feature.name, "yes" if feature in all_of_them else "no")
+        for feature in Feature
     }
 
 
