@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vswitch.fastpath.engine import DROP_REASONS
 from vswitch.offloads import offered
 from vswitch.vhost_port import FEATURES as PORT_FEATURES
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
@@ -49,3 +50,10 @@ def test_every_message_has_a_true_row() -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:unit|conformance|e2e)/\S+)`", TEXT))))
 def test_named_tests_exist(path: str) -> None:
     assert list((ROOT / "tests").glob(path))
+
+
+def test_every_drop_reason_is_explained() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("\n## Drops\n")[2]
+    explained = re.findall(r"^\| `([\w-]+)` \| (?:in|e)gress \| .+ \|$", table, re.MULTILINE)
+    assert explained == [name for name, _ in DROP_REASONS]
