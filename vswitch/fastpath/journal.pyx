@@ -117,12 +117,12 @@ cdef bint recover_packed(RingC *ring) noexcept:
         entries += journal.chains[i].count
     if is_fresh(ring):
         return False
+    if last != LAST_NONE and not was_used(ring, last, last_wrap):
+        # Unless the batch goes all around to it, and has used it once more.
+        if <uint32_t>(last - position if last >= position else last + ring.size - position) >= entries:
+            return False
     # The first is written last (flush_packed).
     finished = n == 0 or was_used(ring, position, wrap)
-    if n == 0 or not finished:
-        # Else it may have been used once more since.
-        if last != LAST_NONE and not was_used(ring, last, last_wrap):
-            return False
     if not finished:
         write_used(ring, position, wrap, journal.chains, n)
     for i in range(n):
