@@ -16,8 +16,9 @@ from frames import BROADCAST, frame, mac
 
 from vswitch.control.api import PortInfo, PortStats
 from vswitch.control.client import Client
-from vswitch.guest import SoftwareGuest
+from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.packets import format_mac
+from vswitch.vhost_user.protocol import Feature
 
 DEADLINE_S = 10.0
 
@@ -111,6 +112,8 @@ class Wire:
         self.switch = switch
         self.client = switch.client
         self.log_start = len(switch.log)
+        self.extra_features = Feature(0)
+        """Added to what the guests of this test want."""
         self._names: list[str] = []
         self._stack = contextlib.ExitStack()
 
@@ -126,6 +129,7 @@ class Wire:
         mtu_of_port: int | None = None, **options: Any,
     ) -> SoftwareGuest:  # fmt: skip
         """The n-th guest, connected to a port of its own. `options` as for SoftwareGuest."""
+        options["features"] = options.get("features", DEFAULT_FEATURES) | self.extra_features
         guest = self._stack.enter_context(SoftwareGuest(mac(n), ip, **options))
         queues = options.get("queues", 1)
         if mode == "server":

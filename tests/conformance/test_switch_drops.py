@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from formats import FORMATS
 from frames import BROADCAST, ETHERTYPE_TEST, frame, frames, mac
 from running import Wire, silent, teach
 
 from vswitch.guest import DEFAULT_FEATURES
 from vswitch.guest.packets import parse_mac
-from vswitch.guest.raw import DESC_F_WRITE, RawDesc
+from vswitch.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 A, B, C = mac(1), mac(2), mac(3)
+
+
+@pytest.fixture(params=["split", "packed"])
+def wire(wire: Wire, request: pytest.FixtureRequest) -> Wire:
+    """Everything here with guests of these formats."""
+    wire.extra_features = FORMATS[request.param]
+    return wire
 
 
 def test_runts(wire: Wire) -> None:
@@ -21,12 +29,13 @@ def test_runts(wire: Wire) -> None:
     a.drain()
     assert wire.drops("a") == {"runt": 14}
     # Less than a whole virtio-net header, too.
-    raw = a.transmitqs[0].raw
+    queue = a.transmitqs[0]
+    raw = queue.raw_packed() if queue.ring.packed else queue.raw
     where = a.memory.allocate(64)
-    for i, length in enumerate((0, 1, 11)):
-        raw.offer(RawDesc(where, length), first=i)
-        a.transmitqs[0].kick()
-    wire.wait_until(lambda: wire.drops("a") == {"runt": 17}, "17 runts are counted")
+    for runts, length in ((15, 0), (16, 1), (17, 11)):
+        raw.offer(RawDesc(where, length))
+        queue.kick()
+        wire.wait_until(lambda runts=runts: wire.drops("a") == {"runt": runts}, f"{runts} runts")
     assert silent(b)
 
 
@@ -160,8 +169,10 @@ def test_broken_receiveq(wire: Wire) -> None:
     a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
     teach(a, b, c)
     # The whole ring of b now points nowhere.
+    queue = b.receiveqs[0]
+    raw = queue.raw_packed() if queue.ring.packed else queue.raw
     for i in range(256):
-        b.receiveqs[0].raw.write_desc(i, RawDesc(1 << 60, 2048, DESC_F_WRITE))
+        raw.write_desc(i, raw.read_desc(i)._replace(addr=1 << 60))
     a.send([frame(B, A)] * 10)
     a.drain()
     assert wire.drops("b") == {"ring-fault": 10}

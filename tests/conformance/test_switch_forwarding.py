@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from formats import FORMATS
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, silent, teach
 
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.guest import SoftwareGuest
 from vswitch.guest.packets import parse_mac
+
+
+@pytest.fixture(params=["split", "packed-in-order"])
+def wire(wire: Wire, request: pytest.FixtureRequest) -> Wire:
+    """Everything here with guests of these formats."""
+    wire.extra_features = FORMATS[request.param]
+    return wire
 
 
 @pytest.fixture

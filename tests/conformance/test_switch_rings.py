@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
+from formats import ALL_COMBINATIONS, FORMATS, name_of
 from frames import frames
 from running import Wire, silent, teach
 
@@ -13,21 +12,8 @@ from vswitch.guest.load import Flow, Load
 from vswitch.guest.packets import format_mac
 from vswitch.vhost_user.protocol import Feature
 
-BITS = [
-    Feature.VERSION_1,
-    Feature.MRG_RXBUF,
-    Feature.RING_EVENT_IDX,
-    Feature.RING_INDIRECT_DESC,
-]
-ALL_COMBINATIONS = [
-    Feature(sum(chosen)) for n in range(5) for chosen in itertools.combinations(BITS, n)
-]
 LENGTHS = [60, 61, 64, 127, 128, 300, 1513, 1514, 1518]
 AT_ONCE = 16
-
-
-def name_of(features: Feature) -> str:
-    return "+".join(bit.name or "" for bit in BITS if bit in features) or "LEGACY"
 
 
 def one_way(
@@ -41,6 +27,14 @@ def one_way(
         assert [len(f) for f in got] == [len(f) for f in batch]
         assert got == batch
     sender.drain()
+
+
+def in_order(*guests: SoftwareGuest) -> bool:
+    """Whether every chain was named when it was used, as this switch does with IN_ORDER, too.
+
+    So the guest has verified the order of each.
+    """
+    return not any(queue.ring.skipped for guest in guests for queue in guest.queues())
 
 
 def exchange(
@@ -70,7 +64,8 @@ def test_feature_matrix(wire: Wire, features: Feature) -> None:
         assert stats["drops"] == {}
 
 
-@pytest.mark.parametrize("regions", [1, 2, 5, 8])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("regions", [1, 5, 8])
 @pytest.mark.parametrize(
     ("tx_cuts", "rx_cuts", "indirect"),
     [
@@ -83,16 +78,23 @@ def test_feature_matrix(wire: Wire, features: Feature) -> None:
     ],
 )
 def test_shapes_of_chains_and_memory(
-    wire: Wire, regions: int, tx_cuts: tuple[int, ...], rx_cuts: tuple[int, ...], indirect: bool
+    wire: Wire,
+    regions: int,
+    tx_cuts: tuple[int, ...],
+    rx_cuts: tuple[int, ...],
+    indirect: bool,
+    format: str,
 ) -> None:
+    features = DEFAULT_FEATURES | FORMATS[format]
     options = {
         "tx_cuts": tx_cuts, "rx_cuts": rx_cuts, "indirect": indirect, "regions": regions,
         "rx_guard_len": 5, "slot_offset": 3,
     }  # fmt: skip
-    a = wire.guest("a", 1, **options)
-    b = wire.guest("b", 2, **options, features=DEFAULT_FEATURES & ~Feature.MRG_RXBUF)
+    a = wire.guest("a", 1, **options, features=features)
+    b = wire.guest("b", 2, **options, features=features & ~Feature.MRG_RXBUF)
     teach(a, b)
     exchange(a, b, LENGTHS * 3, at_once=4)
+    assert in_order(a, b)
     assert len(wire.info("a")["memory"]) == regions
     assert wire.drops("a") == wire.drops("b") == {}
 
@@ -105,10 +107,14 @@ def test_every_short_length(wire: Wire) -> None:
     exchange(a, b, list(range(14, 70)))
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rx_buf_len", [None, 128, 1526, 9040, 65562])
-def test_lengths_up_to_jumbo(wire: Wire, rx_buf_len: int | None) -> None:
+def test_lengths_up_to_jumbo(wire: Wire, rx_buf_len: int | None, format: str) -> None:
     """Mergeable buffers of many sizes on one side, whole frames in one buffer on the other."""
-    a = wire.guest("a", 1, max_frame_len=9018, rx_buf_len=rx_buf_len, rx_guard_len=8)
+    features = DEFAULT_FEATURES | FORMATS[format]
+    a = wire.guest(
+        "a", 1, max_frame_len=9018, rx_buf_len=rx_buf_len, rx_guard_len=8, features=features
+    )
     b = wire.guest(
         "b", 2, max_frame_len=9018, rx_guard_len=8, features=DEFAULT_FEATURES & ~Feature.MRG_RXBUF
     )
@@ -116,32 +122,41 @@ def test_lengths_up_to_jumbo(wire: Wire, rx_buf_len: int | None) -> None:
     lengths = [60, 115, 116, 117, 1513, 1514, 1515, 2035, 2036, 2037, 4084, 8999, 9017, 9018]
     exchange(a, b, lengths * 2, at_once=2)
     exchange(a, b, list(range(60, 9018, 97)), at_once=2)
+    assert in_order(a, b)
 
 
-def test_longest_frames(wire: Wire) -> None:
-    a = wire.guest("a", 1, max_frame_len=65553, queue_size=64)
-    b = wire.guest("b", 2, max_frame_len=65553, queue_size=64, rx_buf_len=4096)
+@pytest.mark.parametrize("format", ["split", "packed"])
+def test_longest_frames(wire: Wire, format: str) -> None:
+    options = {
+        "max_frame_len": 65553, "queue_size": 64, "features": DEFAULT_FEATURES | FORMATS[format],
+    }  # fmt: skip
+    a = wire.guest("a", 1, **options)
+    b = wire.guest("b", 2, **options, rx_buf_len=4096)
     teach(a, b)
     exchange(a, b, [65535, 65553, 32768], at_once=1)
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("event_idx", [True, False])
-def test_indices_wrap(wire: Wire, event_idx: bool) -> None:
-    features = DEFAULT_FEATURES if event_idx else DEFAULT_FEATURES & ~Feature.RING_EVENT_IDX
+def test_indices_wrap(wire: Wire, event_idx: bool, format: str) -> None:
+    features = DEFAULT_FEATURES | FORMATS[format]
+    features &= ~Feature(0) if event_idx else ~Feature.RING_EVENT_IDX
     a = wire.guest("a", 1, features=features, queue_size=64, first_idx=65500)
     b = wire.guest("b", 2, features=features, queue_size=64, first_idx=65471)
     teach(a, b)
     exchange(a, b, LENGTHS * 20)
     for guest in (a, b):
         for queue in guest.queues():
-            assert queue.raw.used_idx < 1000
+            assert queue.ring.used_idx < 1000
+    assert in_order(a, b)
 
 
-@pytest.mark.parametrize("polling", [True, False])
-def test_indices_wrap_under_load(wire: Wire, polling: bool) -> None:
-    """Twice around 16 bits, both ways at once, every frame compared."""
-    a = wire.guest("a", 1, polling=polling)
-    b = wire.guest("b", 2, polling=polling, features=DEFAULT_FEATURES & ~Feature.RING_EVENT_IDX)
+@pytest.mark.parametrize("format", FORMATS)
+def test_indices_wrap_under_load(wire: Wire, format: str) -> None:
+    """Around 16 bits, both ways at once, every frame compared."""
+    features = DEFAULT_FEATURES | FORMATS[format]
+    a = wire.guest("a", 1, polling=True, features=features)
+    b = wire.guest("b", 2, features=features & ~Feature.RING_EVENT_IDX)
     teach(a, b)
     flows = [
         Flow(
@@ -154,12 +169,12 @@ def test_indices_wrap_under_load(wire: Wire, polling: bool) -> None:
         )
         for sender, receiver in ((a, b), (b, a))
     ]
-    for result in Load(flows).run(20.0, frames=140_000, settle_s=2.0):
-        assert (result.sent, result.received) == (140_000, 140_000)
+    for result in Load(flows).run(60.0, frames=70_000, settle_s=5.0):
+        assert (result.sent, result.received) == (70_000, 70_000)
         assert (result.lost, result.misordered, result.corrupt, result.written_off) == (0,) * 4
     for name in ("a", "b"):
         stats = wire.stats(name)
-        assert stats["ingress_frames"] == stats["egress_frames"] == 140_001
+        assert stats["ingress_frames"] == stats["egress_frames"] == 70_001
         assert stats["drops"] == {}
     exchange(a, b, LENGTHS)
 
@@ -172,6 +187,30 @@ def test_sizes_of_rings(wire: Wire, tx_size: int, rx_size: int) -> None:
                    rx_buf_len=312)  # fmt: skip
     teach(a, b)
     exchange(a, b, list(range(60, 301)), at_once=min(rx_size, 16))
+
+
+@pytest.mark.parametrize(("tx_size", "rx_size"), [(2, 3), (3, 1000), (1000, 7), (32767, 255)])
+@pytest.mark.parametrize("name", ["packed", "packed-in-order"])
+def test_packed_rings_of_any_size(wire: Wire, tx_size: int, rx_size: int, name: str) -> None:
+    small = {
+        "queue_size": tx_size, "rx_queue_size": rx_size, "max_frame_len": 300, "rx_buf_len": 312,
+        "features": DEFAULT_FEATURES | FORMATS[name], "rx_guard_len": 8,
+    }  # fmt: skip
+    a = wire.guest("a", 1, **small)
+    b = wire.guest("b", 2, **small, tx_cuts=(0,), indirect=False, first_idx=tx_size + rx_size - 1)
+    teach(a, b)
+    exchange(a, b, list(range(60, 301)), at_once=min(rx_size, 16))
+    assert in_order(a, b)
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_formats_among_each_other(wire: Wire, first: str, second: str) -> None:
+    a = wire.guest("a", 1, features=DEFAULT_FEATURES | FORMATS[first], rx_guard_len=8)
+    b = wire.guest("b", 2, features=DEFAULT_FEATURES | FORMATS[second], rx_guard_len=8)
+    teach(a, b)
+    exchange(a, b, LENGTHS * 8)
+    assert wire.drops("a") == wire.drops("b") == {}
 
 
 def test_overload_is_counted_exactly(wire: Wire) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 _PROMPT = "testpmd> "
@@ -17,17 +18,26 @@ _runs = itertools.count()
 class Testpmd:
     """One interactive testpmd without hugepages, on whatever cores this process may use.
 
-    `vdevs` are its virtual devices, `options` what follows the EAL arguments. Everything it prints
-    is in `log`. Its forwarding loop polls, so keep it for no longer than needed.
+    `vdevs` are its virtual devices, `options` what follows the EAL arguments, and `eal` is added to
+    those. Everything it prints is in `log`. Its forwarding loop polls, so keep it for no longer
+    than needed.
     """
 
     __test__ = False
 
-    def __init__(self, vdevs: list[str], options: list[str], *, memory_mib: int = 256) -> None:
+    def __init__(
+        self,
+        vdevs: list[str],
+        options: list[str],
+        *,
+        eal: Sequence[str] = (),
+        memory_mib: int = 256,
+    ) -> None:
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         command = ["dpdk-testpmd", "--lcores", f"(0,1)@({cpus})", "-m", str(memory_mib)]
         command += ["--no-huge", "--no-pci", "--no-telemetry"]
         command += ["--file-prefix", f"vswitch-{os.getpid()}-{next(_runs)}"]
+        command += eal
         for vdev in vdevs:
             command += ["--vdev", vdev]
         self.log = ""
