@@ -99,6 +99,32 @@ cdef bint is_fresh(RingC *ring) noexcept:
     return True
 
 
+cdef bint may_look_fresh(RingC *ring, const JournalBatch *journal, bint finished) noexcept:
+    """Whether a ring that was used can look fresh where the notes say it is.
+
+    It does at the beginning of every second round when the driver has filled it; also when the last
+    chain of a round reaches into that one. If a batch was on its way, its chains must be there: they
+    would be forwarded once more.
+    """
+    cdef uint16_t at = journal.position, before = journal.last, end, i
+    cdef uint8_t wrap = journal.wrap & 1, end_wrap
+    for i in range(journal.n):
+        end = at
+        end_wrap = wrap
+        packed_step(ring, &end, &end_wrap, journal.chains[i].count - 1)
+        # The id comes where a split ring's descriptor has its flags.
+        if not finished and vs_load16(&ring.desc[end].flags) != journal.chains[i].id:
+            return False
+        if finished:
+            before = at
+        packed_step(ring, &at, &wrap, journal.chains[i].count)
+    if not finished:
+        at = journal.position
+        wrap = journal.wrap & 1
+    return wrap == 1 and (at == 0 or before != LAST_NONE and before >= at)
+
+
+
 cdef bint recover_packed(RingC *ring) noexcept:
     """Set the ring's positions from its journal; False, and nothing changed, if that is not possible.
 
@@ -115,14 +141,14 @@ cdef bint recover_packed(RingC *ring) noexcept:
         if not 1 <= journal.chains[i].count <= ring.size - entries:
             return False
         entries += journal.chains[i].count
-    if is_fresh(ring):
+    # The first is written last (flush_packed).
+    finished = n == 0 or was_used(ring, position, wrap)
+    if is_fresh(ring) and not may_look_fresh(ring, &journal, finished):
         return False
     if last != LAST_NONE and not was_used(ring, last, last_wrap):
         # Unless the batch goes all around to it, and has used it once more.
         if <uint32_t>(last - position if last >= position else last + ring.size - position) >= entries:
             return False
-    # The first is written last (flush_packed).
-    finished = n == 0 or was_used(ring, position, wrap)
     if not finished:
         write_used(ring, position, wrap, journal.chains, n)
     for i in range(n):
