@@ -194,7 +194,15 @@ def test_transfers_go_on(run_dir: Path, variants: list[str]) -> None:
         run(directory, pairs, [True] * 5, random.Random(7))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [
+        "packed",
+        pytest.param("packed-in-order", marks=pytest.mark.slow),
+        pytest.param("split", marks=pytest.mark.slow),
+        "split-in-order",
+    ],
+)
 def test_transfers_go_on_after_an_orderly_stop(run_dir: Path, format: str) -> None:
     """One pair at a time: a switch that ends floods for a moment, as its ports go one by one."""
     directory = run_dir / f"s{list(FORMATS).index(format)}"
