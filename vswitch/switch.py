@@ -87,11 +87,13 @@ class Switch:
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
+        # The workers first: while ports go one by one, frames for those that are gone would be
+        # flooded to those that are left.
+        self._threads.stop()
         for port in list(self._ports.values()):
             await self._remove(port)
         self._loop.remove_reader(self._engine.event_fd)
         self._loop.remove_reader(self._lost_fd)
-        self._threads.stop()
 
     @property
     def failed(self) -> asyncio.Future[None]:
