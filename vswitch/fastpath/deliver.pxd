@@ -31,6 +31,7 @@ from vswitch.fastpath.types cimport (
     DROP_NO_BUFFER,
     DROP_RING_FAULT,
     EVENT_RING_FAULT,
+    FINISH_BATCH,
     FAULT_EMPTY_BUFFER,
     FAULT_HEAD,
     MAX_CHAIN,
@@ -230,43 +231,12 @@ cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexce
     return n
 
 
-cdef inline uint32_t deliver_finished(
-    WorkerC *w, RingC *ring, const Frame *frame, uint64_t *total, Counters *counters
-) noexcept nogil:
-    """Finish a frame for a driver that cannot do so itself, and deliver what becomes of it.
-
-    Each segment is delivered, or dropped, for itself. Returns how many were delivered; their bytes
-    are added to `total`.
-    """
-    cdef Finish f
-    cdef Frame out
-    cdef int result
-    cdef uint32_t delivered = 0
-    if finish_begin(w, frame, ring.offloads, &f) == 0:
-        counters.drops[DROP_BAD_GSO] += 1
-        return 0
-    while f.left:
-        finish_next(w, frame, &f, &out)
-        result = deliver_chains(w, ring, &out)
-        if result >= 0:
-            delivered += 1
-            total[0] += out.len
-            continue
-        counters.drops[-1 - result] += 1
-        if -1 - result == DROP_NO_BUFFER or ring.fault:
-            # The rest fares no better.
-            counters.drops[-1 - result] += f.left
-            counters.stalls += -1 - result == DROP_NO_BUFFER
-            break
-    return delivered
-
-
 cdef inline void deliver_locked(
     WorkerC *w, RingC *ring, const uint8_t *which, uint16_t n, Counters *counters
 ) noexcept nogil:
     cdef uint16_t ready, at = 0, i
-    cdef uint32_t need, got, max_len = vs_load32(&ring.port.max_len)
-    cdef uint64_t total = 0, delivered = 0, published = 0
+    cdef uint32_t need, max_len = vs_load32(&ring.port.max_len)
+    cdef uint64_t total = 0, delivered = 0
     cdef const Frame *frame
     cdef char *host
     cdef int result
@@ -279,19 +249,6 @@ cdef inline void deliver_locked(
         frame = &w.frames[which[i]]
         if vs_unlikely(frame.wire_len > max_len):
             counters.drops[DROP_EGRESS_MTU] += 1
-            continue
-        if vs_unlikely(frame.needs & ~ring.offloads):
-            ready = 0  # as below
-            got = deliver_finished(w, ring, frame, &total, counters)
-            delivered += got
-            if got > 1 and i + 1 < n:
-                # What is delivered by the dozen fills a ring: let the driver begin at once.
-                publish_used(w, ring)
-                notify_driver(ring, counters)
-                published = delivered
-            if vs_unlikely(ring.fault != 0):
-                counters.drops[DROP_RING_FAULT] += n - i - 1
-                break
             continue
         need = frame.len + ring.hdr_len
         if vs_likely(at < ready and w.rx_host[at] != NULL and w.rx_desc[at].len >= need):
@@ -322,13 +279,53 @@ cdef inline void deliver_locked(
                 continue
         delivered += 1
         total += frame.len
-    counters.egress_frames += delivered
-    counters.egress_bytes += total
-    if delivered > published:
+    if delivered:
         publish_used(w, ring)
+        counters.egress_frames += delivered
+        counters.egress_bytes += total
         notify_driver(ring, counters)
     if vs_unlikely(ring.fault != 0):
         post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
+
+
+cdef inline void deliver_finished(
+    WorkerC *w, RingC *ring, const Frame *frame, Counters *counters
+) noexcept nogil:
+    """Finish a frame for a driver that cannot do so itself, and deliver what becomes of it.
+
+    Each segment is delivered, or dropped, for itself.
+    """
+    cdef Finish f
+    cdef uint8_t which[FINISH_BATCH]
+    cdef uint16_t n
+    if frame.wire_len > vs_load32(&ring.port.max_len):
+        counters.drops[DROP_EGRESS_MTU] += 1
+        return
+    if finish_begin(w, frame, ring.offloads, &f) == 0:
+        counters.drops[DROP_BAD_GSO] += 1
+        return
+    while f.left:
+        n = 0
+        while f.left and n < FINISH_BATCH:
+            finish_next(w, frame, &f, n)
+            which[n] = <uint8_t>(BURST + n)
+            n += 1
+        deliver_locked(w, ring, which, n, counters)
+
+
+cdef inline void deliver_mixed(
+    WorkerC *w, RingC *ring, const uint8_t *which, uint16_t n, Counters *counters
+) noexcept nogil:
+    """Deliver a burst in which some frame asks for more than some receiver takes, in order."""
+    cdef uint16_t start = 0, i
+    for i in range(n):
+        if w.frames[which[i]].needs & ~ring.offloads:
+            if i > start:
+                deliver_locked(w, ring, which + start, i - start, counters)
+            deliver_finished(w, ring, &w.frames[which[i]], counters)
+            start = i + 1
+    if n > start:
+        deliver_locked(w, ring, which + start, n - start, counters)
 
 
 cdef inline void deliver(
@@ -338,10 +335,17 @@ cdef inline void deliver(
 
     With one worker no other thread writes receiveqs and the lock is left alone.
     """
-    if vs_likely(w.shared.n_workers == 1):
+    cdef bint mixed = (w.needs & ~ring.offloads) != 0
+    if vs_likely(w.shared.n_workers == 1 and not mixed):
         deliver_locked(w, ring, which, n, counters)
+        return
+    if w.shared.n_workers == 1:
+        deliver_mixed(w, ring, which, n, counters)
         return
     while not vs_trylock(&ring.lock):
         vs_pause()
-    deliver_locked(w, ring, which, n, counters)
+    if vs_unlikely(mixed):
+        deliver_mixed(w, ring, which, n, counters)
+    else:
+        deliver_locked(w, ring, which, n, counters)
     vs_unlock(&ring.lock)

@@ -82,7 +82,7 @@ cdef inline void find_vnet_header(
     """Note where the virtio_net_hdr of a chain is; one in pieces is gathered."""
     cdef uint32_t have = 0, part, i
     frame.vnet = segs[0].ptr
-    if segs[0].len >= ring.hdr_len or not ring.offloads:
+    if segs[0].len >= ring.hdr_len:
         return
     frame.vnet = <const char *>frame.hdr
     for i in range(n):
@@ -131,7 +131,7 @@ cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDes
     frame.id = ring.walk_id
     frame.count = ring.walk_count
     n = <uint32_t>got
-    if n:
+    if ring.offloads and n:
         find_vnet_header(ring, frame, segs, n)
     while n and segs[0].len <= skip:
         skip -= segs[0].len
@@ -262,6 +262,7 @@ cdef inline void classify(
         if vs_unlikely(bad):
             counters.drops[bad - 1] += 1
             return
+        w.needs |= frame.needs
     if vs_unlikely(frame.wire_len > vs_load32(&port.max_len)):
         counters.drops[DROP_OVERSIZE] += 1
         return
@@ -345,6 +346,7 @@ cdef inline void forward_burst(
     counters.ingress_frames += n
     counters.ingress_bytes += total
     w.n_touched = 0
+    w.needs = 0
     for i in range(n):
         classify(w, view, port, ring, <uint8_t>i, counters)
     for i in range(w.n_touched):

@@ -11,6 +11,7 @@ from libc.string cimport memcpy, memset
 from vswitch.fastpath.atomics cimport vs_compiler_barrier, vs_get16, vs_get32
 from vswitch.fastpath.frame cimport gather_bytes
 from vswitch.fastpath.types cimport (
+    BURST,
     DROP_BAD_CSUM,
     DROP_BAD_GSO,
     DROP_OFFLOAD_UNNEGOTIATED,
@@ -301,9 +302,8 @@ cdef inline uint32_t finish_begin(
     cdef const char *hdr = <const char *>frame.hdr
     cdef uint32_t start = vs_get16(hdr + HDR_CSUM_START), offset = vs_get16(hdr + HDR_CSUM_OFFSET)
     cdef uint32_t have, l4_len
-    f.index = 0
+    memset(f, 0, sizeof(Finish))
     f.left = 1
-    f.gso = 0
     f.raw = frame.needs == OFFLOAD_VALID
     if f.raw:
         return 1
@@ -380,23 +380,29 @@ cdef inline void finish_checksum(
     put16(field, 0xFFFF if value == 0 and f.headers.proto == 17 else value)
 
 
-cdef inline void finish_next(WorkerC *w, const Frame *frame, Finish *f, Frame *out) noexcept nogil:
-    """Make the next frame. It lies in the worker's memory, and is gone with the next call."""
+cdef inline Frame *finish_next(
+    WorkerC *w, const Frame *frame, Finish *f, uint32_t slot
+) noexcept nogil:
+    """Make the next frame, in place `slot` below FINISH_BATCH of the worker's memory.
+
+    It is `w.frames[BURST + slot]`.
+    """
     cdef uint32_t n, length, l3 = f.headers.l3
-    cdef char *headers = w.headers
+    cdef Frame *out = &w.frames[BURST + slot]
+    cdef char *headers = w.headers[slot]
     cdef bint last
     f.left -= 1
     out[0] = frame[0]
     memset(out.hdr, 0, VNET_HDR_MAX)
     out.needs = 0
     if f.raw:
-        return
-    out.more = SEG_POOL
+        return out
+    out.more = <uint16_t>(SEG_POOL + slot)
     if f.gso == 0:
         out.seg.ptr = w.linear
         out.seg.len = out.len = f.end
         out.nseg = 1
-        return
+        return out
     n = f.end - f.at
     last = n <= f.size
     if not last:
@@ -422,11 +428,12 @@ cdef inline void finish_next(WorkerC *w, const Frame *frame, Finish *f, Frame *o
         )
     else:
         put16(headers + l3 + 4, swap16(length - l3 - 40 + n))
-    w.segs[SEG_POOL].ptr = w.linear + f.at
-    w.segs[SEG_POOL].len = n
+    w.segs[SEG_POOL + slot].ptr = w.linear + f.at
+    w.segs[SEG_POOL + slot].len = n
     out.seg.ptr = headers
     out.seg.len = length
     out.nseg = 2
-    out.len = length + n
+    out.len = out.wire_len = length + n
     f.at += n
     f.index += 1
+    return out

@@ -72,7 +72,6 @@ cdef inline void tap_send(
 ) noexcept nogil:
     """Write frames to the TAP; those that the kernel cannot finish are finished here."""
     cdef Finish f
-    cdef Frame out
     cdef const Frame *frame
     cdef uint16_t i
     for i in range(n):
@@ -85,8 +84,7 @@ cdef inline void tap_send(
             counters.drops[DROP_BAD_GSO] += 1
         else:
             while f.left:
-                finish_next(w, frame, &f, &out)
-                tap_write(w, port, &out, counters)
+                tap_write(w, port, finish_next(w, frame, &f, 0), counters)
 
 
 cdef inline int tap_receive(WorkerC *w, PortC *port, bint *lost) noexcept nogil:

@@ -23,6 +23,7 @@ cdef enum:
     LAST_NONE = 0xFFFF
     USED_BATCH = 1024      # used descriptors of a packed ring written in one go; a frame's go together
     LINEAR_LEN = 65664     # MAX_FRAME_LEN, rounded up to a cache line
+    FINISH_BATCH = 32      # segments that are made before they are delivered
     HEADERS_MAX = 512      # Ethernet, IP and TCP or UDP headers of a frame to be segmented, bytes
 
 # What a frame may leave to its receiver, and a receiver may take. The values are those of TUN_F_*
@@ -331,9 +332,10 @@ cdef struct WorkerC:
     uint32_t event_armed   # atomic; main wants to be woken
     # scratch of one burst
     uint16_t heads[BURST]
-    Frame frames[BURST]
-    Seg segs[SEG_POOL + 1] # the last: the payload of a frame finished in software
+    Frame frames[BURST + FINISH_BATCH]  # the last ones: segments made of one of the others ...
+    Seg segs[SEG_POOL + FINISH_BATCH]   # ... and their payloads
     uint32_t n_segs
+    uint32_t needs         # of all frames of the burst together
     uint16_t touched[MAX_PORTS]
     uint32_t n_touched
     uint16_t egress_n[MAX_PORTS]
@@ -350,5 +352,5 @@ cdef struct WorkerC:
     uint32_t n_used
     char *staging          # frames read from a TAP
     char *linear           # [LINEAR_LEN]; a frame being finished in software
-    char headers[HEADERS_MAX + 64]  # of its present segment
+    char headers[FINISH_BATCH][HEADERS_MAX + 64]  # of its segments
     uint32_t fragment_id   # of the next IPv6 datagram to be fragmented
