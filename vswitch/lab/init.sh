@@ -52,16 +52,24 @@ exec 3<>/dev/ttyS1
 stty raw -echo <&3
 printf '\nready %s\n' "$(cat /proc/sys/kernel/random/boot_id)" >&3
 cd /tmp
-while true; do
-    IFS=' ' read -r token seconds script <&3 || { usleep 100000; continue; }
-    [ -n "$script" ] || continue
-    echo "$script" | base64 -d >/run/script
-    timeout -s KILL "$seconds" sh /run/script >/run/output 2>&1 </dev/null 3>&-
-    code=$?
-    # The size is fixed now: what a background job adds to the file later is not part of the answer.
-    size=$(stat -c %s /run/output)
-    printf 'done %s %s %s\n' "$token" "$code" "$size" >&3
-    head -c "$size" /run/output >&3
-    # A job left in the background may still write to the old file: give the next command a new one.
-    rm -f /run/output
-done
+
+serve() {
+    while true; do
+        IFS=' ' read -r token seconds script <&3 || { usleep 100000; continue; }
+        [ -n "$script" ] || continue
+        echo "$script" | base64 -d >/run/script
+        timeout -s KILL "$seconds" sh /run/script >/run/output 2>&1 </dev/null 3>&-
+        code=$?
+        # The size is fixed now: what a background job adds to the file later is not part of the answer.
+        size=$(stat -c %s /run/output)
+        printf 'done %s %s %s\n' "$token" "$code" "$size" >&3
+        head -c "$size" /run/output >&3
+        # A job left in the background may still write to the old file: give the next command a new one.
+        rm -f /run/output
+    done
+}
+
+# Not in process 1: jobs left in the background become its children, and the shell's `read`, when
+# the end of a child interrupts it, forgets what it has of the line.
+serve &
+while true; do wait; sleep 1; done
