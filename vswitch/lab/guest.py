@@ -27,7 +27,7 @@ BOOT_TIMEOUT_S = 90.0
 
 _MIGRATION_LOOK_S = 0.05
 
-MemoryBackend = Literal["memfd", "shm", "hugetlbfs"]
+MemoryBackend = Literal["memfd", "shm", "hugetlb", "hugetlbfs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,9 @@ class GuestSettings:
     """QEMU creates the vhost-user socket and the switch connects to it, not the other way round."""
     memory_mib: int = 192
     memory_backend: MemoryBackend = "memfd"
+    """A memfd, with huge pages (of 2 MiB) for hugetlb, or a file in a file system."""
+    hugetlbfs: Path = Path("/dev/hugepages")
+    """Where the file system for `hugetlbfs` is mounted."""
     share: bool = True
     """False maps guest memory privately: what a careless command line does."""
     cpus: int = 1
@@ -297,8 +300,10 @@ def _memory_object(one: GuestSettings) -> str:
             return f"memory-backend-memfd,{common}"
         case "shm":
             return f"memory-backend-file,{common},mem-path=/dev/shm"
-        case "hugetlbfs":
+        case "hugetlb":
             return f"memory-backend-memfd,{common},hugetlb=on,hugetlbsize=2M"
+        case "hugetlbfs":
+            return f"memory-backend-file,{common},mem-path={one.hugetlbfs}"
 
 
 def _socket_chardev(one: GuestSettings) -> str:
