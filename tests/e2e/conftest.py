@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 
 import pytest
-from testbed import Testbed
+from testbed import NETWORK, Testbed
 
-from vswitch.lab import process
+from vswitch.lab import host, process
 from vswitch.lab.image import ensure_image
 
 
@@ -25,6 +27,35 @@ def running_testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbe
 def testbed(running_testbed: Testbed, request: pytest.FixtureRequest) -> Testbed:
     request.node.stash[_TESTBED] = running_testbed
     return running_testbed
+
+
+@pytest.fixture
+def bridged_namespace(testbed: Testbed) -> Iterator[str]:
+    """TAG of a bridge TAGbr and a network namespace TAGns behind it, at .200 of the lab's network.
+
+    An uplink TAGt is for the test to add; it is gone afterwards.
+    """
+    if not testbed.switch.running:
+        testbed.switch.start()
+    tag = f"e{os.getpid()}"
+    bridge, veth, namespace, uplink = f"{tag}br", f"{tag}v", f"{tag}ns", f"{tag}t"
+    host.ip("netns", "add", namespace)
+    try:
+        host.ip("link", "add", bridge, "type", "bridge")
+        host.ip("link", "add", veth, "type", "veth", "peer", "eth0", "netns", namespace)
+        host.ip("link", "set", veth, "master", bridge, "up")
+        host.ip("link", "set", bridge, "up")
+        host.ip("-n", namespace, "address", "add", f"{NETWORK}.200/24", "dev", "eth0")
+        host.ip("-n", namespace, "link", "set", "eth0", "up")
+        yield tag
+    finally:
+        if uplink in {port["name"] for port in testbed.ctl("list-ports")}:
+            testbed.ctl("uplink", "del", uplink)
+        # The kernel would remove the veth with the namespace, but later: it goes first.
+        for interface in (veth, bridge):
+            if interface in {name for _, name in socket.if_nameindex()}:
+                host.ip("link", "del", interface)
+        host.ip("netns", "del", namespace)
 
 
 _TESTBED = pytest.StashKey[Testbed]()

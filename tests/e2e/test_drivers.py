@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from testbed import Testbed, Transfer
+from testbed import Testbed
+from transfer import Transfer
 
 PLAIN = {
     "mrg_rxbuf": False,

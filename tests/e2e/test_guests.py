@@ -6,7 +6,8 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from testbed import NAMES, Testbed, Transfer, pinging
+from testbed import NAMES, Testbed, pinging
+from transfer import Transfer
 
 TRANSFER_LEN = 50_000_000
 

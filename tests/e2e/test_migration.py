@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from testbed import Testbed, Transfer, pings_until_answered, wait_until
+from testbed import Testbed, pings_until_answered, wait_until
+from transfer import Transfer
 
 from vswitch.lab.errors import GuestError
 from vswitch.lab.guest import Guest

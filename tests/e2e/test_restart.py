@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from testbed import Testbed, Transfer, pings_until_answered, wait_until
+from testbed import Kind, Testbed, pings_until_answered, wait_until
+from transfer import Transfer
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 
@@ -33,3 +34,36 @@ def test_traffic_resumes_after_a_restart(testbed: Testbed, how: str) -> None:
     assert vm2.ping(vm1.ip, count=10, timeout_s=5)
     transfer.finish()
     assert [guest.check(BOOT_ID) for guest in guests] == boots
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("packed", "times"),
+    [
+        pytest.param(True, 3, id="packed"),
+        pytest.param(True, 15, marks=pytest.mark.slow, id="packed, often"),
+        pytest.param(False, 15, marks=pytest.mark.slow, id="split, often"),
+    ],
+)
+def test_traffic_survives_a_killed_switch_again_and_again(
+    testbed: Testbed, packed: bool, times: int
+) -> None:
+    """QEMU says a packed ring starts anew; what it has got to, the switch must know."""
+    kind = Kind({"packed": packed})
+    with testbed.kinds(vm2=kind, vm3=kind) as guests:
+        boots = [guest.check(BOOT_ID) for guest in guests]
+        for number in range(times):
+            sender, receiver = guests if number % 2 else reversed(guests)
+            assert sender.ping(receiver.ip)
+            transfer = Transfer(sender, receiver, 20_000_000)
+            assert receiver.ping(sender.ip)
+            testbed.switch.kill()
+            wait_until("the guests see it", lambda: not any(one.carrier() for one in guests))
+            assert transfer.under_way(), "the transfer was over before the switch was killed"
+            testbed.switch.start()
+            for guest in guests:
+                testbed.wait_state(guest.name, "ready")
+                wait_until(f"{guest.name} sees the link come back", guest.carrier)
+            transfer.finish()
+            assert sender.ping(receiver.ip, count=5, timeout_s=5)
+        assert [guest.check(BOOT_ID) for guest in guests] == boots

@@ -12,9 +12,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,20 @@ class Refusal:
     hint: str
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How a guest differs from the usual ones, and its port (options of `vswitchctl add-port`)."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    port_options: tuple[object, ...] = ()
+
+
 class Testbed:
     """See the module. `directory` holds configuration, sockets and logs."""
 
     __test__ = False
 
-    def __init__(self, directory: Path, image: GuestImage) -> None:
+    def __init__(self, directory: Path, image: GuestImage, workers: int = 1) -> None:
         self.directory = directory
         self.image = image
         self.control = directory / "control.sock"
@@ -76,7 +84,8 @@ class Testbed:
             for name in NAMES
         ]
         self.config.write_text(
-            "\n".join([f'[switch]\nname = "e2e"\ncontrol = "{self.control}"\n', *ports])
+            f'[switch]\nname = "e2e"\ncontrol = "{self.control}"\nworkers = {workers}\n\n'
+            + "\n".join(ports)
         )
 
     def close(self) -> None:
@@ -141,6 +150,24 @@ class Testbed:
             self._remove_port(name)
             self.socket(name).unlink(missing_ok=True)
             self.guests[name] = usual
+
+    @contextmanager
+    def kinds(self, **kinds: Kind) -> Iterator[list[Guest]]:
+        """Guests of other kinds in the places of the named ones, all of them up and on the wire."""
+        if not self.switch.running:
+            self.switch.start()
+        with ExitStack() as stack:
+            guests = [
+                stack.enter_context(self.in_place_of(name, **kind.settings))
+                for name, kind in kinds.items()
+            ]
+            for guest, kind in zip(guests, kinds.values(), strict=True):
+                self.ctl("add-port", *kind.port_options, guest.name, guest.settings.socket)
+                guest.start()
+            for guest in guests:
+                guest.wait_up()
+                self.wait_state(guest.name, "ready")
+            yield guests
 
     def _remove_port(self, name: str) -> None:
         if self.switch.running and name in {port["name"] for port in self.ctl("list-ports")}:
@@ -232,69 +259,3 @@ def pings_until_answered(source: Guest, address: str, timeout_s: float = 20.0) -
     wait_until(
         f"{address} answers {source.name}", lambda: source.ping(address, timeout_s=1), timeout_s
     )
-
-
-class Transfer:
-    """Bytes through a TCP connection between two guests, hashed on both sides.
-
-    nc only opens the connection (-e) and leaves it to programs that read and write large blocks:
-    its own copying is most of the work otherwise.
-    """
-
-    PORT = 5000
-    BLOCK_LEN = 5_000_000
-
-    def __init__(self, sender: Guest, receiver: Guest, size: int) -> None:
-        self._sender = sender
-        self._receiver = receiver
-        self.sent_sum = make_data(sender, size)
-        receive(receiver, self.PORT)
-        sender.check(
-            "echo 'exec cat /tmp/data' >/tmp/send; chmod +x /tmp/send; rm -f /tmp/sent\n"
-            f"(nc {receiver.ip} {self.PORT} -e /tmp/send; echo $? >/tmp/sent) >/dev/null 2>&1 &"
-        )
-
-    def finish(self, timeout_s: float = 60.0) -> None:
-        """Wait for the end; the receiver's hash must be the sender's."""
-        assert received_sum(self._receiver, timeout_s) == self.sent_sum
-        sent = self._sender.check("until [ -s /tmp/sent ]; do usleep 20000; done; cat /tmp/sent")
-        assert sent.strip() == "0"
-        self._sender.check("rm /tmp/data")
-
-    def goes_on_in(self, guest: Guest) -> bool:
-        """The receiver has moved to another QEMU; whether the transfer is still under way there."""
-        self._receiver = guest
-        return self.under_way()
-
-    def under_way(self) -> bool:
-        return self._receiver.run("[ -e /tmp/sum ]").exit_code != 0
-
-
-def make_data(guest: Guest, size: int) -> str:
-    """Write /tmp/data and return its hash.
-
-    A random block over and over, each time with its number: random numbers for all of it would
-    take a guest longer than to send it, and still no two places may be mistaken for each other.
-    """
-    blocks = -(-size // Transfer.BLOCK_LEN)
-    return guest.check(
-        f"head -c {Transfer.BLOCK_LEN} /dev/urandom >/tmp/block\n"
-        f"for i in $(seq {blocks}); do echo $i; cat /tmp/block; done | head -c {size} >/tmp/data\n"
-        "rm /tmp/block; sha256sum </tmp/data",
-        timeout_s=60,
-    )
-
-
-def receive(guest: Guest, port: int) -> None:
-    """Have a guest take one TCP connection and hash what comes; see `received_sum`."""
-    guest.check(
-        "rm -f /tmp/sum; echo 'sha256sum >/tmp/sum.part; mv /tmp/sum.part /tmp/sum' >/tmp/receive\n"
-        "chmod +x /tmp/receive\n"
-        f"nc -l -p {port} -e /tmp/receive >/dev/null 2>&1 &\n"
-        f"until netstat -ltn | grep -q ':{port} '; do usleep 20000; done"
-    )
-
-
-def received_sum(guest: Guest, timeout_s: float = 60.0) -> str:
-    """Wait for the end of the connection that `receive` waits for; the hash of what came."""
-    return guest.check("until [ -s /tmp/sum ]; do usleep 20000; done; cat /tmp/sum", timeout_s)
