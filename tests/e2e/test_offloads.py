@@ -88,7 +88,7 @@ def more_addresses(guest: Guest) -> tuple[str, str]:
     ("one", "other"),
     [
         ("all", "none"),
-        ("tso4", "tso6"),
+        pytest.param("tso4", "tso6", marks=pytest.mark.slow),
         ("sends", "receives"),
         pytest.param("all", "csum", marks=pytest.mark.slow),
         pytest.param("csum", "none", marks=pytest.mark.slow),
