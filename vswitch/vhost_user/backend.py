@@ -6,7 +6,8 @@ docs/interop/vhost-user.rst is the specification; section names in quotes are it
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 
 from vswitch.errors import ProtocolError
 from vswitch.vhost_user import protocol
@@ -109,10 +110,12 @@ class Backend(MemoryRequests, RingRequests):
                     return
                 with message:
                     await self._serve(message)
+                # Somebody else's turn: a frontend that never stops sending is never waited for.
+                await asyncio.sleep(0)
         except MalformedError as exc:
             raise ProtocolError(str(exc), hint="the frontend sent this: it is broken") from exc
         finally:
-            await self._release()
+            await _to_the_end(self._release())
 
     # One message
 
@@ -273,3 +276,19 @@ class Backend(MemoryRequests, RingRequests):
         if not MTU_MIN <= mtu <= MTU_MAX:
             raise DatapathError(f"MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")
         self._datapath.set_mtu(mtu)
+
+
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """Await `work` whoever cancels this task meanwhile, who is obeyed afterwards.
+
+    Rings must have stopped before their memory goes.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled

@@ -19,6 +19,10 @@ from vswitch.vhost_user.protocol import (
 _REPLY_LEN = HEADER_LEN + 8
 
 
+# The frontend has the other descriptors of this socket and may make it blocking again.
+_NO_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
 class BackendChannel:
     """The socket of SET_BACKEND_REQ_FD. Sending never waits, however slow the frontend is.
 
@@ -67,7 +71,7 @@ class BackendChannel:
                 if self._acknowledged:
                     self._awaited = request
             try:
-                self._rest = self._rest[self._sock.send(self._rest) :]
+                self._rest = self._rest[self._sock.send(self._rest, _NO_WAIT) :]
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self._sock.fileno(), self._flush)
                 return
@@ -78,7 +82,7 @@ class BackendChannel:
 
     def _readable(self) -> None:
         try:
-            data = self._sock.recv(4096)
+            data = self._sock.recv(4096, _NO_WAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

@@ -79,6 +79,7 @@ class Listener:
                 return
             refused(peer_pid(sock))
             sock.close()
+            await asyncio.sleep(0)  # others have their turn in a storm of connections
 
     def check(self) -> None:
         """Notice a socket file that somebody removed or put another in place of.
