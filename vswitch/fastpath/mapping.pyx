@@ -22,9 +22,40 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
     void *MAP_FAILED
 
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_t "statfs":
+        long f_type
+    int fstatfs(int fd, statfs_t *buf)
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
+# Magic numbers of linux/magic.h. A page of these is there, or comes from a disk of this machine. On
+# others (FUSE, NFS, ...) a worker could wait for it for as long as somebody likes.
+FILESYSTEMS = frozenset({
+    0x01021994,  # tmpfs, memfd
+    0x958458F6,  # hugetlbfs
+    0x858458F6,  # ramfs
+    0xEF53,      # ext2, ext3, ext4
+    0x58465342,  # xfs
+    0x9123683E,  # btrfs
+    0xF2F52010,  # f2fs
+    0x2FC12FC1,  # zfs
+    0x794C7630,  # overlayfs
+})
 U64_END = 1 << 64
 SLOTS = MAX_REGIONS  # the most regions at a time
+
+
+def _check_filesystem(what, int fd):
+    """Raise ValueError for a file whose pages somebody else may keep back."""
+    cdef statfs_t info
+    if fstatfs(fd, &info) < 0:
+        raise OSError(errno, os.strerror(errno))
+    kind = info.f_type & 0xFFFFFFFF
+    if kind not in FILESYSTEMS:
+        raise ValueError(
+            f"{what}: its file is on a file system of type {kind:#x}, which may keep its pages back: "
+            "use memfd, /dev/shm or hugetlbfs"
+        )
 
 
 def _check_region(index, region, fd, earlier):
@@ -46,6 +77,7 @@ def _check_region(index, region, fd, earlier):
             f"region {index}: its file descriptor is not a file of shared memory "
             f"(file type {stat.S_IFMT(info.st_mode):#o})"
         )
+    _check_filesystem(f"region {index}", fd)
     if offset + size > info.st_size:
         raise ValueError(
             f"region {index}: mmap offset {offset:#x} plus size {size:#x} is beyond "
@@ -92,6 +124,8 @@ cdef class Mapped:
         self.c.map_base = base
         self.c.map_len = length
         self.slot = vs_add_region(<char *>base, length, &self.lost)
+        if self.slot < 0:
+            raise OSError(28, f"region {index}: too many regions are mapped")
         self.row = region
 
     def __dealloc__(self):
@@ -194,6 +228,7 @@ cdef class DirtyLog:
                 "the log's file descriptor is not a file of shared memory "
                 f"(file type {stat.S_IFMT(info.st_mode):#o})"
             )
+        _check_filesystem("the log", fd)
         if size == 0:
             raise ValueError("the log's size is 0")
         if offset + size > info.st_size:
@@ -214,6 +249,8 @@ cdef class DirtyLog:
         self.map_base = base
         self.map_len = length
         self.slot = vs_add_region(<char *>base, length, &self.lost)
+        if self.slot < 0:
+            raise OSError(28, "log: too many regions are mapped")
         self.c.bits = <uint8_t *>base + <uint64_t>(offset - start)
         self.c.len = size
 

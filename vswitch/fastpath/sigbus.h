@@ -35,6 +35,9 @@ static struct sigaction vs_old_sigbus;
 static void vs_on_sigbus(int number, siginfo_t *info, void *context) {
     char *address = (char *)info->si_addr;
     int used = __atomic_load_n(&vs_slots_used, __ATOMIC_ACQUIRE), saved = errno;
+    /* An unaligned access is no missing page, and would be repeated for ever. */
+    if (info->si_code == BUS_ADRALN)
+        used = 0;
     for (int i = 0; i < used; i++) {
         struct vs_region_slot *slot = &vs_slots[i];
         /* Acquire: length and flag after the base; pairs with the release in vs_add_region. */
