@@ -60,8 +60,10 @@ class Journals:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def open(self, port: str, rings: int) -> Journal | None:
+    def open(self, port: str, rings: int, used: int | None = None) -> Journal | None:
         """The journal of a port with so many rings, as an earlier switch left it or a new one.
+
+        Only the first `used` of them are ever written; there is room on the disk for these.
 
         None, with a warning in the log, if there can be none: the switch works without.
         """
@@ -74,6 +76,8 @@ class Journals:
                 if os.fstat(fd).st_size != rings * SLOT_LEN:
                     os.ftruncate(fd, 0)
                     os.ftruncate(fd, rings * SLOT_LEN)
+                # A page that there is no room for would be a SIGBUS when a worker writes to it.
+                os.posix_fallocate(fd, 0, (rings if used is None else used) * SLOT_LEN)
                 return Journal(rings, fd)
             finally:
                 os.close(fd)

@@ -123,7 +123,7 @@ class Switch:
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
             )
             if self._journals is not None:
-                journal = self._journals.open(settings.name, MAX_VRINGS)
+                journal = self._journals.open(settings.name, MAX_VRINGS, 2 * settings.queues)
                 if journal is not None:
                     port.fast.use_journal(journal)
             try:
@@ -289,11 +289,15 @@ class Switch:
     def _on_events(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._engine.event_fd)
-        while True:
-            for event in self._engine.take_events():
-                self._on_event(*event)
-            if not self._engine.arm_events():
-                break
+        for event in self._engine.take_events():
+            self._on_event(*event)
+        if self._engine.arm_events():
+            # More have come: after everybody else's turn.
+            self._loop.call_soon(self._on_more_events)
+
+    def _on_more_events(self) -> None:
+        if self._ticker is not None:  # not closed meanwhile
+            self._on_events()
 
     def _on_lost_memory(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -105,6 +105,7 @@ class VhostPort:
         self._fault: str | None = None
         self._last_error: str | None = None
         self._warning: str | None = None
+        self._faulted: set[int] = set()
         self._problem_logged: str | None = None
         self._limit_mtu(None)
 
@@ -128,7 +129,13 @@ class VhostPort:
         self._endpoint.close()
 
     def check(self) -> None:
-        """Once a second: notice what happens to the socket and say it once."""
+        """Once a second: notice what happens to the socket and say it once.
+
+        And find rings that are at fault although their worker's event was lost.
+        """
+        for index, ring in self.fast.rings.items():
+            if ring.started and ring.fault is not None:
+                self.ring_fault(index)
         if self._backend is None:
             self._endpoint.check()
             problem = self._endpoint.problem
@@ -179,6 +186,7 @@ class VhostPort:
             self._connected_at = None
             self._was_ready = False
             self._warning = None
+            self._faulted.clear()
             self.fast.rings.clear()
             self.fast.use_journal(journal)
             self._engine.fdb.flush(self.fast.id)
@@ -313,7 +321,9 @@ class VhostPort:
             )
         except RingError as exc:
             raise DatapathError(f"vring {index}: {exc}") from exc
-        self._fault = None
+        self._faulted.discard(index)
+        if not self._faulted:
+            self._fault = None
         self._engine.attach(ring, setup.kick_fd, self._place(ring))
         await self._settle()
         return base
@@ -358,6 +368,8 @@ class VhostPort:
         self._limit_mtu(mtu)
 
     def announce(self, mac: bytes) -> None:
+        if self.fast.link_down:
+            return
         log.info("port %s: announcing %s (RARP)", self.name, mac.hex(":"))
         self._engine.inject(self.fast, rarp_frame(mac))
 
@@ -380,8 +392,9 @@ class VhostPort:
     def ring_fault(self, index: int) -> None:
         """A worker stopped a ring for what its driver did; the port is at fault until a reset."""
         ring = self.fast.rings.get(index)
-        if ring is None or ring.fault is None:
+        if ring is None or ring.fault is None or index in self._faulted:
             return
+        self._faulted.add(index)
         name, text = ring.fault
         if not self._memory_lost:
             self._fail(f"{_ring_name(index)}: {text} ({name})")

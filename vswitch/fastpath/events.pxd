@@ -3,12 +3,21 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.atomics cimport (
+    vs_fence,
     vs_load32,
     vs_load_acquire32,
     vs_store32,
     vs_store_release32,
 )
-from vswitch.fastpath.types cimport EVENT_SLOTS, EventC, EventKind, WorkerC
+from vswitch.fastpath.types cimport (
+    EVENT_MAC_LEARNED,
+    EVENT_MAC_MOVED,
+    EVENT_RESERVE,
+    EVENT_SLOTS,
+    EventC,
+    EventKind,
+    WorkerC,
+)
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)
@@ -18,10 +27,12 @@ cdef inline void post_event(
     WorkerC *w, EventKind kind, uint16_t port, uint16_t other, uint64_t key
 ) noexcept nogil:
     """Tell the main thread; when it lags behind by EVENT_SLOTS the event is lost and counted."""
-    cdef uint32_t head = w.event_head
+    cdef uint32_t head = w.event_head, slots = EVENT_SLOTS
     cdef EventC *event
+    if kind == EVENT_MAC_LEARNED or kind == EVENT_MAC_MOVED:
+        slots -= EVENT_RESERVE  # guests make as many of these as they like
     # Acquire: the slot is free before it is written. Pairs with the release in Worker.take_events.
-    if head - vs_load_acquire32(&w.event_tail) >= EVENT_SLOTS:
+    if head - vs_load_acquire32(&w.event_tail) >= slots:
         w.events_lost += 1
         return
     event = &w.events[head & (EVENT_SLOTS - 1)]
@@ -31,6 +42,8 @@ cdef inline void post_event(
     event.key = key
     # Release: the event before the index. Pairs with the acquire in Worker.take_events.
     vs_store_release32(&w.event_head, head + 1)
+    # Full fence: the event is visible before the wish is read. Pairs with the fence in arm_events.
+    vs_fence()
     if vs_load32(&w.event_armed):
         vs_store32(&w.event_armed, 0)
         eventfd_write(w.shared.event_fd, 1)

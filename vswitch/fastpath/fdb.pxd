@@ -84,6 +84,8 @@ cdef inline FdbResult fdb_insert(
     cdef uint64_t h
     cdef int which, i, used, best = 5
     if entry != NULL:
+        if (entry.val >> 16) & FDB_STATIC and not flags & FDB_STATIC:
+            return FDB_KNOWN  # pinned between the look without the lock and this one
         old_port[0] = <int32_t>(entry.val & 0xFFFF)
         vs_store_release64(&entry.val, fdb_pack(port, flags, tick))
         if old_port[0] == port:

@@ -62,6 +62,11 @@ MAX_VRINGS = 2 * MAX_QUEUE_PAIRS
 """The most virtqueues of a port."""
 
 
+cdef LogC EMPTY_LOG
+EMPTY_LOG.bits = NULL
+EMPTY_LOG.len = 0
+
+
 class RingError(ValueError):
     """A ring cannot be started; the text names the field and the value."""
 
@@ -141,6 +146,11 @@ cdef class Ring:
                 raise RingError(
                     f"{name} address {uva:#x} (size {size}) is outside the guest memory"
                 )
+            if <uint64_t>uva_to_host(memory.table, uva, length) % align:
+                raise RingError(
+                    f"{name} address {uva:#x} is not aligned to {align} bytes in its file: "
+                    "the region's mmap offset is odd"
+                )
         c.desc = <VringDesc *>uva_to_host(memory.table, desc_uva, parts[0][3])
         c.avail = <uint16_t *>uva_to_host(memory.table, avail_uva, parts[1][3])
         c.used_hdr = <uint16_t *>uva_to_host(memory.table, used_uva, parts[2][3])
@@ -181,6 +191,7 @@ cdef class Ring:
         c.empty_polls = 0
         c.src_key = 0
         c.dst_key = 0
+        c.src_generation = c.dst_generation = 0
         c.fault_value = 0
         c.fault_detail = 0
         vs_store32(&c.fault, FAULT_NONE)
@@ -219,8 +230,11 @@ cdef class Ring:
         cdef LogC *c = NULL
         if log is not None:
             c = &log.c
-        self.c.log_gpa = used_gpa or 0
-        self.c.log_used = used_gpa is not None
+            self.c.log_gpa = used_gpa or 0
+            self.c.log_used = used_gpa is not None
+        elif self.published:
+            # Never back to NULL under a worker, which has looked once and loads the pointer again.
+            c = &EMPTY_LOG
         # Release: the rest before the pointer that makes it count.
         vs_store_release_ptr(<void **>&self.c.log, c)
         self.log = log

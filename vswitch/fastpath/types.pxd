@@ -20,6 +20,7 @@ cdef enum:
     MAX_FRAME_LEN = 65553  # 65535 bytes of payload, Ethernet header and one VLAN tag
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
+    EVENT_RESERVE = 64     # ... of which so many are for faults only
     LAST_NONE = 0xFFFF
     USED_BATCH = 1024      # used descriptors of a packed ring written in one go; a frame's go together
     LINEAR_LEN = 65664     # MAX_FRAME_LEN, rounded up to a cache line

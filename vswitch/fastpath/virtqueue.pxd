@@ -177,7 +177,8 @@ cdef inline bint driver_wants_call(RingC *ring) noexcept nogil:
         # Noted whatever the driver wants: what is rounds old says nothing of an event in this one.
         ring.signalled = now
         ring.signalled_valid = 1
-        event = vs_load16(ring.avail + 1) & 3
+        # Acquire: the offset after the flags that make it count; pairs with the driver's order.
+        event = vs_load_acquire16(ring.avail + 1) & 3
         if event == RING_EVENT_FLAGS_DISABLE:
             return False
         if event != RING_EVENT_FLAGS_DESC or not ring.event_idx:

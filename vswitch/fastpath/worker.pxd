@@ -164,6 +164,9 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
             forward_burst(w, view, ring.port, ring, taken)
         else:
             # Started but disabled: process and discard ("Ring states" of the protocol document).
+            counters.ingress_frames += taken
+            for i in range(taken):
+                counters.ingress_bytes += w.frames[i].len
             counters.drops[
                 DROP_LINK_DOWN if vs_load8(&ring.port.link_down) else DROP_DISABLED
             ] += taken
