@@ -145,11 +145,12 @@ class TestpmdIo(Switch):
 class NullSwitch(Switch):
     """No switch: indices and lengths go from ring to ring, no frame is looked at or copied.
 
-    What the software generator reaches with this is its own ceiling.
+    What the software generator reaches when nobody looks at a frame. Not a ceiling: it moves ring
+    entries in another rhythm than a switch does, and may come out behind one.
     """
 
     name = "null"
-    title = "no switch (ceiling of the generator)"
+    title = "no switch"
     software_guests_only = True
     max_frame_len = 2000
 

@@ -162,7 +162,7 @@ def test_table() -> None:
     lines = text.splitlines()
     near = lines.index("### Million frames a second, near (software guests, one direction)")
     assert lines[near + 2] == (
-        "| frame | vswitch | testpmd io | no switch (ceiling of the generator) "
+        "| frame | vswitch | testpmd io | no switch "
         "| vswitch / best peer |"
     )
     assert lines[near + 4] == "| 64 B | 12.00 (3) | 10.00 (1) | 50.00 (1) | 1.20 |"
