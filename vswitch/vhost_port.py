@@ -476,7 +476,7 @@ class VhostPort:
             size=ring.size,
             started=ring.started,
             enabled=ring.enabled,
-            avail_idx=ring.base,
+            avail_idx=ring.base & 0xFFFF,
             used_idx=ring.used_idx,
             fault=fault[1] if fault else None,
         )
