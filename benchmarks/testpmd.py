@@ -18,7 +18,7 @@ _runs = itertools.count()
 
 
 def version() -> str:
-    return "DPDK " + version_of("dpkg-query", "-W", "-f", "${Version}", "dpdk")
+    return "DPDK " + version_of("dpkg-query", "-W", "-f", "${Version}", "dpdk-dev")
 
 
 class Testpmd:

@@ -26,7 +26,10 @@ _SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin",
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One thing needed, how to see whether it is there, and the Debian package that has it."""
+    """One thing needed, how to see whether it is there, and the Debian package that has it.
+
+    `package` may name several, with spaces between them, where releases differ.
+    """
 
     what: str
     package: str
@@ -81,7 +84,8 @@ DEMO = (
 
 TEST = (
     *DEMO,
-    _program("dpdk-testpmd", "dpdk"),
+    # In dpdk-dev or, in older releases, in dpdk.
+    _program("dpdk-testpmd", "dpdk-dev dpdk"),
     _program("ethtool", "ethtool"),
     _program("setpriv", "util-linux"),
 )
@@ -95,13 +99,17 @@ def missing(requirements: Iterable[Requirement]) -> list[Requirement]:
     return [one for one in requirements if not one.present()]
 
 
+def _packages(wanted: Iterable[Requirement]) -> list[str]:
+    return list(dict.fromkeys(name for one in wanted for name in one.package.split()))
+
+
 def has_apt() -> bool:
     return shutil.which("apt-get") is not None
 
 
 def advice(wanted: Iterable[Requirement]) -> str:
     """The exact command that installs `wanted`, or what to look for where there is no apt."""
-    packages = " ".join(dict.fromkeys(one.package for one in wanted))
+    packages = " ".join(_packages(wanted))
     if has_apt():
         root = "" if os.geteuid() == 0 else "sudo "
         return f"{root}apt-get update && {root}apt-get install {packages}"
@@ -120,7 +128,7 @@ def ensure(requirements: Iterable[Requirement], progress: Progress = lambda _: N
     if not has_apt() or os.geteuid() != 0:
         why = "only root may install it" if has_apt() else "there is no apt here to install it with"
         raise LabError(f"missing: {names}; {why}", hint=advice(wanted))
-    packages = list(dict.fromkeys(one.package for one in wanted))
+    packages = _packages(wanted)
     progress(f"installing {' '.join(packages)}")
     # Lists may be absent (fresh containers) or older than the archive, so they are always renewed.
     _apt(["update"], progress)
