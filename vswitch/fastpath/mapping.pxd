@@ -3,10 +3,16 @@ from libc.stdint cimport uint32_t, uint64_t
 from vswitch.fastpath.types cimport LogC, MemTable, Region
 
 
-cdef class Mapped:
-    cdef Region c
+cdef class SharedFile:
+    cdef void *map_base       # what munmap() gets
+    cdef uint64_t map_len
     cdef uint32_t lost        # atomic; its file was truncated under us
     cdef int slot             # in the table of sigbus.h
+    cdef char *_map(self, what, int fd, info, size, offset) except NULL
+
+
+cdef class Mapped(SharedFile):
+    cdef Region c
     cdef tuple row            # guest address, size, user address, mmap offset
 
 
@@ -18,9 +24,5 @@ cdef class Memory:
     cdef _map(self, tuple region, int fd)
 
 
-cdef class DirtyLog:
+cdef class DirtyLog(SharedFile):
     cdef LogC c
-    cdef void *map_base
-    cdef uint64_t map_len
-    cdef uint32_t lost        # atomic; its file was truncated under us
-    cdef int slot             # in the table of sigbus.h

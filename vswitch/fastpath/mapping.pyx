@@ -1,6 +1,6 @@
 """Guest memory, mapped from the file descriptors that a frontend hands over."""
 
-from libc.errno cimport errno
+from libc.errno cimport ENOSPC, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -8,7 +8,7 @@ import os
 import stat
 
 from vswitch.fastpath.atomics cimport vs_load32
-from vswitch.fastpath.types cimport MAX_REGIONS, MemTable, Region
+from vswitch.fastpath.types cimport MAX_REGIONS, MemTable
 
 cdef extern from "sigbus.h" nogil:
     int vs_watch_sigbus()
@@ -98,13 +98,15 @@ def watch_lost_memory():
     return fd
 
 
-cdef class Mapped:
-    """One region in our address space; unmapped when nobody holds it any more."""
+cdef class SharedFile:
+    """A piece of a file of somebody else's, mapped and watched for its truncation."""
 
-    def __cinit__(self, index, region, int fd, earlier):
-        info = _check_region(index, region, fd, earlier)
+    cdef char *_map(self, what, int fd, info, size, offset) except NULL:
+        """Map `size` bytes from `offset`, with `info` the file's fstat(); returns the first of them.
+
+        Raises OSError. Unmapped with the object, of which nobody may have a pointer any more.
+        """
         cdef uint64_t page = max(PAGE, info.st_blksize)
-        cdef uint64_t gpa = region[0], size = region[1], uva = region[2], offset = region[3]
         # hugetlbfs wants file offset and length in whole huge pages; st_blksize tells their size.
         cdef uint64_t start = offset - offset % page
         cdef uint64_t length = (offset - start + size + page - 1) // page * page
@@ -114,24 +116,30 @@ cdef class Mapped:
                 NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start
             )
         if base == MAP_FAILED:
-            raise OSError(errno, f"region {index}: mmap of {size:#x} bytes: {os.strerror(errno)}")
-        # Guest memory is of no use in a core dump of the switch, and is somebody else's secret.
-        madvise(base, length, MADV_DONTDUMP)
-        self.c.gpa = gpa
-        self.c.size = size
-        self.c.uva = uva
-        self.c.host = <char *>base + (offset - start)
-        self.c.map_base = base
-        self.c.map_len = length
+            raise OSError(errno, f"{what}: mmap of {size:#x} bytes: {os.strerror(errno)}")
+        self.map_base = base
+        self.map_len = length
         self.slot = vs_add_region(<char *>base, length, &self.lost)
         if self.slot < 0:
-            raise OSError(28, f"region {index}: too many regions are mapped")
-        self.row = region
+            raise OSError(ENOSPC, f"{what}: too many regions are mapped")
+        return <char *>base + <uint64_t>(offset - start)
 
     def __dealloc__(self):
-        if self.c.map_base != NULL:
+        if self.map_base != NULL:
             vs_remove_region(self.slot)
-            munmap(self.c.map_base, self.c.map_len)
+            munmap(self.map_base, self.map_len)
+
+
+cdef class Mapped(SharedFile):
+    """One region in our address space; unmapped when nobody holds it any more."""
+
+    def __cinit__(self, index, region, int fd, earlier):
+        info = _check_region(index, region, fd, earlier)
+        self.c.gpa, self.c.size, self.c.uva, offset = region
+        self.c.host = self._map(f"region {index}", fd, info, region[1], offset)
+        # Guest memory is of no use in a core dump of the switch, and is somebody else's secret.
+        madvise(self.map_base, self.map_len, MADV_DONTDUMP)
+        self.row = region
 
 
 cdef class Memory:
@@ -213,7 +221,7 @@ cdef class Memory:
         free(self.table)
 
 
-cdef class DirtyLog:
+cdef class DirtyLog(SharedFile):
     """The frontend's bitmap of written pages (SET_LOG_BASE), mapped.
 
     `size` and `offset` are bytes. The descriptor stays the caller's and may be closed afterwards.
@@ -236,25 +244,5 @@ cdef class DirtyLog:
                 f"log offset {offset:#x} plus size {size:#x} is beyond "
                 f"the end of its file ({info.st_size:#x} bytes)"
             )
-        cdef uint64_t page = max(PAGE, info.st_blksize)
-        cdef uint64_t start = offset - offset % page
-        cdef uint64_t length = (offset - start + size + page - 1) // page * page
-        cdef void *base
-        with nogil:
-            base = mmap(
-                NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start
-            )
-        if base == MAP_FAILED:
-            raise OSError(errno, f"log: mmap of {size:#x} bytes: {os.strerror(errno)}")
-        self.map_base = base
-        self.map_len = length
-        self.slot = vs_add_region(<char *>base, length, &self.lost)
-        if self.slot < 0:
-            raise OSError(28, "log: too many regions are mapped")
-        self.c.bits = <uint8_t *>base + <uint64_t>(offset - start)
+        self.c.bits = <uint8_t *>self._map("log", fd, info, size, offset)
         self.c.len = size
-
-    def __dealloc__(self):
-        if self.map_base != NULL:
-            vs_remove_region(self.slot)
-            munmap(self.map_base, self.map_len)

@@ -67,8 +67,6 @@ cdef struct Region:
     uint64_t size          # bytes
     uint64_t uva           # the same byte in the frontend's address space
     char *host             # the same byte in ours
-    void *map_base         # what munmap() gets
-    uint64_t map_len
 
 cdef struct MemTable:      # main; immutable once made
     uint32_t count
@@ -96,7 +94,7 @@ cdef enum:
     DROP_BAD_GSO
     N_DROPS
 
-# What is wrong with a ring. The order is that of RING_FAULTS in engine.pyx.
+# What is wrong with a ring. The order is that of RING_FAULTS in port.pyx.
 cdef enum Fault:
     FAULT_NONE
     FAULT_AVAIL_IDX        # value: avail.idx, detail: last avail index seen
