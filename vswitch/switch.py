@@ -37,7 +37,6 @@ AnyPort = VhostPort | TapPort
 Subscriber = Callable[[Event], None]
 
 _SETTLE_STEP_S = 0.0002
-_MAC_EVENTS: dict[str, EventName] = {"mac-learned": "mac-learned", "mac-moved": "mac-moved"}
 
 
 class Switch:
@@ -316,10 +315,10 @@ class Switch:
             reason = port.lost()
             log.error("uplink %s: %s", port.name, reason)
             self._emit("port-fault", port.name, reason)
-        elif kind in _MAC_EVENTS and self._subscribers:
+        elif kind in ("mac-learned", "mac-moved") and self._subscribers:
             mac, vlan = key_mac(key)
             record = Event(
-                event=_MAC_EVENTS[kind], time=time.time(), port=port.name, mac=mac, vlan=vlan
+                event=cast(EventName, kind), time=time.time(), port=port.name, mac=mac, vlan=vlan
             )
             previous = self._by_id.get(other)
             if kind == "mac-moved" and previous is not None:

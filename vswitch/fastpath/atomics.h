@@ -13,8 +13,6 @@
 #include <string.h>
 #include <time.h>
 
-#define VS_CACHE_LINE 64
-
 static inline uint16_t vs_load_acquire16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline uint32_t vs_load_acquire32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline uint64_t vs_load_acquire64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }

@@ -14,7 +14,6 @@ import os
 
 from vswitch.fastpath.atomics cimport (
     vs_cas_ptr,
-    vs_exchange_ptr,
     vs_fence,
     vs_load32,
     vs_load64,
@@ -30,7 +29,6 @@ from vswitch.fastpath.atomics cimport (
 from vswitch.fastpath.port cimport Port, Ring
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport (
-    BURST,
     EVENT_MAC_LEARNED,
     EVENT_MAC_MOVED,
     EVENT_RING_FAULT,

@@ -9,7 +9,6 @@ from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.atomics cimport (
     vs_cas64,
-    vs_load32,
     vs_load64,
     vs_load_acquire64,
     vs_store32,

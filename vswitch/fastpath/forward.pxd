@@ -23,7 +23,6 @@ from vswitch.fastpath.fdb cimport (
     FDB_BUSY,
     FDB_LEARNED,
     FDB_MOVED,
-    FDB_NO_ROOM,
     FdbResult,
     fdb_learn,
     fdb_lookup,

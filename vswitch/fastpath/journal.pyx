@@ -12,7 +12,6 @@ note both, and who starts the ring again with the same memory reads it:
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.string cimport memset
 
 import os
 

@@ -4,7 +4,7 @@ from libc.errno cimport EAGAIN, EBADFD, EINTR, EIO, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
-from vswitch.fastpath.atomics cimport vs_load32, vs_unlikely
+from vswitch.fastpath.atomics cimport vs_load32
 from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
 from vswitch.fastpath.types cimport (
     BURST,
@@ -13,7 +13,6 @@ from vswitch.fastpath.types cimport (
     DROP_TAP_BUSY,
     DROP_TAP_DOWN,
     DROP_TAP_ERROR,
-    ETH_HLEN,
     MAX_CHAIN,
     MAX_FRAME_LEN,
     VNET_HDR_MAX,

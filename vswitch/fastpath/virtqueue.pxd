@@ -35,7 +35,6 @@ from vswitch.fastpath.types cimport (
     Counters,
     RingC,
     UsedChain,
-    VringDesc,
     WorkerC,
 )
 
