@@ -14,6 +14,7 @@ from tests.unit.wire import (
     OFFERED,
     Eventfd,
     Peer,
+    RecordingDatapath,
     addr,
     state,
     with_peer,
@@ -534,6 +535,47 @@ def test_cancelling_releases_everything() -> None:
         assert peer.sock.recv(1) == b""
 
     with_peer(test)
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_KICK, Request.SET_VRING_CALL])
+def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None:
+    """As when the port is deleted while workers are waited for; `with_peer` counts descriptors.
+
+    The old call descriptor is open until the ring has stopped: a worker may signal through it.
+    """
+
+    class Stalling(RecordingDatapath):
+        async def stop_rings(self, indices: list[int]) -> list[int]:
+            await self._stall()
+            return await super().stop_rings(indices)
+
+        async def set_call(self, index: int, fd: int) -> None:  # noqa: ARG002
+            self.old_call_fd = self.running[index].call_fd
+            await self._stall()
+
+        async def _stall(self) -> None:
+            if self.old_call_fd >= 0:
+                os.fstat(self.old_call_fd)
+            if not stalled.is_set() and armed:
+                stalled.set()
+                await asyncio.get_running_loop().create_future()
+
+        old_call_fd = -1
+
+    async def test(peer: Peer) -> None:
+        nonlocal armed
+        await running(peer)
+        armed = True
+        with Eventfd() as fd:
+            await peer.send(request_, u64(0), [fd])
+        await stalled.wait()
+        peer.task.cancel()
+        await asyncio.wait([peer.task])
+        assert peer.task.cancelled()
+
+    armed = False
+    stalled = asyncio.Event()
+    with_peer(test, Stalling())
 
 
 def test_eventfds_become_non_blocking() -> None:

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from tests.unit.test_backend import REGION, complaint, memory_fd, negotiate, running, start, u64
-from tests.unit.wire import Peer, addr, state, with_peer
+from tests.unit.wire import Peer, RecordingDatapath, addr, state, with_peer
 from vswitch.vhost_user import protocol
+from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.protocol import MemRegion, Request
 
 OTHER = MemRegion(0x10000, 0x10000, 0x20000, 0)
@@ -118,6 +119,35 @@ def test_a_refusal_changes_nothing() -> None:
         assert list(peer.datapath.running) == [0]
 
     with_peer(test)
+
+
+def test_a_region_whose_rings_do_not_start_is_refused_as_a_whole() -> None:
+    """One of two rings that waited for it cannot start: both wait on, and it is not ours."""
+
+    class Picky(RecordingDatapath):
+        async def start_ring(self, index: int, setup: RingSetup) -> int:
+            if index == picky_about:
+                raise DatapathError("vring 1: used.idx is beyond the ring")
+            return await super().start_ring(index, setup)
+
+    async def test(peer: Peer) -> None:
+        nonlocal picky_about
+        await running(peer)
+        await start(peer, 1)
+        assert await remove(peer, REGION) == 0
+        picky_about = 1
+        del peer.datapath.calls[:]
+        assert await add(peer, REGION) == 1
+        assert peer.backend.regions == []
+        assert peer.datapath.calls == [
+            ("add_memory", REGION), ("start", 0), ("stop", 0), ("remove_memory", REGION),
+        ]  # fmt: skip
+        picky_about = None
+        assert await add(peer, REGION) == 0
+        assert sorted(peer.datapath.running) == [0, 1]
+
+    picky_about: int | None = None
+    with_peer(test, Picky())
 
 
 def test_a_frontend_that_says_everything_once_a_queue_pair() -> None:

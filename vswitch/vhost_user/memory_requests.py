@@ -46,7 +46,15 @@ class MemoryRequests(Device):
         await self._datapath.add_memory(region, message.fds[0])
         self.regions.append(region)
         # Those that wait for this: not set up before there was memory, or stopped with a region.
-        await self._start([vring for vring in self.vrings.values() if self._is_waiting(vring)])
+        waiting = [vring for vring in self.vrings.values() if self._is_waiting(vring)]
+        try:
+            await self._start(waiting)
+        except DatapathError:
+            # Who is refused a region does not take it away again.
+            await self._stop(waiting)
+            await self._datapath.remove_memory(region)
+            self.regions.remove(region)
+            raise
 
     async def _rem_mem_reg(self, message: Message) -> None:
         wanted = _identity(protocol.decode_mem_region(message.payload))

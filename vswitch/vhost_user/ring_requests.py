@@ -15,7 +15,7 @@ from vswitch.vhost_user.protocol import (
     MalformedError,
     VringState,
 )
-from vswitch.vhost_user.vring import SIZE_MAX, check_eventfd, close_fd, signal_fd
+from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd, signal_fd
 
 # The addresses a frontend may leave unaligned are none: VIRTIO 1.2 section 2.7.
 _ALIGNMENT = (("desc_uva", 16), ("used_uva", 4), ("avail_uva", 2))
@@ -79,32 +79,33 @@ class RingRequests(Device):
         return protocol.encode_vring_state(VringState(index, vring.base))
 
     async def _set_vring_kick(self, message: Message) -> None:
-        index, fd = self._take_vring_fd("SET_VRING_KICK", message)
-        vring = self.vrings[index]
+        vring = self._check_vring_fd("SET_VRING_KICK", message)
         running = await self._stop([vring])
         close_fd(vring.kick_fd)
-        vring.kick_fd = fd
+        # Not before: whoever is cancelled in the wait leaves it to the message, which closes it.
+        vring.kick_fd = _take_fd(message)
         vring.kickable = True
         if running or (vring.complete and self.regions):
             await self._start([vring])
 
     async def _set_vring_call(self, message: Message) -> None:
-        index, fd = self._take_vring_fd("SET_VRING_CALL", message)
-        vring = self.vrings[index]
+        vring = self._check_vring_fd("SET_VRING_CALL", message)
         vring.stop_relaying()
         vring.callable = True
-        old, vring.call_fd = vring.call_fd, fd
+        # Kept until no worker signals through it, whatever happens to this coroutine: its number
+        # may belong to another file once it is closed.
+        vring.old_call_fds.append(vring.call_fd)
+        vring.call_fd = _take_fd(message)
         if vring.started:
-            await self._datapath.set_call(index, fd)
-        close_fd(old)
+            await self._datapath.set_call(vring.index, vring.call_fd)
+        vring.close_old_calls()
         # What was signalled through the old descriptor may not have been seen.
-        signal_fd(fd)
+        signal_fd(vring.call_fd)
 
     async def _set_vring_err(self, message: Message) -> None:
-        index, fd = self._take_vring_fd("SET_VRING_ERR", message)
-        vring = self.vrings[index]
+        vring = self._check_vring_fd("SET_VRING_ERR", message)
         close_fd(vring.err_fd)
-        vring.err_fd = fd
+        vring.err_fd = _take_fd(message)
 
     async def _set_vring_enable(self, message: Message) -> None:
         index, flag = protocol.decode_vring_state(message.payload)
@@ -131,8 +132,8 @@ class RingRequests(Device):
                 await self._start([vring])
         signal_fd(vring.kick_fd)
 
-    def _take_vring_fd(self, name: str, message: Message) -> tuple[int, int]:
-        """Vring index and descriptor (-1 for none) of a SET_VRING_KICK, CALL or ERR."""
+    def _check_vring_fd(self, name: str, message: Message) -> Vring:
+        """The virtqueue of a SET_VRING_KICK, CALL or ERR; its descriptor is one of ours to use."""
         value = protocol.decode_u64(message.payload)
         if value & ~(VRING_IDX_MASK | VRING_NOFD):
             raise MalformedError(f"{name}: u64 {value:#x} has unknown bits")
@@ -142,9 +143,12 @@ class RingRequests(Device):
                 f"{name}: u64 {value:#x} came with {len(message.fds)} file descriptors, "
                 f"expected {expected}"
             )
-        index = value & VRING_IDX_MASK
-        self._vring(name, index)
-        if not expected:
-            return index, -1
-        check_eventfd(name, message.fds[0])
-        return index, message.take_fd()
+        vring = self._vring(name, value & VRING_IDX_MASK)
+        if expected:
+            check_eventfd(name, message.fds[0])
+        return vring
+
+
+def _take_fd(message: Message) -> int:
+    """The descriptor of a message, -1 if it has none."""
+    return message.take_fd() if message.fds else -1
