@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vswitch.errors import ConfigError
+from vswitch.errors import ConfigError, shorten
 from vswitch.settings import (
     PortSettings,
     Settings,
@@ -303,5 +303,5 @@ def _show(value: object) -> str:
     """A value as TOML would have it, short enough for a line."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = f'"{_printable(value)}"' if isinstance(value, str) else repr(value)
+    text = f'"{_printable(value)}"' if isinstance(value, str) else shorten(value)
     return text if len(text) <= 160 else f"{text[:150]}... of {len(text)} characters"

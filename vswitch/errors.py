@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class VswitchError(Exception):
     """Something a user can understand and mend.
@@ -58,3 +60,13 @@ class ProtocolError(VswitchError):
     """A peer broke the rules of its protocol; costs that peer its connection."""
 
     code = "protocol"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
+
+
+def shorten(value: object) -> str:
+    """A value from outside for a message: its repr, but never long and never deep."""
+    return _SHORT.repr(value)

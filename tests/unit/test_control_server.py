@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ import pytest
 from controlled import DEADLINE_S, Controlled
 
 from vswitch.control import server as server_module
+from vswitch.control.methods import METHODS, READ_ONLY
 from vswitch.control.protocol import REQUEST_LEN_MAX
-from vswitch.control.server import EVENTS_QUEUED_MAX, Peer, is_allowed
+from vswitch.control.server import CLIENTS_RESERVED, EVENTS_QUEUED_MAX, Access, Peer, access_of
 
 
 class Raw:
@@ -28,8 +30,8 @@ class Raw:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE_S)
         self.socket.connect(str(path))
+        self.socket.settimeout(DEADLINE_S)  # not before: a full backlog would be an error
         self._unpacker = msgpack.Unpacker()
 
     def send(self, *values: object) -> None:
@@ -86,7 +88,7 @@ def test_hello(raw: Raw) -> None:
     [
         ("", {}, "unknown-method", "unknown method"),
         ("add-port", {}, "unknown-method", "add_port"),
-        ("x" * 100_000, {}, "unknown-method", "known are hello"),
+        ("x" * 30_000, {}, "unknown-method", "known are hello"),
         ("ping", {"x": 1}, "invalid-params", "ping: x: unknown key"),
         ("add_port", {}, "invalid-params", "add_port: name: is missing"),
         ("add_port", {"name": "a", "socket": "rel"}, "invalid-params", "absolute path"),
@@ -161,6 +163,12 @@ def test_a_message_that_is_no_request_ends_the_connection(raw: Raw, value: objec
         b"\xdd\xff\xff\xff\xff",
         b"\x91" * 100_000,
         b"\x94\x00\x01\xdb\x00\x0f\xff\xff" + b"x" * (REQUEST_LEN_MAX + 10),
+        b"\x91" * 900 + b"\xc0",  # deeper than repr() goes
+        b"\x94\x00\x01\xa4ping\xdf\x7f\xff\xff\xff",
+        b"\x94\x00\x01\xa4ping\x91\x81\x90\xc0",  # an array as a key
+        b"\x94\x00\x01\xa2\xff\xfe\x90",  # text that is no UTF-8
+        # Values, whose bytes are forgotten as they are built, in a message without an end.
+        b"\xdc\x01\x00" * 3 + b"\xcf\x00\x00\x00\x00\x00\x00\x00\x01" * REQUEST_LEN_MAX,
     ],
 )
 def test_garbage_costs_its_sender_the_connection_and_nobody_else(
@@ -301,7 +309,7 @@ def test_a_slow_subscriber_loses_events_and_is_told_how_many(
 
 
 def test_too_many_clients(controlled: Controlled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "CLIENTS_MAX", 3)
+    monkeypatch.setattr(server_module, "CLIENTS_MAX", 3 - CLIENTS_RESERVED)
     clients = [Raw(controlled.path) for _ in range(3)]
     assert all(client.call("ping") == "pong" for client in clients)
     one_more = Raw(controlled.path)
@@ -310,37 +318,196 @@ def test_too_many_clients(controlled: Controlled, monkeypatch: pytest.MonkeyPatc
     assert error["code"] == "busy"
     assert one_more.receive() == []
     clients.pop().socket.close()
-    controlled.wait(lambda: len(controlled.server._tasks) < 3)
+    controlled.wait(lambda: controlled.server._clients < 3)
     assert Raw(controlled.path).call("ping") == "pong"
 
 
-def test_who_is_allowed() -> None:
+def test_those_turned_away_take_nobodys_place(
+    controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand at once, none of which reads or goes; then there is room, and one more gets it."""
+    monkeypatch.setattr(server_module, "CLIENTS_MAX", 1 - CLIENTS_RESERVED)
+    assert raw.call("ping") == "pong"
+    storm = [Raw(controlled.path) for _ in range(1000)]
+    assert storm[-1].receive()[2]["code"] == "busy"
+    assert raw.call("ping") == "pong"
+    raw.socket.close()
+    controlled.wait(lambda: controlled.server._clients == 0)
+    late = Raw(controlled.path)
+    assert late.call("ping") == "pong"
+    for client in (*storm, late):
+        client.socket.close()
+    controlled.wait(lambda: not controlled.server._tasks)
+
+
+def test_a_request_that_never_ends_costs_its_patience(
+    controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often another byte comes."""
+    monkeypatch.setattr(server_module, "REQUEST_PATIENCE_S", 0.1)
+    idle = Raw(controlled.path)
+    assert idle.call("ping") == "pong"
+    request = msgpack.packb([0, 1, "x" * 1000, []])
+    answers: list[object] = []
+    with contextlib.suppress(ConnectionError):
+        raw.socket.sendall(request + request[:1])
+        assert raw.receive()[:2] == [1, 1]
+        for i in range(1, 1000):
+            raw.socket.sendall(request[i : i + 1])
+            time.sleep(0.001)
+    with contextlib.suppress(ConnectionError):
+        while answer := raw.receive():
+            answers.append(answer)
+    assert [answer[1:3] for answer in answers] == [
+        [
+            None,
+            {
+                "code": "protocol",
+                "message": "a request was begun and not finished in 0.1 s",
+                "hint": "",
+            },
+        ]
+    ]
+    assert idle.call("ping") == "pong", "who has begun nothing may wait"
+    idle.socket.close()
+
+
+@pytest.mark.parametrize("what", ["answers", "events"])
+def test_a_client_that_reads_nothing_is_dropped_after_a_while(
+    controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch, caplog, what: str
+) -> None:
+    monkeypatch.setattr(server_module, "READ_PATIENCE_S", 0.1)
+    if what == "answers":
+        raw.socket.setblocking(False)
+        requests = msgpack.packb([0, 1, "version", []]) * 1000
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                raw.socket.send(requests)
+    else:
+        raw.call("subscribe")
+
+        def storm() -> None:
+            for i in range(EVENTS_QUEUED_MAX):
+                controlled.switch.emit("mac-learned", "vm1", vlan=i, filler="x" * 1000)
+
+        controlled.do(storm)
+    controlled.wait(lambda: not controlled.server._tasks)
+    assert "closed: it has read nothing for 0.1 s" in caplog.text
+    assert controlled.do(lambda: controlled.switch.subscribers) == 0
+
+
+def test_a_client_that_never_stops_asking_is_not_waited_for(controlled: Controlled) -> None:
+    """A whole read full of questions is answered, and between two of them it is others' turn."""
+    turns: list[int] = []
+    answered = 0
+
+    def count(*_: object) -> str:
+        nonlocal answered
+        answered += 1
+        if answered == 1:
+            controlled._loop.call_soon(lambda: turns.append(answered))
+        return "vm1"
+
+    controlled.do(lambda: setattr(controlled.switch, "stats", count))
+    greedy = Raw(controlled.path)
+    greedy.send(*([0, i, "stats", []] for i in range(500)))
+    assert [greedy.receive()[1] for _ in range(500)] == list(range(500))
+    assert turns == [1]
+    greedy.socket.close()
+
+
+def test_a_request_may_be_as_long_as_it_is_said(controlled: Controlled, raw: Raw) -> None:
+    def request(length: int) -> bytes:
+        return msgpack.packb([0, 1, "x" * (length - 7), []])
+
+    assert len(request(REQUEST_LEN_MAX)) == REQUEST_LEN_MAX
+    raw.socket.sendall(request(REQUEST_LEN_MAX) * 3)
+    for _ in range(3):
+        assert raw.receive()[2]["code"] == "unknown-method"
+    raw.socket.sendall(request(REQUEST_LEN_MAX + 1))
+    assert raw.receive()[2]["code"] == "protocol"
+
+
+def test_a_deep_value_is_a_wrong_parameter_and_no_more(raw: Raw) -> None:
+    deep = b"\x91" * 900 + b"\xc0"
+    raw.socket.sendall(b"\x94\x00\x05\xa4port\x91\x81\xa4name" + deep)
+    error = raw.receive()[2]
+    assert error["code"] == "invalid-params"
+    assert len(error["message"]) < 200
+    raw.socket.sendall(b"\x94\x00\x06\xa4port\x91" + deep)
+    assert raw.receive()[2]["code"] == "invalid-request"
+    assert raw.call("ping") == "pong"
+
+
+def test_who_may_do_what() -> None:
     def status(mode: int, uid: int = 1000, gid: int = 100) -> SimpleNamespace:
         return SimpleNamespace(st_mode=stat.S_IFSOCK | mode, st_uid=uid, st_gid=gid)
 
     stranger = Peer(1, 4242, frozenset({4242, 100}))
-    assert is_allowed(Peer(1, 0, frozenset()), None)
-    assert is_allowed(Peer(1, os.geteuid(), frozenset()), None)
-    assert not is_allowed(stranger, None)
-    assert not is_allowed(stranger, status(0o600))
-    assert is_allowed(stranger, status(0o660))
-    assert not is_allowed(stranger, status(0o660, gid=101))
-    assert not is_allowed(stranger, status(0o606))  # its group is what counts for a member
-    assert is_allowed(stranger, status(0o606, gid=101))
-    assert is_allowed(stranger, status(0o200, uid=4242))
-    assert not is_allowed(stranger, status(0o066, uid=4242))
+    for peer, of_socket, access in (
+        (Peer(1, 0, frozenset()), None, Access.ALL),
+        (Peer(1, os.geteuid(), frozenset()), None, Access.ALL),
+        (stranger, None, Access.NONE),
+        (stranger, status(0o600), Access.NONE),
+        (stranger, status(0o660), Access.ALL),
+        (stranger, status(0o660, gid=101), Access.NONE),
+        (stranger, status(0o606), Access.NONE),  # its group is what counts for a member
+        (stranger, status(0o606, gid=101), Access.READ),
+        (stranger, status(0o666), Access.ALL),
+        (stranger, status(0o666, gid=101), Access.READ),
+        (stranger, status(0o200, uid=4242), Access.ALL),
+        (stranger, status(0o066, uid=4242), Access.NONE),
+    ):
+        assert access_of(peer, of_socket) is access, (peer, of_socket)
 
 
 @pytest.mark.parametrize(
-    ("mode", "gids", "answer"),
-    [(0o666, [4242], "pong"), (0o660, [4242, 0], "pong"), (0o660, [4242], "EACCES")],
+    ("mode", "gids", "answers"),
+    [
+        (0o660, [4242, 0], ["pong", {"level": "debug"}]),
+        (0o666, [4242], ["pong", "permission-denied"]),
+        (0o666, [4242, 0], ["pong", {"level": "debug"}]),
+        (0o660, [4242], ["EACCES", "EACCES"]),
+    ],
 )
-def test_another_user(tmp_path: Path, mode: int, gids: list[int], answer: str) -> None:
+def test_another_user(tmp_path: Path, mode: int, gids: list[int], answers: list[object]) -> None:
     running = Controlled(tmp_path / "c", mode=mode)
+    logger = logging.getLogger("vswitch")
+    before = logger.level
     try:
         open_the_way_to(tmp_path)
-        assert as_user(4242, gids, tmp_path / "c") == answer
+        assert [
+            as_user(4242, gids, tmp_path / "c", *request)
+            for request in (("ping",), ("log_level", {"level": "debug"}))
+        ] == answers
     finally:
+        logger.setLevel(before)
+        running.close()
+
+
+def test_everything_that_changes_something_is_refused_to_those_who_may_look(
+    tmp_path: Path,
+) -> None:
+    running = Controlled(tmp_path / "c")
+    try:
+        running.do(setattr, server_module, "access_of", lambda *_: Access.READ)
+        client = Raw(running.path)
+        denied = set()
+        for method in METHODS:
+            client.send([0, 1, method, []])
+            error = client.receive()[2]
+            if error is not None and error["code"] == "permission-denied":
+                denied.add(method)
+                assert "control_group" in error["hint"]
+        assert denied == set(METHODS) - READ_ONLY
+        assert denied == {
+            "add_port", "del_port", "add_uplink", "del_uplink", "worker_pin", "worker_rebalance",
+            "set_link", "fdb_add", "fdb_del", "fdb_flush", "log_level", "save", "stop",
+        }  # fmt: skip
+        assert client.call("ping") == "pong", "the connection goes on"
+        client.socket.close()
+    finally:
+        server_module.access_of = access_of
         running.close()
 
 
@@ -349,10 +516,10 @@ def test_a_connection_made_with_rights_that_are_gone_is_refused(tmp_path: Path) 
     running = Controlled(tmp_path / "c", mode=0o666)
     try:
         open_the_way_to(tmp_path)
-        running.do(setattr, server_module, "is_allowed", lambda *_: False)
-        assert as_user(4242, [4242], tmp_path / "c") == "permission-denied"
+        running.do(setattr, server_module, "access_of", lambda *_: Access.NONE)
+        assert as_user(4242, [4242], tmp_path / "c", "ping") == "permission-denied"
     finally:
-        server_module.is_allowed = is_allowed
+        server_module.access_of = access_of
         running.close()
 
 
@@ -364,8 +531,8 @@ def open_the_way_to(directory: Path) -> None:
             each.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
 
 
-def as_user(uid: int, gids: list[int], path: Path) -> str:
-    """What `ping` gives another user: its result, the code of an error, or a name of errno."""
+def as_user(uid: int, gids: list[int], path: Path, method: str, *params: object) -> object:
+    """What a request gives another user: its result, the code of an error, or a name of errno."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -376,19 +543,19 @@ def as_user(uid: int, gids: list[int], path: Path) -> str:
             try:
                 client = Raw(path)
                 with contextlib.suppress(BrokenPipeError):
-                    client.send([0, 77, "ping", []])
+                    client.send([0, 77, method, list(params)])
                 _, _, error, result = client.receive()
-                text = result or error["code"]
+                answer = result or error["code"]
             except OSError as exc:
-                text = errno.errorcode[exc.errno]
-            os.write(writing, text.encode())
+                answer = errno.errorcode[exc.errno]
+            os.write(writing, msgpack.packb(answer))
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
+    with os.fdopen(reading, "rb") as pipe:
+        answer = msgpack.unpackb(pipe.read())
     os.waitpid(pid, 0)
-    return text
+    return answer
 
 
 def test_the_log_level(raw: Raw) -> None:

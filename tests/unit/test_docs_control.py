@@ -17,9 +17,9 @@ from test_daemon import environment
 from vswitch.cli import common
 from vswitch.cli.ctl import cli as ctl
 from vswitch.cli.main import cli as main
-from vswitch.control import server
+from vswitch.control import protocol, server
 from vswitch.control.api import EventName, FdbEntry, PortInfo, PortStats, RingInfo, WorkerInfo
-from vswitch.control.methods import METHODS
+from vswitch.control.methods import METHODS, READ_ONLY
 
 DOCS = Path(__file__).parents[2] / "docs"
 CLI = (DOCS / "cli.md").read_text()
@@ -91,8 +91,19 @@ def test_every_event_and_every_key_of_a_result() -> None:
 
 
 def test_the_limits() -> None:
+    kib, elements = protocol.REQUEST_LEN_MAX >> 10, protocol.REQUEST_ELEMENTS_MAX
+    assert f"| a request | {kib} KiB, {elements} elements " in PROTOCOL
+    assert f"that has begun | {server.REQUEST_PATIENCE_S:g} s |" in PROTOCOL
     assert f"| connections | {server.CLIENTS_MAX} |" in PROTOCOL
+    assert f"closed; {server.CLIENTS_RESERVED} more " in PROTOCOL
     assert f"does not read | {server.EVENTS_QUEUED_MAX} |" in PROTOCOL
+    assert f"while something waits | {server.READ_PATIENCE_S:g} s |" in PROTOCOL
+
+
+def test_who_may_only_look() -> None:
+    row = re.search(r"\| look: (.*) \|", PROTOCOL)
+    assert row is not None
+    assert set(re.findall(r"`(\w+)`", row[1])) == READ_ONLY
 
 
 def test_the_example_runs(controlled: Controlled, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class Session(NamedTuple):
 
     subscribe: Callable[[frozenset[str] | None], None]
     unsubscribe: Callable[[], None]
+    may_change: bool
+    """Whether the client may call what is not in READ_ONLY."""
 
 
 def _check_mac(value: str) -> str:
@@ -156,6 +158,13 @@ class Methods:
             hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(METHODS)}"
             raise ControlError(f'unknown method "{method[:64]}"', hint=hint, code="unknown-method")
         model, function = model_and_function
+        if not session.may_change and method not in READ_ONLY:
+            raise ControlError(
+                f"{method}: this user may look at the switch and not change it",
+                hint="run as the user who started the switch, as root, or as a member of the group "
+                "of the control socket (control_group in the [switch] table)",
+                code="permission-denied",
+            )
         return await function(self, _checked(method, model, params), session)
 
     async def _hello(self, params: HelloParams, session: Session) -> HelloInfo:  # noqa: ARG002
@@ -305,6 +314,23 @@ METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "save": (SaveParams, Methods._save),
     "stop": (NoParams, Methods._stop),
 }
+
+READ_ONLY = frozenset(
+    {
+        "hello",
+        "ping",
+        "version",
+        "settings",
+        "ports",
+        "port",
+        "stats",
+        "workers",
+        "fdb",
+        "subscribe",
+        "unsubscribe",
+    }
+)
+"""What those may call whom the socket lets in as neither its owner nor a member of its group."""
 
 
 def _checked(method: str, model: type[_P], params: Mapping[str, Any]) -> _P:

@@ -22,6 +22,7 @@ from vswitch.errors import (
     SocketError,
     UplinkError,
     VswitchError,
+    shorten,
 )
 
 PROTOCOL_VERSION = 1
@@ -29,13 +30,17 @@ PROTOCOL_VERSION = 1
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 
-REQUEST_LEN_MAX = 1 << 20
+REQUEST_LEN_MAX = 1 << 15
 """Bytes of a request; a longer one costs its sender the connection."""
 RESPONSE_LEN_MAX = 256 << 20
 """Bytes of a response that a client accepts: a full FDB of a million entries has some 60 MB."""
 
-# A declared length is allocated before its elements arrive, so a request may not declare much.
-_REQUEST_ELEMENTS_MAX = 1024
+FEED_LEN_MAX = 1 << 16
+"""Bytes that a Decoder takes at a time."""
+
+# A declared length is allocated before its elements arrive, at each of up to 1024 levels, so a
+# request may not declare much.
+REQUEST_ELEMENTS_MAX = 256
 
 
 class ControlError(VswitchError):
@@ -138,29 +143,40 @@ class Decoder:
     def __init__(self, *, trusted: bool) -> None:
         """`trusted` is how a client sees its switch; a switch trusts nobody."""
         limit = RESPONSE_LEN_MAX if trusted else REQUEST_LEN_MAX
-        elements = limit if trusted else _REQUEST_ELEMENTS_MAX
+        elements = limit if trusted else REQUEST_ELEMENTS_MAX
         self._limit = limit
-        self._held = 0
+        # The unpacker builds values as their bytes come and forgets these, so the size of its
+        # buffer bounds no message: what was fed since the message began does.
+        self._fed = 0
+        self.begun = 0
+        """Where in the stream the message begins that is not complete yet, in bytes."""
         self._unpacker = msgpack.Unpacker(
             raw=False,
             strict_map_key=False,
-            max_buffer_size=limit,
+            max_buffer_size=limit + FEED_LEN_MAX,
             max_array_len=elements,
             max_map_len=elements,
         )
 
+    @property
+    def pending(self) -> bool:
+        """Whether a message has begun and is not complete."""
+        return self._fed > self.begun
+
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Take in bytes and yield the messages they complete.
+        """Take in up to FEED_LEN_MAX bytes and yield the messages they complete.
 
         Raises ProtocolError for what is no MessagePack or too long: the stream cannot go on. Raises
         InvalidRequestError for MessagePack that is no message: call again with b"" to go on.
         """
         if data:
-            self._feed(data)
+            self._unpacker.feed(data)
+            self._fed += len(data)
         while True:
             try:
                 value = next(self._unpacker)
             except StopIteration:
+                self._check_len(self._fed)
                 return
             except (ValueError, RecursionError, TypeError) as exc:
                 # All that msgpack raises for bad input; a bad UTF-8 sequence is one of them.
@@ -169,16 +185,17 @@ class Decoder:
                     f"the stream is not MessagePack or beyond the limits: {detail}",
                     hint="docs/control-protocol.md says what the control socket understands",
                 ) from exc
+            end = self._unpacker.tell()
+            self._check_len(end)
+            self.begun = end
             yield _message(value)
 
-    def _feed(self, data: bytes) -> None:
-        try:
-            self._unpacker.feed(data)
-        except msgpack.BufferFull as exc:
+    def _check_len(self, end: int) -> None:
+        if end - self.begun > self._limit:
             raise ProtocolError(
                 f"a message is longer than the {self._limit} bytes allowed",
                 hint="send shorter messages",
-            ) from exc
+            )
 
 
 def _message(value: object) -> Message:
@@ -196,7 +213,7 @@ def _message(value: object) -> Message:
             )
         case _:
             raise InvalidRequestError(
-                f"a message is an array that starts with 0, 1 or 2, not {_describe(value)}",
+                f"a message is an array that starts with 0, 1 or 2, not {shorten(value)}",
                 hint="docs/control-protocol.md has an example",
             )
 
@@ -214,14 +231,9 @@ def _params(params: object, msgid: int | None) -> dict[str, Any]:
         case _:
             raise InvalidRequestError(
                 "params is an empty array, or an array with one map of named parameters, "
-                f"not {_describe(params)}",
+                f"not {shorten(params)}",
                 msgid=msgid,
             )
-
-
-def _describe(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 _CLASSES: dict[str, type[VswitchError]] = {

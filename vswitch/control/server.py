@@ -1,14 +1,14 @@
 """The control socket of a running switch: connections, their limits and their events.
 
 A client is not trusted to keep the protocol: whatever it sends, or does not read, costs nobody but
-itself. It is trusted with the switch, though, so only the switch's own user, root and whom the
-permissions of the socket let in are served.
+itself. What it may ask for depends on who it is: see `Access`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import itertools
 import logging
 import os
@@ -36,9 +36,15 @@ _log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 64
 """Connections at a time; one more is told `busy` and closed."""
+CLIENTS_RESERVED = 8
+"""More of them, which only those get who may change something."""
 EVENTS_QUEUED_MAX = 1024
 """Events held for a subscriber that does not read; further ones are dropped and counted."""
-_CHUNK_LEN = 1 << 16
+REQUEST_PATIENCE_S = 10.0
+"""How long a client may take for the rest of a request it began."""
+READ_PATIENCE_S = 30.0
+"""How long a client for whom something waits may read nothing."""
+_CHUNK_LEN = 1 << 14
 _GOODBYE_S = 1.0
 _SO_PEERGROUPS = 59
 _GROUPS_MAX = 256  # more than that do not fit into what getsockopt() of Python returns
@@ -63,20 +69,30 @@ class Peer(NamedTuple):
         return cls(pid, uid, frozenset(gids))
 
 
-def is_allowed(peer: Peer, status: os.stat_result | None) -> bool:
-    """Whether a peer may control the switch: our user, root, and whom the socket's mode lets write.
+class Access(enum.IntEnum):
+    """What a client may do with the switch."""
 
-    `status` is that of the socket's file; None if it is gone, when only the first two are left.
+    NONE = 0
+    READ = 1
+    """Look at it: the methods in `methods.READ_ONLY`."""
+    ALL = 2
+
+
+def access_of(peer: Peer, status: os.stat_result | None) -> Access:
+    """All for our user, root and the socket's owner and group, looking for anybody else it lets in.
+
+    The owner, the group and others need the permission to write to the socket for that. `status` is
+    that of the socket's file; None if it is gone, when only the first two are left.
     """
     if peer.uid in (0, os.geteuid()):
-        return True
+        return Access.ALL
     if status is None:
-        return False
+        return Access.NONE
     if peer.uid == status.st_uid:
-        return bool(status.st_mode & 0o200)
+        return Access.ALL if status.st_mode & 0o200 else Access.NONE
     if status.st_gid in peer.gids:
-        return bool(status.st_mode & 0o020)
-    return bool(status.st_mode & 0o002)
+        return Access.ALL if status.st_mode & 0o020 else Access.NONE
+    return Access.READ if status.st_mode & 0o002 else Access.NONE
 
 
 class ControlServer:
@@ -96,6 +112,7 @@ class ControlServer:
         self._methods = Methods(switch, config_path=config_path, request_stop=request_stop)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients = 0
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
@@ -123,7 +140,8 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             peer = Peer.of(writer.get_extra_info("socket"))
-            refusal = self._refusal(peer)
+            access = self._access(peer)
+            refusal = self._refusal(peer, access)
             if refusal is not None:
                 _log.warning(
                     "control client (pid %d, uid %d) refused: %s",
@@ -134,29 +152,36 @@ class ControlServer:
                 writer.write(pack_response(None, refusal))
                 return
             client = _Connection(
-                next(self._numbers), peer, reader, writer, self._methods, self._switch
+                next(self._numbers), peer, access, reader, writer, self._methods, self._switch
             )
-            await client.run()
+            self._clients += 1
+            try:
+                await client.run()
+            finally:
+                self._clients -= 1
         except OSError as exc:
             _log.debug("control client went away: %s", exc)
         finally:
             await _close(writer)
 
-    def _refusal(self, peer: Peer) -> ControlError | None:
+    def _access(self, peer: Peer) -> Access:
         try:
             status = self._listener.path.stat()
         except OSError:
             status = None
-        if not is_allowed(peer, status):
+        return access_of(peer, status)
+
+    def _refusal(self, peer: Peer, access: Access) -> ControlError | None:
+        if access is Access.NONE:
             return ControlError(
                 f"uid {peer.uid} may not control this switch",
                 hint="run as the user who started the switch, or as root; control_group and "
                 "control_permissions in the [switch] table let others in",
                 code="permission-denied",
             )
-        if len(self._tasks) > CLIENTS_MAX:
+        if self._clients >= CLIENTS_MAX + CLIENTS_RESERVED * (access is Access.ALL):
             return ControlError(
-                f"the switch has {CLIENTS_MAX} control clients already",
+                f"the switch has {self._clients} control clients already",
                 hint="close some of them; one connection can carry many requests",
                 code="busy",
             )
@@ -180,6 +205,7 @@ class _Connection:
         self,
         number: int,
         peer: Peer,
+        access: Access,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         methods: Methods,
@@ -190,7 +216,7 @@ class _Connection:
         self._writer = writer
         self._methods = methods
         self._switch = switch
-        self._session = Session(self._subscribe, self._unsubscribe)
+        self._session = Session(self._subscribe, self._unsubscribe, may_change=access is Access.ALL)
         self._end_subscription: Callable[[], None] | None = None
         self._names: frozenset[str] | None = None
         self._events: deque[bytes] = deque()
@@ -203,8 +229,7 @@ class _Connection:
         pump = asyncio.get_running_loop().create_task(self._pump())
         decoder = Decoder(trusted=False)
         try:
-            while data := await self._reader.read(_CHUNK_LEN):
-                await self._handle(decoder, data)
+            await self._serve(decoder)
         except ProtocolError as exc:
             _log.warning("%s: closed: %s", self._label, exc.message)
             await self._send(pack_response(None, exc))
@@ -212,6 +237,25 @@ class _Connection:
             self._unsubscribe()
             pump.cancel()
             _log.debug("%s: disconnected", self._label)
+
+    async def _serve(self, decoder: Decoder) -> None:
+        message, due = -1, None
+        while True:
+            if not decoder.pending:
+                due = None
+            elif decoder.begun != message or due is None:
+                message = decoder.begun
+                due = asyncio.get_running_loop().time() + REQUEST_PATIENCE_S
+            try:
+                async with asyncio.timeout_at(due):
+                    data = await self._reader.read(_CHUNK_LEN)
+            except TimeoutError:
+                raise ProtocolError(
+                    f"a request was begun and not finished in {REQUEST_PATIENCE_S:g} s"
+                ) from None
+            if not data:
+                return
+            await self._handle(decoder, data)
 
     async def _handle(self, decoder: Decoder, data: bytes) -> None:
         while True:
@@ -247,16 +291,33 @@ class _Connection:
                 hint="this is a bug; the log of the switch has the details",
             )
         if error is not None:
-            _log.debug("%s: %s: %s", self._label, request.method, error.message)
+            _log.debug("%s: %.64r: %r", self._label, request.method, error.message)
             response = pack_response(request.msgid, error)
         await self._send(response)
+        # Somebody else's turn: a client that never stops asking is never waited for.
+        await asyncio.sleep(0)
 
     async def _send(self, data: bytes) -> None:
-        """Return when the client has read most of it: memory stays bounded. Raises OSError."""
+        """Return when the client has read most of it: memory stays bounded.
+
+        Raises OSError when it went away or has read nothing for READ_PATIENCE_S.
+        """
         if self._writer.is_closing():
             raise ConnectionResetError  # uvloop's own error for that is a RuntimeError
         self._writer.write(data)
-        await self._writer.drain()
+        transport = self._writer.transport
+        while True:
+            waiting = transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(READ_PATIENCE_S):
+                    await self._writer.drain()
+                return
+            except TimeoutError:
+                if transport.get_write_buffer_size() < waiting:
+                    continue
+            _log.warning("%s: closed: it has read nothing for %g s", self._label, READ_PATIENCE_S)
+            transport.abort()
+            raise ConnectionAbortedError
 
     def _subscribe(self, names: frozenset[str] | None) -> None:
         self._names = names
