@@ -60,24 +60,9 @@ def echo(guest: SoftwareGuest, to: str, source: str, lengths: list[int], tag: in
     assert back == [f[6:12] + f[:6] + f[12:] for f in sent]
 
 
-def later(*values: object) -> object:
-    """testpmd waits for each connection in turn, which takes its time."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-    ("mergeable", "queues", "mode"),
-    [
-        (0, 1, "server"),
-        (0, 4, "server"),
-        (1, 1, "server"),
-        (1, 4, "server"),
-        later(0, 1, "client"),
-        (0, 4, "client"),
-        (1, 1, "client"),
-        later(1, 4, "client"),
-    ],
-)
+@pytest.mark.parametrize("mode", ["server", "client"])
+@pytest.mark.parametrize("queues", [1, 4])
+@pytest.mark.parametrize("mergeable", [0, 1])
 def test_matrix(wire: Wire, mergeable: int, queues: int, mode: str) -> None:
     kinds = MERGEABLE if mergeable else [*PLAIN, *VECTORIZED]
     a = wire.guest("a", 1)

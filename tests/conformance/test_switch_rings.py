@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 from formats import ALL_COMBINATIONS, FORMATS, name_of
 from frames import frames
 from running import Wire, silent, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
 from vswitch.guest.load import Flow, Load
+from vswitch.guest.memory import PAGE_LEN
 from vswitch.guest.packets import format_mac
-from vswitch.vhost_user.protocol import Feature
+from vswitch.vhost_user.protocol import MAX_FDS, Feature
 
 LENGTHS = [60, 61, 64, 127, 128, 300, 1513, 1514, 1518]
 AT_ONCE = 16
@@ -99,6 +103,55 @@ def test_shapes_of_chains_and_memory(
     assert wire.drops("a") == wire.drops("b") == {}
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("indirect", [True, False])
+def test_buffers_across_borders_of_regions(wire: Wire, format: str, indirect: bool) -> None:
+    """Borders in the middle of buffers and of indirect tables, elsewhere in each round.
+
+    What touches in guest-physical space lies apart in the switch.
+    """
+    chance = random.Random(3)
+    options = {
+        "features": DEFAULT_FEATURES | FORMATS[format], "indirect": indirect, "queue_size": 64,
+        "slot_offset": 5, "rx_guard_len": 8, "tx_cuts": (100,), "rx_cuts": (700,),
+    }  # fmt: skip
+    a, b = wire.guest("a", 1, **options), wire.guest("b", 2, **options)
+    teach(a, b)
+    for _ in range(8):
+        for name, guest in (("a", a), ("b", b)):
+            guest.stop_rings()
+            guest.memory.regions = shattered(guest, chance)
+            guest.start_rings()
+            assert len(wire.info(name)["memory"]) == MAX_FDS
+        exchange(a, b, LENGTHS * 15, at_once=8)
+    assert in_order(a, b)
+    assert wire.drops("a") == wire.drops("b") == {}
+
+
+def shattered(guest: SoftwareGuest, chance: random.Random) -> list[Region]:
+    """The guest's memory as eight regions, with borders wherever no ring lies."""
+    size = max(region.gpa + region.size for region in guest.memory.regions)
+    rings = [
+        (gpa, gpa + length)
+        for queue in guest.queues()
+        for gpa, length in (
+            (queue.layout.desc_gpa, 16 * queue.layout.size),
+            (queue.layout.avail_gpa, 6 + 2 * queue.layout.size),
+            (queue.layout.used_gpa, 6 + 8 * queue.layout.size),
+        )
+    ]
+    pages = [
+        page
+        for page in range(PAGE_LEN, size, PAGE_LEN)
+        if not any(start < page < end for start, end in rings)
+    ]
+    borders = [0, *sorted(chance.sample(pages, MAX_FDS - 1)), size]
+    return [
+        Region(start, end - start, 0x7F00_0000_0000 - (n << 32), start)
+        for n, (start, end) in enumerate(itertools.pairwise(borders))
+    ]
+
+
 def test_every_short_length(wire: Wire) -> None:
     """14 to 59 bytes: shorter than Ethernet's minimum, yet guests send them and are to get them."""
     a = wire.guest("a", 1, rx_guard_len=8)
@@ -136,19 +189,23 @@ def test_longest_frames(wire: Wire, format: str) -> None:
     exchange(a, b, [65535, 65553, 32768], at_once=1)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("event_idx", [True, False])
-def test_indices_wrap(wire: Wire, event_idx: bool, format: str) -> None:
-    features = DEFAULT_FEATURES | FORMATS[format]
-    features &= ~Feature(0) if event_idx else ~Feature.RING_EVENT_IDX
-    a = wire.guest("a", 1, features=features, queue_size=64, first_idx=65500)
-    b = wire.guest("b", 2, features=features, queue_size=64, first_idx=65471)
+@pytest.mark.parametrize("features", ALL_COMBINATIONS, ids=name_of)
+def test_indices_wrap(wire: Wire, features: Feature) -> None:
+    """Chains of pieces in five regions, the free-running indices around 16 bits."""
+    wanted = features | Feature.PROTOCOL_FEATURES
+    options = {
+        "features": wanted, "required_features": wanted, "queue_size": 64, "regions": 5,
+        "tx_cuts": (0, 14, 40), "rx_cuts": (0, 700), "rx_guard_len": 8,
+    }  # fmt: skip
+    a = wire.guest("a", 1, **options, first_idx=65500)
+    b = wire.guest("b", 2, **options, first_idx=65471)
     teach(a, b)
-    exchange(a, b, LENGTHS * 20)
+    exchange(a, b, LENGTHS * 20, at_once=8)
     for guest in (a, b):
         for queue in guest.queues():
             assert queue.ring.used_idx < 1000
     assert in_order(a, b)
+    assert wire.drops("a") == wire.drops("b") == {}
 
 
 @pytest.mark.parametrize("format", FORMATS)
