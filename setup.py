@@ -42,6 +42,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.table"),
     extension("vswitch.guest.driver"),
     extension("vswitch.guest.latency"),
+    extension("vswitch.guest.limits"),
     extension("vswitch.guest.load"),
     extension("vswitch.guest.mapping"),
     extension("vswitch.guest.null_backend"),

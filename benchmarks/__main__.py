@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import click
 
 from benchmarks import report
 from benchmarks.errors import BenchmarkError
-from benchmarks.runner import GENERATORS, SWITCHES, Runner, Settings
+from benchmarks.generators import SoftwareGenerator
+from benchmarks.runner import GENERATORS, TITLES, Runner, Settings
 from vswitch.errors import VswitchError
 from vswitch.lab.process import sigterm_unwinds
 
@@ -26,7 +27,7 @@ _MIN_FRAME_LEN = 64
 
 
 def _names(
-    known: dict[str, type],
+    known: Collection[str],
 ) -> Callable[[object, object, str | None], tuple[str, ...] | None]:
     def parse(_context: object, _parameter: object, value: str | None) -> tuple[str, ...] | None:
         if value is None:
@@ -53,7 +54,7 @@ def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[i
 @click.option("--samples", type=click.IntRange(min=1), help="Samples that count, of each switch.")
 @click.option("--seconds", type=click.FloatRange(min=0.01), help="Length of a sample.")
 @click.option("--frames", callback=_numbers, help="Frame sizes in bytes, like 64,1500.")
-@click.option("--switches", callback=_names(SWITCHES), help=f"Of {','.join(SWITCHES)}.")
+@click.option("--switches", callback=_names(TITLES), help=f"Of {','.join(TITLES)}.")
 @click.option("--generators", callback=_names(GENERATORS), help=f"Of {','.join(GENERATORS)}.")
 @click.option("--cpus", callback=_numbers, help="The switch's CPU and the generator's, like 1,0.")
 @click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
@@ -98,7 +99,7 @@ def main(
 
 def _measure(settings: Settings, out: Path) -> None:
     for length in settings.frames:
-        if not _MIN_FRAME_LEN <= length <= max(one.max_frame_len for one in SWITCHES.values()):
+        if not _MIN_FRAME_LEN <= length <= SoftwareGenerator.max_frame_len:
             raise BenchmarkError(f"frames of {length} bytes cannot be measured, 64 to 9000 can")
     with sigterm_unwinds():
         results = Runner(settings, lambda line: click.echo(line, err=True)).run()

@@ -6,19 +6,28 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
-from benchmarks.samples import Case, Kind, Reading, percentile
+from benchmarks.guests import (
+    IN_FLIGHT,
+    MACS,
+    QUEUE_SIZE,
+    RX_BUF_LEN,
+    TSO_BUF_LEN,
+    TSO_RX_QUEUE_SIZE,
+    ethernet,
+    frames_under_way,
+    guest,
+    tso_frame,
+)
+from benchmarks.samples import Case, Kind, Reading, RingFormat, percentile
 from benchmarks.switches import Switch
 from benchmarks.testpmd import Testpmd
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest import SoftwareGuest
 from vswitch.guest.latency import latencies
 from vswitch.guest.load import Flow, Load
 from vswitch.guest.packets import BROADCAST
 
-MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
-QUEUE_SIZE = 256
-IN_FLIGHT = 128
-"""Frames of a direction that are under way at most."""
 WARM_UP = 0.2
 """Part of a sample's length that is run before it, for caches, learned addresses and flow tables.
 """
@@ -26,9 +35,6 @@ GAP_S = 0.001
 """Pause before each frame of a "wakeup" case."""
 _QUIET_S = 0.01
 """When nothing has arrived for so long, nothing is under way."""
-_RX_BUF_LEN = 2048
-_HEADER_LEN = 12
-_ETHERTYPE_EXPERIMENT = b"\x88\xb5"
 
 
 class Generator(ABC):
@@ -40,17 +46,23 @@ class Generator(ABC):
     kinds: frozenset[Kind] = frozenset({"rate"})
     max_frame_len = 9000
 
-    def __init__(self, switch: Switch, cpu: int) -> None:
+    def __init__(self, switch: Switch, cpu: int, ring: RingFormat = "split") -> None:
+        """`ring` is the format of the rings where it cannot be changed any more later."""
         self.switch = switch
         self.cpu = cpu
+        self.ring = ring
 
     @abstractmethod
     def connect(self) -> None:
         """Connect both guests to the switch, which is running."""
 
     @abstractmethod
+    def arrange(self, case: Case) -> None:
+        """Get ready for a sample; what this takes is no part of it. The switch is running."""
+
+    @abstractmethod
     def measure(self, case: Case, seconds: float) -> Reading:
-        """Warm up and measure. The switch is running and prepared."""
+        """Warm up and measure what was arranged."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -77,38 +89,42 @@ class SoftwareGenerator(Generator):
 
     name = "software"
     title = "software guests, one direction"
-    kinds = frozenset({"rate", "latency", "wakeup"})
+    kinds = frozenset({"rate", "latency", "wakeup", "tso"})
 
     _guests: tuple[SoftwareGuest, ...] = ()
+    _flow: Flow
 
     def connect(self) -> None:
+        """See whether the switch takes such guests at all."""
+        self._connect(Case("rate", self.name, 64, self.ring))
+
+    def _connect(self, case: Case) -> None:
         self.close()
-        self._guests = tuple(map(self._guest, MACS))
+        self._guests = tuple(guest(mac, case, self.max_frame_len) for mac in MACS)
         self.switch.connect((self._guests[0], self._guests[1]))
 
-    def _guest(self, mac: str) -> SoftwareGuest:
-        # One descriptor a frame, as Linux has it for frames in one piece. Not strict: DPDK is lax
-        # about num_buffers.
-        return SoftwareGuest(
-            mac,
-            queue_size=QUEUE_SIZE,
-            features=DEFAULT_FEATURES,
-            indirect=False,
-            max_frame_len=self.max_frame_len,
-            rx_buf_len=_RX_BUF_LEN,
-            strict=False,
-            polling=True,
+    def arrange(self, case: Case) -> None:
+        self._connect(case)
+        sender, receiver = self._guests
+        self._settle()
+        if case.kind == "tso":
+            frame, header = tso_frame(receiver.mac, sender.mac)
+            window = frames_under_way(case.frame_len, TSO_BUF_LEN, TSO_RX_QUEUE_SIZE)
+        else:
+            frame, header = ethernet(receiver.mac, sender.mac, case.frame_len), b""
+            window = frames_under_way(case.frame_len, RX_BUF_LEN, QUEUE_SIZE)
+        self._flow = Flow(
+            sender.transmitqs[0],
+            receiver.receiveqs[0],
+            [frame],
+            window=window,
+            header=header,
+            rewrite=case.kind == "tso",
         )
 
     def measure(self, case: Case, seconds: float) -> Reading:
-        self.connect()
-        sender, receiver = self._guests
-        self._settle()
-        frame = ethernet(receiver.mac, sender.mac, case.frame_len)
-        buffers = -(-(_HEADER_LEN + case.frame_len) // _RX_BUF_LEN)
-        window = min(IN_FLIGHT, QUEUE_SIZE // buffers)
-        flow = Flow(sender.transmitqs[0], receiver.receiveqs[0], [frame], window=window)
-        if case.kind == "rate":
+        flow = self._flow
+        if case.kind in ("rate", "tso"):
             load = Load([flow])
             load.run(seconds * WARM_UP, settle_s=1.0)
             (result,) = load.run(seconds, settle_s=1.0)
@@ -116,8 +132,7 @@ class SoftwareGenerator(Generator):
             return Reading(result.frames_per_s, lost=abs(result.sent - result.received))
         gap_s = GAP_S if case.kind == "wakeup" else 0.0
         latencies(flow, seconds * WARM_UP, gap_s=gap_s)
-        spent = sorted(latencies(flow, seconds, gap_s=gap_s))
-        return Reading(percentile(spent, 0.5), p99=percentile(spent, 0.99))
+        return reading_of_times(latencies(flow, seconds, gap_s=gap_s))
 
     def _settle(self) -> None:
         """Take what is still under way, and have the switch know where the receiver is.
@@ -134,14 +149,15 @@ class SoftwareGenerator(Generator):
 
     def close(self) -> None:
         self.switch.forget()
-        for guest in self._guests:
-            guest.close()
+        for each in self._guests:
+            each.close()
         self._guests = ()
 
 
-def ethernet(dst: bytes, src: bytes, length: int) -> bytes:
-    """A frame of `length` bytes, no frame check sequence."""
-    return (dst + src + _ETHERTYPE_EXPERIMENT).ljust(length, b"\0")
+def reading_of_times(spent: Iterable[int]) -> Reading:
+    """Median and p99 of the nanoseconds that single frames took."""
+    ordered = sorted(spent)
+    return Reading(percentile(ordered, 0.5), p99=percentile(ordered, 0.99))
 
 
 class TestpmdGenerator(Generator):
@@ -156,16 +172,18 @@ class TestpmdGenerator(Generator):
     def connect(self) -> None:
         vdevs = [
             f"net_virtio_user{i},path={path},mac={mac},queue_size={QUEUE_SIZE}"
-            ",mrg_rxbuf=1,in_order=0"
+            f",mrg_rxbuf=1,in_order=0,packed_vq={int(self.ring == 'packed')}"
             for i, (path, mac) in enumerate(zip(self.switch.sockets, MACS, strict=True))
         ]
         options = ["--forward-mode=io", "--total-num-mbufs=8192"]
         options += [f"--eth-peer={i},{MACS[1 - i]}" for i in range(2)]
         self._testpmd = Testpmd(self.cpu, vdevs, options, memory_mib=self.hugepages_mib)
 
-    def measure(self, case: Case, seconds: float) -> Reading:
+    def arrange(self, case: Case) -> None:
+        self._testpmd.command(f"set txpkts {case.frame_len}")
+
+    def measure(self, _case: Case, seconds: float) -> Reading:
         pmd = self._testpmd
-        pmd.command(f"set txpkts {case.frame_len}")
         pmd.command(f"start tx_first {self._BURSTS}")
         time.sleep(seconds * WARM_UP)
         frames_before, start = self._received()

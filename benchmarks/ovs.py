@@ -10,7 +10,9 @@ from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.machine import program, running_on, version_of
+from benchmarks.samples import Setup
 from benchmarks.switches import Switch
+from vswitch.guest import SoftwareGuest
 from vswitch.lab import process
 
 # Debian keeps the build with DPDK where only its alternatives system points to it.
@@ -19,6 +21,7 @@ _BRIDGE = "br0"
 _PORTS = ("a", "b")
 _STANDARD_LEN = 1514
 _SOCKET_MEM_MIB = 512
+_RECONNECT_TIMEOUT_S = 10.0
 
 
 class OvsDpdk(Switch):
@@ -29,8 +32,8 @@ class OvsDpdk(Switch):
     # It allocates more than it is told to begin with.
     hugepages_mib = 768
 
-    def __init__(self, folder: Path, cpu: int, longest: int) -> None:
-        super().__init__(folder, cpu, longest)
+    def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
+        super().__init__(folder, cpu, setup)
         # OVS puts the sockets of dpdkvhostuser ports into its run directory, named as the ports.
         self.sockets = (folder / "a", folder / "b")
         self._children: list[subprocess.Popen[bytes]] = []
@@ -53,6 +56,7 @@ class OvsDpdk(Switch):
                 "dpdk-socket-mem": str(_SOCKET_MEM_MIB),
                 "dpdk-extra": f"--no-pci --file-prefix=vswitch-bench-ovs-{os.getpid()}",
                 "pmd-cpu-mask": hex(1 << self.cpu),
+                "userspace-tso-enable": str(self.setup.tso).lower(),
             }
             pairs = [f'other_config:{key}="{value}"' for key, value in settings.items()]
             self._vsctl("--no-wait", "set", "Open_vSwitch", ".", *pairs)
@@ -61,17 +65,36 @@ class OvsDpdk(Switch):
                 f"--unixctl={self.folder / 'vswitchd.ctl'}",
             )  # fmt: skip
             add = ["add-br", _BRIDGE, "--", "set", "bridge", _BRIDGE, "datapath_type=netdev"]
-            for port in _PORTS:
-                add += ["--", "add-port", _BRIDGE, port]
-                add += ["--", "set", "Interface", port, "type=dpdkvhostuser"]
+            for port, socket in zip(_PORTS, self.sockets, strict=True):
+                add += ["--", "add-port", _BRIDGE, port, "--", "set", "Interface", port]
+                if self._client:
+                    add += ["type=dpdkvhostuserclient", f"options:vhost-server-path={socket}"]
+                else:
+                    add.append("type=dpdkvhostuser")
                 # No larger than needed, for OVS sizes its buffers by it. It is not changed later:
                 # memory for old and new buffers at once is more than there is.
-                if self.longest > _STANDARD_LEN:
-                    add.append(f"mtu_request={self.longest}")
+                if self.setup.longest > _STANDARD_LEN:
+                    add.append(f"mtu_request={self.setup.longest}")
             self._vsctl(*add)
         for port in _PORTS:
             if error := self._interface(port, "error"):
                 raise BenchmarkError(f"OVS refuses port {port}: {error}")
+
+    @property
+    def _client(self) -> bool:
+        """Whether OVS is to connect to the guests' sockets: only then it offers segmentation."""
+        return self.setup.tso
+
+    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+        if not self._client:
+            super().connect(guests)
+            return
+        for guest, socket in zip(guests, self.sockets, strict=True):
+            socket.unlink(missing_ok=True)
+            guest.listen(socket)
+        # It looks for a listener once a second.
+        for guest in guests:
+            guest.accept(_RECONNECT_TIMEOUT_S)
 
     @property
     def _remote(self) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.runner import GENERATORS, SWITCHES, Results
+from benchmarks.guests import TSO_FRAME_LEN
+from benchmarks.runner import GENERATORS, TITLES, Results
 from benchmarks.samples import (
     MAX_WAIT,
     Case,
@@ -24,8 +25,7 @@ from benchmarks.samples import (
 FORMAT = 1
 BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
-_OURS = ("vswitch", "vswitch-busy")
-_CEILING = "null"
+PEERS = ("testpmd", "ovs")
 
 
 def to_json(results: Results) -> str:
@@ -116,9 +116,12 @@ def markdown(results: Results) -> str:
             if rates := [one for one in here if one.case.kind == "rate"]:
                 title = f"### Million frames a second, {place} ({generator.title})"
                 parts += [title, _rates(rates)]
-            if latencies := [one for one in here if one.case.kind != "rate"]:
+            if latencies := [one for one in here if one.case.kind in ("latency", "wakeup")]:
                 title = f"### One frame in flight, {place} ({generator.title})"
                 parts += [title, _latencies(latencies)]
+            if segments := [one for one in here if one.case.kind == "tso"]:
+                title = f"### TCP segments of {TSO_FRAME_LEN} bytes, {place} ({generator.title})"
+                parts += [title, _segments(segments)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -155,7 +158,7 @@ def _counts(results: Results) -> str:
 
 def _titles(summaries: Iterable[Summary]) -> dict[str, str]:
     present = {one.switch for one in summaries}
-    return {name: SWITCHES[name].title for name in SWITCHES if name in present}
+    return {name: title for name, title in TITLES.items() if name in present}
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -165,20 +168,38 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _rates(summaries: Sequence[Summary]) -> str:
     titles = _titles(summaries)
-    lengths = sorted({one.case.frame_len for one in summaries})
     rows = []
-    for length in lengths:
-        found = {one.switch: one for one in summaries if one.case.frame_len == length}
+    for length, ring in sorted({(one.case.frame_len, one.case.ring) for one in summaries}):
+        found = {
+            one.switch: one
+            for one in summaries
+            if (one.case.frame_len, one.case.ring) == (length, ring)
+        }
         cells = [
             f"{found[name].median / 1e6:.2f} ({found[name].count})" if name in found else "-"
             for name in titles
         ]
-        rows.append([f"{length} B", *cells, _ratio(found)])
+        frame = f"{length} B, packed ring" if ring == "packed" else f"{length} B"
+        rows.append([frame, *cells, _ratio(found)])
+    rows.sort(key=lambda row: "packed" in row[0])
     return _table(["frame", *titles.values(), "vswitch / best peer"], rows)
 
 
+def _segments(summaries: Sequence[Summary]) -> str:
+    titles = _titles(summaries)
+    found = {one.switch: one for one in summaries}
+    limit = found.get("memcpy")
+    rows = []
+    for name, title in titles.items():
+        one = found[name]
+        share = f"{one.median / limit.median:.0%}" if limit else "-"
+        rate = f"{one.median * 8 * one.case.frame_len / 1e9:.1f} ({one.count})"
+        rows.append([title, f"{one.median / 1e3:.1f}", rate, share])
+    return _table(["", "thousand a second", "Gbit/s", "of memcpy"], rows)
+
+
 def _ratio(found: dict[str, Summary]) -> str:
-    peers = [one.median for name, one in found.items() if name not in (*_OURS, _CEILING)]
+    peers = [one.median for name, one in found.items() if name in PEERS]
     if "vswitch" not in found or not peers:
         return "-"
     return f"{found['vswitch'].median / max(peers):.2f}"

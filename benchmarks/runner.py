@@ -5,30 +5,46 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contestants import Bound, Contestant, Pair
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
+from benchmarks.guests import TSO_FRAME_LEN
+from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.ovs import OvsDpdk
-from benchmarks.samples import UNITS, Case, Kind, Sample
-from benchmarks.switches import BusyVswitch, NullSwitch, Switch, TestpmdIo, Vswitch
+from benchmarks.samples import UNITS, Case, Kind, RingFormat, Sample, Setup
+from benchmarks.switches import (
+    BusyVswitch,
+    CrowdedVswitch,
+    NullSwitch,
+    Switch,
+    TestpmdIo,
+    Vswitch,
+)
 from vswitch.errors import VswitchError
 from vswitch.guest.errors import GuestError
 from vswitch.guest.probe import round_trip_ns
 from vswitch.lab.errors import LabError
 
 SWITCHES: dict[str, type[Switch]] = {
-    one.name: one for one in (Vswitch, BusyVswitch, TestpmdIo, OvsDpdk, NullSwitch)
+    one.name: one for one in (Vswitch, BusyVswitch, CrowdedVswitch, TestpmdIo, OvsDpdk, NullSwitch)
 }
 GENERATORS: dict[str, type[Generator]] = {
     one.name: one for one in (SoftwareGenerator, TestpmdGenerator)
 }
+TITLES = {one.name: one.title for one in SWITCHES.values()} | {
+    one.name: one.title for one in LIMITS.values()
+}
+"""Of everything that can be measured, by name."""
 LATENCY_FRAME_LEN = 64
+PACKED_LENS = (64, 1500)
+"""Frame lengths that are measured in packed rings too."""
 STANDARD_LEN = 1514
 MAX_ROUNDS = 3
 """Times the wanted number of samples that are taken at most to make up for those that drop out."""
@@ -45,7 +61,7 @@ class Settings:
     samples: int = 9
     seconds: float = 0.5
     frames: tuple[int, ...] = (64, 512, 1500, 9000)
-    switches: tuple[str, ...] = tuple(SWITCHES)
+    switches: tuple[str, ...] = tuple(TITLES)
     generators: tuple[str, ...] = tuple(GENERATORS)
     cpus: tuple[int, ...] = ()
 
@@ -64,38 +80,38 @@ class Results:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A switch and the generator that is connected to it; both paused between samples."""
-
-    switch: Switch
-    generator: Generator
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.switch.resume()
-        self.generator.resume()
-        try:
-            yield
-        finally:
-            self.generator.pause()
-            self.switch.pause()
-
-
 def can(switch: type[Switch], generator: type[Generator], case: Case) -> bool:
     """Whether this case can be measured with these two."""
     if switch.software_guests_only and generator is not SoftwareGenerator:
         return False
-    longest = min(switch.max_frame_len, generator.max_frame_len)
-    return case.kind in switch.kinds & generator.kinds and case.frame_len <= longest
+    if case.kind != "tso" and case.frame_len > generator.max_frame_len:
+        return False
+    return case.kind in generator.kinds and switch.can(case)
 
 
 def cases_of(generator: str, frames: Sequence[int]) -> list[Case]:
-    """What this generator measures: rates for every frame length, latencies for one."""
+    """What this generator measures: rates for every frame length, the rest for one each."""
     kinds = GENERATORS[generator].kinds
     cases = [Case("rate", generator, length) for length in frames]
+    cases += [
+        Case("rate", generator, length, "packed") for length in frames if length in PACKED_LENS
+    ]
     late: tuple[Kind, ...] = ("latency", "wakeup")
-    return cases + [Case(kind, generator, LATENCY_FRAME_LEN) for kind in late if kind in kinds]
+    cases += [Case(kind, generator, LATENCY_FRAME_LEN) for kind in late if kind in kinds]
+    return cases + ([Case("tso", generator, TSO_FRAME_LEN)] if "tso" in kinds else [])
+
+
+def setup_of(case: Case) -> Setup:
+    """What has to be started for a case; cases with equal setups are measured with one start.
+
+    Apart from each other: buffers for long frames would slow the short ones down, and so may
+    offloads. The software guests choose their rings' format anew for every sample.
+    """
+    longest = STANDARD_LEN
+    if case.kind != "tso" and case.frame_len > STANDARD_LEN:
+        longest = case.frame_len
+    ring: RingFormat = "split" if case.generator == SoftwareGenerator.name else case.ring
+    return Setup(longest, tso=case.kind == "tso", ring=ring)
 
 
 class Runner:
@@ -121,14 +137,11 @@ class Runner:
         # Also keeps what Python does besides away from the switch's CPU.
         with running_on({self.cpus.generator}):
             for name in self.settings.generators:
-                cases = cases_of(name, self.settings.frames)
-                # Apart from each other: buffers for long frames would slow the short ones down.
-                for group in (
-                    [case for case in cases if case.frame_len <= STANDARD_LEN],
-                    [case for case in cases if case.frame_len > STANDARD_LEN],
-                ):
-                    if group:
-                        self._run_group(GENERATORS[name], group)
+                groups: dict[Setup, list[Case]] = {}
+                for case in cases_of(name, self.settings.frames):
+                    groups.setdefault(setup_of(case), []).append(case)
+                for setup, cases in groups.items():
+                    self._run_group(GENERATORS[name], setup, cases)
         self.results.seconds = round(time.monotonic() - start, 1)
         if not self.results.samples:
             raise BenchmarkError(
@@ -136,13 +149,13 @@ class Runner:
             )
         return self.results
 
-    def _run_group(self, generator: type[Generator], cases: list[Case]) -> None:
+    def _run_group(self, generator: type[Generator], setup: Setup, cases: list[Case]) -> None:
         """Start what these cases need, run them, and end it all."""
-        switches = [SWITCHES[name] for name in self.settings.switches]
+        chosen = self.settings.switches
+        switches = [SWITCHES[name] for name in chosen if name in SWITCHES]
         switches = [one for one in switches if any(can(one, generator, case) for case in cases)]
         if not switches:
             return
-        longest = max(case.frame_len for case in cases)
         with contextlib.ExitStack() as stack:
             mib = sum(one.hugepages_mib + generator.hugepages_mib for one in switches)
             try:
@@ -153,14 +166,21 @@ class Runner:
                     return
                 switches = [one for one in switches if not one.hugepages_mib]
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vswitch-bench-")))
-            pairs = []
+            pairs: list[Pair] = []
             for kind in switches:
                 try:
-                    pairs.append(self._start(kind, generator, longest, folder, stack))
+                    pairs.append(self._start(kind, generator, setup, folder, stack))
                 except (BenchmarkError, GuestError, LabError) as error:
                     self._skip(f"{kind.title} with {generator.title}", error)
             for case in cases:
-                able = [pair for pair in pairs if can(type(pair.switch), generator, case)]
+                able: list[Contestant] = [
+                    pair for pair in pairs if can(type(pair.switch), generator, case)
+                ]
+                able += [
+                    Bound(LIMITS[name], self.cpus.switch)
+                    for name in chosen
+                    if name in LIMITS and LIMITS[name].kind == case.kind
+                ]
                 if able:
                     self._run_case(case, able)
 
@@ -172,7 +192,7 @@ class Runner:
         self,
         kind: type[Switch],
         generator: type[Generator],
-        longest: int,
+        setup: Setup,
         folder: Path,
         stack: contextlib.ExitStack,
     ) -> Pair:
@@ -180,10 +200,10 @@ class Runner:
         own = folder / kind.name
         own.mkdir()
         with contextlib.ExitStack() as starting:
-            switch = kind(own, self.cpus.switch, longest)
+            switch = kind(own, self.cpus.switch, setup)
             starting.callback(switch.close)
             switch.start()
-            pair = Pair(switch, generator(switch, self.cpus.generator))
+            pair = Pair(switch, generator(switch, self.cpus.generator, setup.ring))
             starting.callback(pair.generator.close)
             pair.generator.connect()
             pair.generator.pause()
@@ -193,40 +213,42 @@ class Runner:
         self.results.versions[kind.title] = switch.version()
         return pair
 
-    def _run_case(self, case: Case, pairs: list[Pair]) -> None:
-        for pair in pairs:
-            with pair.running():
-                pair.switch.prepare(case)
-        kept = dict.fromkeys((pair.switch.name for pair in pairs), 0)
+    def _run_case(self, case: Case, contestants: list[Contestant]) -> None:
+        for one in contestants:
+            with one.running():
+                one.prepare(case)
+        kept = dict.fromkeys((one.name for one in contestants), 0)
         failures = dict.fromkeys(kept, 0)
         for turn in range(MAX_ROUNDS * self.settings.samples):
             if min(kept.values(), default=self.settings.samples) >= self.settings.samples:
                 break
             # Nobody is always the one after somebody.
-            first = turn % len(pairs)
-            for pair in [*pairs[first:], *pairs[:first]]:
-                name = pair.switch.name
-                if failures[name] >= _MAX_FAILURES:
+            first = turn % len(contestants)
+            for one in [*contestants[first:], *contestants[:first]]:
+                if failures[one.name] >= _MAX_FAILURES:
                     continue
                 try:
-                    sample = self._sample(case, pair)
+                    sample = self._sample(case, one)
                 except (BenchmarkError, GuestError, LabError) as error:
-                    failures[name] += 1
-                    self.results.failures.append(f"{case}, {pair.switch.title}: {error}")
+                    failures[one.name] += 1
+                    self.results.failures.append(f"{case}, {one.title}: {error}")
                     self.progress(f"FAILED {self.results.failures[-1]}")
                     continue
                 self.results.samples.append(sample)
-                kept[name] += sample.verdict == "kept"
+                kept[one.name] += sample.verdict == "kept"
                 self.progress(_line(sample, turn))
             kept = {name: n for name, n in kept.items() if failures[name] < _MAX_FAILURES}
 
-    def _sample(self, case: Case, pair: Pair) -> Sample:
+    def _sample(self, case: Case, one: Contestant) -> Sample:
+        with one.running():
+            one.arrange(case)
         before = self._probe()
-        with pair.running():
-            wait = CpuWait({pair.switch.pid, pair.generator.pid})
-            reading = pair.generator.measure(case, self.settings.seconds)
+        with one.running():
+            # Connecting keeps a switch's other threads busy, on the same CPU: not before here.
+            wait = CpuWait(one.pids)
+            reading = one.measure(case, self.settings.seconds)
             waited = wait.share()
-        return Sample(case, pair.switch.name, reading, before, self._probe(), round(waited, 4))
+        return Sample(case, one.name, reading, before, self._probe(), round(waited, 4))
 
     def _probe(self) -> float:
         """Core-to-core round trip in nanoseconds, while everything else of ours is paused."""
@@ -244,7 +266,8 @@ def _line(sample: Sample, turn: int) -> str:
     where = sample.place or "moved"
     note = "" if sample.verdict in ("kept", "moved") else f"  dropped: {sample.verdict}"
     return (
-        f"{sample.case.generator:>8} {sample.case.kind:<7} {sample.case.frame_len:>4} B "
+        f"{sample.case.generator:>8} {sample.case.kind:<7} {sample.case.frame_len:>5} B "
+        f"{sample.case.ring:<6} "
         f"#{turn + 1:<2} {sample.switch:<12} {value:<21} {where} "
         f"({sample.before_ns:.0f}/{sample.after_ns:.0f} ns){note}"
     )

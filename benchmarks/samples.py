@@ -12,11 +12,12 @@ NEAR_BELOW_NS = 200.0
 MAX_WAIT = 0.03
 """Share of a sample that its threads may have waited for their CPU because of other programs."""
 
-Kind = Literal["rate", "latency", "wakeup"]
+Kind = Literal["rate", "latency", "wakeup", "tso"]
+RingFormat = Literal["split", "packed"]
 Place = Literal["near", "far"]
 Verdict = Literal["kept", "moved", "disturbed", "lossy"]
 
-UNITS: dict[Kind, str] = {"rate": "frames/s", "latency": "ns", "wakeup": "ns"}
+UNITS: dict[Kind, str] = {"rate": "frames/s", "latency": "ns", "wakeup": "ns", "tso": "frames/s"}
 
 
 def place_of(round_trip_ns: float) -> Place:
@@ -28,15 +29,31 @@ class Case:
     """What is measured: `kind`, by which generator, with frames of `frame_len` bytes.
 
     "rate" is frames a second in a closed loop. "latency" is the time of one frame in flight, from
-    before it is sent until it has arrived; "wakeup" is the same after a pause.
+    before it is sent until it has arrived; "wakeup" is the same after a pause. "tso" is the rate of
+    frames that nobody segments on the way, each of them written anew by the sender.
     """
 
     kind: Kind
     generator: str
     frame_len: int
+    ring: RingFormat = "split"
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.frame_len} B by {self.generator}"
+        ring = " in packed rings" if self.ring == "packed" else ""
+        return f"{self.kind} of {self.frame_len} B{ring} by {self.generator}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What switch and generator are started for.
+
+    `longest` is the length of the longest frame in bytes. With `tso` there are frames that are not
+    to be segmented. `ring` is the format of the rings where a generator fixes it at its start.
+    """
+
+    longest: int
+    tso: bool = False
+    ring: RingFormat = "split"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from benchmarks import testpmd
+from benchmarks.guests import TSO_FRAME_LEN
 from benchmarks.machine import running_on
-from benchmarks.samples import Case, Kind
+from benchmarks.samples import Case, Kind, Setup
 from benchmarks.testpmd import Testpmd
 from vswitch._version import __version__
 from vswitch.guest import SoftwareGuest
@@ -30,16 +31,21 @@ class Switch(ABC):
     name: str
     title: str
     hugepages_mib = 0
-    kinds: frozenset[Kind] = frozenset({"rate", "latency", "wakeup"})
-    max_frame_len = 9000
+    kinds: frozenset[Kind] = frozenset({"rate", "latency", "wakeup", "tso"})
+    max_frame_len = TSO_FRAME_LEN
     software_guests_only = False
 
-    def __init__(self, folder: Path, cpu: int, longest: int) -> None:
-        """`folder` exists and is this switch's own; frames have up to `longest` bytes."""
+    def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
+        """`folder` exists and is this switch's own."""
         self.folder = folder
         self.cpu = cpu
-        self.longest = longest
+        self.setup = setup
         self.sockets = (folder / "a.sock", folder / "b.sock")
+
+    @classmethod
+    def can(cls, case: Case) -> bool:
+        """Whether this case can, and is worth to, be measured with it."""
+        return case.kind in cls.kinds and case.frame_len <= cls.max_frame_len
 
     @abstractmethod
     def start(self) -> None:
@@ -88,12 +94,16 @@ class Vswitch(Switch):
         config = self.folder / "ports.toml"
         lines = ["[switch]", f'control = "{control}"', f"cpus = [{self.cpu}]"]
         lines += [f'polling = "{self.polling}"']
-        for name, socket in zip(("a", "b"), self.sockets, strict=True):
+        for name, socket in self.ports().items():
             lines += ["[[port]]", f'name = "{name}"', f'socket = "{socket}"']
         config.write_text("\n".join(lines) + "\n")
         self._process = SwitchProcess(config, control, self.folder / "log")
         with running_on({self.cpu}):
             self._process.start()
+
+    def ports(self) -> dict[str, Path]:
+        """Ports and their sockets."""
+        return dict(zip(("a", "b"), self.sockets, strict=True))
 
     @property
     def pid(self) -> int:
@@ -117,6 +127,40 @@ class BusyVswitch(Vswitch):
     kinds = frozenset({"latency", "wakeup"})
 
 
+class CrowdedVswitch(Vswitch):
+    """vswitch with 62 more ports, to each of which a guest is connected that does nothing."""
+
+    name = "vswitch-64"
+    title = "vswitch, 62 idle ports"
+    kinds = frozenset({"rate"})
+    _IDLE = 62
+
+    def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
+        super().__init__(folder, cpu, setup)
+        self._idle: list[SoftwareGuest] = []
+
+    @classmethod
+    def can(cls, case: Case) -> bool:
+        return super().can(case) and (case.generator, case.frame_len) == ("software", 64)
+
+    def ports(self) -> dict[str, Path]:
+        idle = {f"idle{i}": self.folder / f"idle{i}.sock" for i in range(self._IDLE)}
+        return {**super().ports(), **idle}
+
+    def start(self) -> None:
+        super().start()
+        for i in range(self._IDLE):
+            guest = SoftwareGuest(f"52:54:00:00:01:{i:02x}", queue_size=64, polling=True)
+            self._idle.append(guest)
+            guest.connect(self.folder / f"idle{i}.sock")
+
+    def close(self) -> None:
+        super().close()
+        for guest in self._idle:
+            guest.close()
+        self._idle.clear()
+
+
 class TestpmdIo(Switch):
     """testpmd between two vhost ports: every frame goes to the other port, unseen."""
 
@@ -125,7 +169,8 @@ class TestpmdIo(Switch):
     hugepages_mib = 256
 
     def start(self) -> None:
-        vdevs = [f"net_vhost{i},iface={path}" for i, path in enumerate(self.sockets)]
+        tso = int(self.setup.tso)
+        vdevs = [f"net_vhost{i},iface={path},tso={tso}" for i, path in enumerate(self.sockets)]
         options = ["--forward-mode=io", "--total-num-mbufs=32768"]
         self._testpmd = Testpmd(self.cpu, vdevs, options, memory_mib=self.hugepages_mib)
         self._testpmd.command("start")
@@ -151,6 +196,7 @@ class NullSwitch(Switch):
 
     name = "null"
     title = "no switch"
+    kinds = frozenset({"rate", "latency", "wakeup"})
     software_guests_only = True
     max_frame_len = 2000
 

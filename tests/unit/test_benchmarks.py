@@ -13,13 +13,16 @@ from click.testing import CliRunner
 from benchmarks import __main__ as program
 from benchmarks import machine, report
 from benchmarks.errors import BenchmarkError, MissingError
+from benchmarks.guests import TSO_FRAME_LEN, frames_under_way, tso_frame
+from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, running_on
 from benchmarks.ovs import OvsDpdk
-from benchmarks.runner import GENERATORS, SWITCHES, Results, Runner, Settings, cases_of
+from benchmarks.runner import GENERATORS, SWITCHES, Results, Runner, Settings, cases_of, setup_of
 from benchmarks.samples import (
     Case,
     Reading,
     Sample,
+    Setup,
     dropped,
     percentile,
     place_of,
@@ -27,9 +30,12 @@ from benchmarks.samples import (
 )
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.latency import MAX_FRAMES, latencies
+from vswitch.guest.limits import copies, wakeups
 from vswitch.guest.load import Flow
 from vswitch.guest.null_backend import NullBackend
+from vswitch.guest.packets import checksum
 from vswitch.guest.probe import round_trip_ns
+from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
 
 CASE = Case("rate", "software", 64)
 
@@ -125,9 +131,16 @@ def test_cases() -> None:
     assert [(case.kind, case.frame_len) for case in cases] == [
         ("rate", 64),
         ("rate", 1500),
+        ("rate", 64),
+        ("rate", 1500),
         ("latency", 64),
         ("wakeup", 64),
+        ("tso", TSO_FRAME_LEN),
     ]
+    assert [case.ring for case in cases].count("packed") == 2
+    assert len({setup_of(case) for case in cases}) == 2
+    of_testpmd = {setup_of(case) for case in cases_of("testpmd", (64, 9000))}
+    assert of_testpmd == {Setup(1514), Setup(1514, ring="packed"), Setup(9000)}
 
 
 def test_json_and_back() -> None:
@@ -327,12 +340,14 @@ def test_a_run(tmp_path: Path) -> None:
     assert data["machine"]["cpus"] == os.cpu_count()
     assert data["versions"].keys() == {"vswitch"}
     found = {(one["case"]["kind"], one["case"]["frame_len"]) for one in data["samples"]}
-    assert found == {("rate", 64), ("rate", 1500), ("latency", 64), ("wakeup", 64)}
+    assert found == {
+        ("rate", 64), ("rate", 1500), ("latency", 64), ("wakeup", 64), ("tso", TSO_FRAME_LEN),
+    }  # fmt: skip
     for one in data["samples"]:
         # On a machine that is busy with other things, no frame may get through in so short a time.
-        assert one["reading"]["value"] > 0 or one["case"]["kind"] == "rate"
+        assert one["reading"]["value"] > 0 or one["case"]["kind"] in ("rate", "tso")
         assert one["before_ns"] > 0
-        assert (one["reading"]["p99"] is None) == (one["case"]["kind"] == "rate")
+        assert (one["reading"]["p99"] is None) == (one["case"]["kind"] in ("rate", "tso"))
     assert report.newest(tmp_path) == path
     assert "# A benchmark run" in path.with_suffix(".md").read_text()
 
@@ -352,3 +367,34 @@ def test_wrong_options(tmp_path: Path) -> None:
 def test_every_switch_and_generator_has_a_title() -> None:
     titles = [one.title for one in SWITCHES.values()] + [one.title for one in GENERATORS.values()]
     assert len(set(titles)) == len(titles)
+
+
+def test_limits_of_the_machine() -> None:
+    """That they are measured at all; what comes out depends on the machine."""
+    cpu = sorted(os.sched_getaffinity(0))[1]
+    spent = wakeups(cpu, 30.0, gap_s=0.0001, limit=20)
+    assert len(spent) == 20
+    assert min(spent) > 0
+    sizes = {"slots": 4, "piece_len": 4096, "pieces": 64, "window": 4}
+    assert copies(cpu, 0.05, 65238, warm_up_s=0.01, **sizes) > 0
+    with pytest.raises(ValueError, match="0 wake-ups, must be 1 to"):
+        wakeups(cpu, 1.0, limit=0)
+    with pytest.raises(ValueError, match="64 pieces of 4096 bytes do not hold 5 messages"):
+        copies(cpu, 1.0, 65238, slots=8, piece_len=4096, pieces=64, window=5)
+    with pytest.raises(ValueError, match="must be positive"):
+        copies(cpu, 1.0, 100, slots=2, piece_len=4096, pieces=64, window=3)
+    with pytest.raises(ValueError, match="CPU 100000 cannot be used"):
+        wakeups(100_000, 0.01)
+    assert LIMITS["memcpy"].run(cpu, 0.05).value > 0
+
+
+def test_segments_that_stay_whole() -> None:
+    """What a "tso" sample sends is TCP that any device can cut, and fits the window."""
+    frame, header = tso_frame(b"\2" * 6, b"\4" * 6)
+    assert len(frame) == TSO_FRAME_LEN
+    assert VnetHeader.unpack(header) == (NEEDS_CSUM, GSO_TCPV4, 66, 1448, 34, 16, 0)
+    assert checksum(frame[14:34]) == 0
+    assert int.from_bytes(frame[16:18], "big") == TSO_FRAME_LEN - 14
+    assert frames_under_way(TSO_FRAME_LEN, 4096, 256) == 16
+    assert frames_under_way(64, 2048, 256) == 128
+    assert frames_under_way(9000, 2048, 256) == 51

@@ -29,6 +29,16 @@ static inline void guest_store_relaxed_u16(uint16_t *p, uint16_t value)
     __atomic_store_n(p, value, __ATOMIC_RELAXED);
 }
 
+static inline uint32_t guest_load_acquire_u32(const uint32_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static inline void guest_store_release_u32(uint32_t *p, uint32_t value)
+{
+    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
 static inline int guest_load_relaxed_int(const int *p)
 {
     return __atomic_load_n(p, __ATOMIC_RELAXED);

@@ -57,7 +57,8 @@ cdef struct FlowC:
     uint8_t **frames
     uint32_t *frame_lens
     uint8_t *scratch
-    uint8_t no_header[12]      # zeros
+    uint8_t header[12]         # virtio-net header of every frame sent
+    bint rewrite               # write each frame anew when it is sent
     # Slots of the transmitq that are free, a ring: buffers are used in turn.
     uint32_t *free_slots
     uint8_t *filled            # by slot: holds the header and its frame already
@@ -173,9 +174,9 @@ cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
             break
         if not flow.filled[slot]:
             # Once a run, when the slot is first used: before, the device may have had it.
-            put(piece, 0, flow.no_header, flow.header_len)
+            put(piece, 0, flow.header, flow.header_len)
             put(piece, flow.header_len, flow.frames[kind], flow.frame_lens[kind])
-            flow.filled[slot] = 1
+            flow.filled[slot] = not flow.rewrite
         if flow.verify:
             put(piece, flow.header_len, flow.frames[kind], flow.frame_lens[kind] - SEQ_LEN)
             put(

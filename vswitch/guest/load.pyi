@@ -34,6 +34,8 @@ class Flow:
         window: int = 0,
         verify: bool = False,
         write_off_s: float = 0.1,
+        rewrite: bool = False,
+        header: bytes = b"",
     ) -> None: ...
 
 class Load:

@@ -7,7 +7,7 @@ Load.run drives several flows from the calling thread.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from vswitch.guest.flow cimport (
     RX_LENGTH,
@@ -142,13 +142,15 @@ cdef class Flow:
     sent in turn, header not included. `window` is the most frames in flight, 0: as many as the
     rings hold; what is in a window where nothing arrives for `write_off_s` is taken for lost. With
     `verify` the last SEQUENCE_LEN bytes of each frame carry a sequence number, and every byte that
-    arrives is compared; all frames that come to `rx` must then be this flow's. Nobody else may use
-    the queues during a run.
+    arrives is compared; all frames that come to `rx` must then be this flow's. Without it a frame is
+    written once into each buffer and sent from there again and again, unless `rewrite` has it
+    written anew each time. `header` is the virtio-net header of them all (up to 12 bytes, zeros if
+    not given). Nobody else may use the queues during a run.
     """
 
     def __init__(
         self, tx, rx, list frames not None, *, uint32_t window=0, bint verify=False,
-        double write_off_s=0.1,
+        double write_off_s=0.1, bint rewrite=False, bytes header=b"",
     ):
         cdef uint32_t i
         cdef bytes frame
@@ -161,6 +163,10 @@ cdef class Flow:
             raise ValueError("a flow needs a frame to send or to compare with")
         if window and (tx is None or rx is None):
             raise ValueError("a window needs both a transmitq and a receiveq")
+        if len(header) > <Py_ssize_t>sizeof(c.header):
+            raise ValueError(f"a header of {len(header)} bytes, it has 12 at most")
+        memcpy(c.header, PyBytes_AS_STRING(header), len(header))
+        c.rewrite = rewrite
         self.frames = [bytes(frame) for frame in frames]
         c.window = window
         c.verify = verify
