@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from vswitch import privileges
 from vswitch.control.api import SwitchApi
 from vswitch.control.protocol import default_socket_path
 from vswitch.control.server import ControlServer
@@ -21,6 +23,7 @@ from vswitch.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ou
 _log = logging.getLogger(__name__)
 
 CONTROL_PERMISSIONS = 0o600
+_IMPORTED_LATER = ("uvloop", "vswitch.switch", "vswitch.config_writer", "concurrent.futures.thread")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -33,7 +36,8 @@ class RunningSwitch(SwitchApi, Protocol):
         ...
 
 
-Create = Callable[[Settings], Awaitable[RunningSwitch]]
+Create = Callable[[Settings, Path], Awaitable[RunningSwitch]]
+"""Builds the switch; the path is that of its control socket."""
 
 
 def run(
@@ -46,20 +50,58 @@ def run(
     """
     _set_up_log(settings.switch.log_level)
     try:
+        # While this is the only thread: the others get their rights from it.
+        privileges.forbid_new_privileges()
+        control = _become_the_user(settings)
+
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(settings, config_path, create or _create))
+            return runner.run(_run(settings, control, config_path, create or _create))
     except VswitchError as exc:
         sys.stderr.write(f"vswitch: {exc}\n")
         return 1
 
 
-async def _create(settings: Settings) -> RunningSwitch:
+async def _create(settings: Settings, control: Path) -> RunningSwitch:
     from vswitch.switch import Switch
 
-    control = settings.switch.control or default_socket_path()
     return await Switch.create(settings, journals=control.with_name(f"{control.name}.rings"))
+
+
+def _become_the_user(settings: Settings) -> Path:
+    """Make a directory for the control socket, then be who is to own it; returns its path."""
+    control = settings.switch.control or default_socket_path()
+    who = privileges.identity(settings.switch.user, settings.switch.group)
+    try:
+        is_new = not control.parent.exists()
+        control.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if who is not None and is_new:
+            os.chown(control.parent, who.uid, who.gid)
+    except OSError as exc:
+        raise SocketError(
+            f"cannot create the directory {control.parent} for the control socket: {exc.strerror}",
+            hint='name another one: `control = "PATH"` in the [switch] table',
+        ) from exc
+    if who is not None:
+        # What is imported later, while it can still be read: root's home may hold all of it.
+        for name in _IMPORTED_LATER:
+            importlib.import_module(name)
+        privileges.become(who)
+    return control
+
+
+def _give_up_privileges(settings: Settings) -> None:
+    """After setting up: keep no capability but what the uplinks of the configuration take."""
+    if os.geteuid() == 0:
+        return
+    kept = privileges.limit_capabilities(
+        frozenset({privileges.CAP_NET_ADMIN}) if settings.uplinks else frozenset()
+    )
+    _log.info(
+        "running as uid %d, gid %d, with %s",
+        os.geteuid(), os.getegid(), "CAP_NET_ADMIN" if kept else "no capabilities",
+    )  # fmt: skip
 
 
 def _set_up_log(level: str) -> None:
@@ -71,7 +113,9 @@ def _set_up_log(level: str) -> None:
     logger.setLevel(level.upper())
 
 
-async def _run(settings: Settings, config_path: Path | None, create: Create) -> int:
+async def _run(
+    settings: Settings, control_path: Path, config_path: Path | None, create: Create
+) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     seen: list[int] = []
@@ -82,9 +126,9 @@ async def _run(settings: Settings, config_path: Path | None, create: Create) -> 
 
     # First of all, because a second switch with the same configuration must fail before it
     # touches anything else.
-    listener = open_control_socket(settings)
+    listener = _open_control_socket(settings, control_path)
     try:
-        switch = await create(settings)
+        switch = await create(settings, control_path)
     except BaseException:
         unlink_if_ours(listener.path, listener)
         listener.close()
@@ -93,6 +137,7 @@ async def _run(settings: Settings, config_path: Path | None, create: Create) -> 
     control = ControlServer(switch, listener, config_path=config_path, request_stop=stopping.set)
     try:
         await control.start()
+        _give_up_privileges(settings)
         _say_ready(switch, listener.path)
         stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({stopped, switch.failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,19 +167,8 @@ def _on_signal(number: int, seen: list[int], stopping: asyncio.Event) -> None:
     stopping.set()
 
 
-def open_control_socket(settings: Settings) -> ListeningSocket:
-    """Listen on the control socket that `settings` name, or on the default one.
-
-    Its directory is created if need be. Raises SocketError, ConfigError.
-    """
-    path = settings.switch.control or default_socket_path()
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise SocketError(
-            f"cannot create the directory {path.parent} for the control socket: {exc.strerror}",
-            hint='name another one: `control = "PATH"` in the [switch] table',
-        ) from exc
+def _open_control_socket(settings: Settings, path: Path) -> ListeningSocket:
+    """Listen on the control socket. Raises SocketError."""
     permissions = settings.switch.control_permissions
     try:
         return listen(

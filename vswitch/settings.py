@@ -186,6 +186,10 @@ class SwitchSettings(_Model):
     name: Name = Field(
         default="vswitch", description="name of the switch, shown in logs and by clients"
     )
+    user: Owner | None = Field(
+        default=None, description="user to run as once root has started the switch"
+    )
+    group: Group | None = Field(default=None, description="group to run as; default: the user's")
     control: SocketPath | None = Field(
         default=None, description="control socket path; default by user"
     )
@@ -212,6 +216,13 @@ class SwitchSettings(_Model):
     )
     fdb_size: int = Field(default=65536, ge=16, le=1_048_576, description="most MAC addresses kept")
     log_level: LogLevel = Field(default="info", description="least level that is logged")
+
+    @field_validator("group")
+    @classmethod
+    def _group_of_a_user(cls, group: str | None, info: ValidationInfo) -> str | None:
+        if group is not None and info.data.get("user", "") is None:
+            raise _bad("goes with `user`, which is missing")
+        return group
 
     @field_validator("cpus")
     @classmethod

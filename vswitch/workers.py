@@ -14,6 +14,7 @@ from vswitch.control.api import WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
 from vswitch.fastpath.engine import Engine, Worker
 from vswitch.placement import Placement
+from vswitch.privileges import limit_capabilities
 
 log = logging.getLogger("vswitch.worker")
 
@@ -97,6 +98,8 @@ class WorkerThreads:
                 Path(f"/proc/self/task/{tid}/comm").write_text(
                     f"vs-worker-{worker.id}"[:_COMM_LEN_MAX]
                 )
+            # It reads what guests wrote: it may do nothing that not every process may.
+            limit_capabilities(frozenset())
             if self._cpus:
                 os.sched_setaffinity(tid, {self._cpus[worker.id]})
             worker.run()

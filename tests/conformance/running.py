@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -26,10 +27,20 @@ DEADLINE_S = 10.0
 class RunningSwitch:
     """`vswitch start` with an empty configuration; ports come and go over the control socket.
 
-    What it logs is in `log`.
+    `settings` are keys of [switch], `tables` whatever else is to stand in the configuration, `env`
+    is added to the environment, `command` goes before the arguments in place of `python -m
+    vswitch`. What it logs is in `log`.
     """
 
-    def __init__(self, run_dir: Path, **settings: object) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tables: str = "",
+        env: dict[str, str] | None = None,
+        command: tuple[str, ...] = (sys.executable, "-m", "vswitch"),
+        **settings: object,
+    ) -> None:
         self.run_dir = run_dir
         control = run_dir / "control.sock"
         lines = ["[switch]", f'control = "{control}"']
@@ -38,12 +49,13 @@ class RunningSwitch:
             for key, value in settings.items()
         ]
         config = run_dir / "ports.toml"
-        config.write_text("\n".join(lines) + "\n")
+        config.write_text("\n".join(lines) + f"\n{tables}")
         self.log = ""
         self._more = threading.Condition()
         self._ended = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vswitch", "start", "--config", str(config)],
+            [*command, "start", "--config", str(config)],
+            env={**os.environ, **(env or {})},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.errors": (),
     "vswitch.settings": BASE,
     "vswitch.unixsocket": (*BASE, "vswitch.settings"),
+    "vswitch.privileges": (*BASE, "vswitch.settings"),
     "vswitch.config": (*BASE, "vswitch.settings"),
     "vswitch.config_writer": (*BASE, "vswitch.settings", "vswitch.config"),
     # The client and what it shares with the server: a program that only talks to a switch.
@@ -68,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.journals",
             "vswitch.placement",
             "vswitch.offloads",
+            "vswitch.privileges",
         ),
     ),
     "vswitch.daemon": (
@@ -75,6 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "vswitch.control",
         "vswitch.settings",
         "vswitch.unixsocket",
+        "vswitch.privileges",
         "vswitch.switch",
     ),
     "vswitch.cli": (*BASE, *CLIENT, "vswitch.config", "vswitch.settings", "vswitch.daemon"),
