@@ -17,7 +17,9 @@ from vswitch.control.api import SwitchApi
 from vswitch.control.protocol import default_socket_path
 from vswitch.control.server import ControlServer
 from vswitch.errors import SocketError, VswitchError
+from vswitch.heartbeat import Heartbeat
 from vswitch.settings import Settings
+from vswitch.supervisor import Supervisor
 from vswitch.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ours
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ class RunningSwitch(SwitchApi, Protocol):
     @property
     def failed(self) -> asyncio.Future[Any]:
         """Gets an exception when the switch cannot go on, e.g. because a worker ended."""
+        ...
+
+    def stuck_workers(self) -> list[int]:
+        """Workers that have made no progress since the last call."""
         ...
 
 
@@ -139,9 +145,11 @@ async def _run(
         await control.start()
         _give_up_privileges(settings)
         _say_ready(switch, listener.path)
+        heartbeat = Heartbeat(Supervisor(), switch.stuck_workers, lambda: _summary(switch))
         stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({stopped, switch.failed}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        heartbeat.stop()
         failure = switch.failed.exception() if switch.failed.done() else None
     finally:
         _log.info("stopping")
@@ -149,6 +157,10 @@ async def _run(
         # connection is.
         try:
             await switch.close()
+        except VswitchError as exc:
+            # Dead in part is dead: whoever supervises the process is to see that it is gone.
+            _log.critical("%s: ending at once", exc.message)
+            os._exit(1)
         finally:
             await control.close()
     if failure is not None:
@@ -185,13 +197,17 @@ def _open_control_socket(settings: Settings, path: Path) -> ListeningSocket:
         ) from exc
 
 
-def _say_ready(switch: SwitchApi, control: Path) -> None:
+def _summary(switch: SwitchApi) -> str:
     ports = switch.ports()
     n_uplinks = sum(port["kind"] != "vhost-user" for port in ports)
     n_ports = len(ports) - n_uplinks
     parts = [f"{n_ports} port{'s' * (n_ports != 1)}"]
     if n_uplinks:
         parts.append(f"{n_uplinks} uplink{'s' * (n_uplinks != 1)}")
+    return ", ".join(parts)
+
+
+def _say_ready(switch: SwitchApi, control: Path) -> None:
     # Not through the log, whose level may hide it: programs wait for this line.
-    sys.stderr.write(f"vswitch: ready, {', '.join(parts)}, control socket {control}\n")
+    sys.stderr.write(f"vswitch: ready, {_summary(switch)}, control socket {control}\n")
     sys.stderr.flush()

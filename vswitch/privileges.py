@@ -78,7 +78,8 @@ def identity(user: str | None, group: str | None) -> Identity | None:
         return None
     if os.geteuid() != 0:
         raise ConfigError(
-            f"switch.user: only root can run the switch as another user, this is uid {os.geteuid()}",
+            "switch.user: only root can run the switch as another user, "
+            f"this is uid {os.geteuid()}",
             hint="start it as root, or take `user` out of the [switch] table",
         )
     groups = [] if entry is None else os.getgrouplist(entry.pw_name, gid)

@@ -82,7 +82,10 @@ class Switch:
         return switch
 
     async def close(self) -> None:
-        """Disconnect everybody, remove the sockets and TAPs, end the workers."""
+        """Disconnect everybody, remove the sockets and TAPs, end the workers.
+
+        Raises VswitchError if a worker does not end, and then nothing is freed.
+        """
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
@@ -98,6 +101,10 @@ class Switch:
     def failed(self) -> asyncio.Future[None]:
         """Gets an exception when a worker ends although nobody told it to."""
         return self._threads.failed
+
+    def stuck_workers(self) -> list[int]:
+        """Workers that have made no progress since the last call."""
+        return self._threads.stuck()
 
     @property
     def settings(self) -> Settings:

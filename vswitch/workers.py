@@ -19,6 +19,8 @@ from vswitch.privileges import limit_capabilities
 log = logging.getLogger("vswitch.worker")
 
 _COMM_LEN_MAX = 15
+STOP_PATIENCE_S = 5.0
+"""How long a worker that is to end may take for a turn of its loop, which is microseconds."""
 
 
 class WorkerThreads:
@@ -35,6 +37,7 @@ class WorkerThreads:
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._stopping = False
         self._threads: list[threading.Thread] = []
+        self._progress: list[tuple[int, int]] = []
 
     def start(self) -> None:
         """Start them all. Raises ConfigError for a CPU that this process may not use."""
@@ -58,15 +61,34 @@ class WorkerThreads:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
     def stop(self) -> None:
-        """End them all; they need microseconds."""
+        """End them all; they need microseconds.
+
+        Raises VswitchError for one that does not end: nothing that it uses can be freed then.
+        """
         self._stopping = True
         for worker in self._engine.workers:
             worker.stop()
-        for thread in self._threads:
-            thread.join()
+        for number, thread in enumerate(self._threads):
+            thread.join(STOP_PATIENCE_S)
+            if thread.is_alive():
+                raise VswitchError(f"worker {number} does not end")
         self._threads.clear()
         if not self.failed.done():
             self.failed.cancel()
+
+    def stuck(self) -> list[int]:
+        """Those that have finished no turn of their loop since the last call and do not sleep."""
+        found = []
+        progress = []
+        for number, worker in enumerate(self._engine.workers):
+            stats = worker.stats()
+            # Who has just woken up has finished no turn, but was asleep.
+            progress.append((stats["loops"], stats["wakeups"]))
+            moved = not self._progress or progress[number] != self._progress[number]
+            if stats["state"] != "sleeping" and not moved:
+                found.append(number)
+        self._progress = progress
+        return found
 
     def info(self) -> list[WorkerInfo]:
         found = []

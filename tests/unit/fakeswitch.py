@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ class FakeSwitch:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.may_go_on = asyncio.Event()
-        """Until then, adding a port named `slow` waits."""
+        """Until then, adding a port named `slow` waits. One named `blocked` blocks the loop for as
+        many milliseconds as its MTU has bytes."""
 
     @classmethod
     async def create(cls, settings: Settings, **_: object) -> FakeSwitch:
@@ -49,6 +51,10 @@ class FakeSwitch:
             uplinks=list(self._uplinks.values()),
         )
 
+    def stuck_workers(self) -> list[int]:
+        """One, as long as there is a port named `stuck`."""
+        return [0] if "stuck" in self._ids else []
+
     def emit(self, event: str, port: str | None = None, **details: Any) -> None:
         for callback in list(self._callbacks):
             callback({"event": event, "time": 1.5, "port": port, **details})  # type: ignore
@@ -64,6 +70,8 @@ class FakeSwitch:
             raise SocketError("cannot listen", hint="choose another path")
         if settings.name == "slow":
             await self.may_go_on.wait()
+        if settings.name == "blocked":
+            time.sleep(settings.mtu / 1000)  # noqa: ASYNC251 - the loop is to be blocked
         if settings.name == "bug":
             raise RuntimeError("an error nobody thought of")
         if settings.mode == "server":

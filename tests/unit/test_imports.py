@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.settings": BASE,
     "vswitch.unixsocket": (*BASE, "vswitch.settings"),
     "vswitch.privileges": (*BASE, "vswitch.settings"),
+    "vswitch.supervisor": (),
+    "vswitch.heartbeat": ("vswitch.supervisor",),
     "vswitch.config": (*BASE, "vswitch.settings"),
     "vswitch.config_writer": (*BASE, "vswitch.settings", "vswitch.config"),
     # The client and what it shares with the server: a program that only talks to a switch.
@@ -78,6 +80,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "vswitch.settings",
         "vswitch.unixsocket",
         "vswitch.privileges",
+        "vswitch.supervisor",
+        "vswitch.heartbeat",
         "vswitch.switch",
     ),
     "vswitch.cli": (*BASE, *CLIENT, "vswitch.config", "vswitch.settings", "vswitch.daemon"),
