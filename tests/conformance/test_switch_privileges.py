@@ -168,6 +168,21 @@ def test_a_tap_keeps_one_capability_and_the_workers_none(start_switch: Start) ->
     switch.client.add_uplink(TAP)
 
 
+@pytest.mark.parametrize(("uplink", "kept"), [(False, 0), (True, NET_ADMIN)])
+def test_capabilities_from_a_service_manager(start_switch: Start, uplink: bool, kept: int) -> None:
+    """Without root: what it was given it keeps only for uplinks."""
+    main = AS_NOBODY[: AS_NOBODY.index("os.setgroups")] + (
+        "from vswitch import privileges as p\n"
+        f"p.become(p.Identity({NOBODY}, {NOBODY}, ()))\n"
+        "main()\n"
+    )
+    switch = start_switch(
+        command=(sys.executable, "-c", main),
+        tables=f'[uplink]\ntype = "tap"\nname = "{TAP}"\n' if uplink else "",
+    )
+    check(switch, NOBODY, NOBODY, kept)
+
+
 def test_it_makes_the_directory_of_its_control_socket(directory: Path) -> None:
     os.chown(directory, 0, 0)
     config = directory / "ports.toml"
