@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +21,10 @@ from vswitch.errors import SocketError
 
 SUN_PATH_LEN_MAX = 107
 """Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
+
+
+LOCK_PATIENCE_S = 0.2
+"""How long another process may keep us from a directory; a switch needs microseconds."""
 
 
 class FileId(NamedTuple):
@@ -53,7 +60,8 @@ def listen(
     `mode` has permission bits (None: what the umask leaves), `owner` and `group` names or numbers.
     The socket comes into being with no permissions at all and gets its own after its owner, so
     nobody can connect who may not later. A stale socket, one on which nobody listens, is replaced;
-    any other file is left alone. Raises SocketError; InUseError if somebody listens.
+    any other file is left alone. Of several switches that start at once one gets the path. Raises
+    SocketError; InUseError if somebody listens.
 
     Sets the process's umask for the duration of bind(), which can only narrow the rights of a file
     that another thread creates meanwhile.
@@ -62,8 +70,20 @@ def listen(
     _check_len(path)
     uid = -1 if owner is None else _find("user", owner)
     gid = -1 if group is None else _find("group", group)
-    _remove_stale(path)
+    with _only_switch_in(path.parent):
+        _remove_stale(path)
+        return _bind(path, uid, gid, mode, backlog, owner, group)
 
+
+def _bind(
+    path: Path,
+    uid: int,
+    gid: int,
+    mode: int | None,
+    backlog: int,
+    owner: str | None,
+    group: str | None,
+) -> ListeningSocket:
     sock = ListeningSocket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     sock.path = path
     try:
@@ -77,12 +97,14 @@ def listen(
         raise _bind_error(path, exc) from exc
 
     try:
-        sock.file_id = _hand_over(path, uid, gid, 0o777 & ~umask if mode is None else mode)
+        # First, so that a socket on which one may connect is one on which somebody listens.
         sock.listen(backlog)
+        sock.file_id = _hand_over(path, uid, gid, 0o777 & ~umask if mode is None else mode)
     except OSError as exc:
         sock.close()
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if exc.errno != errno.EBUSY:  # then it is somebody else's by now
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise _ownership_error(path, exc, owner, group) from exc
     return sock
 
@@ -168,6 +190,35 @@ def _find(kind: Literal["user", "group"], name: str) -> int:
             hint=f"`getent {'passwd' if kind == 'user' else 'group'}` lists those there are",
         )
     return number
+
+
+@contextlib.contextmanager
+def _only_switch_in(directory: Path) -> Iterator[None]:
+    """Keep other switches from opening sockets in a directory meanwhile, as far as that can be.
+
+    One that has bound a socket and does not listen yet looks as if it had crashed. The lock is
+    advisory and anybody who may read the directory can hold it: that is not waited for.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield  # whatever is wrong with it has a better message from bind()
+        return
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.001)
+                    continue
+            except OSError:
+                pass  # a file system without locks
+            break
+        yield
+    finally:
+        os.close(fd)
 
 
 def _remove_stale(path: Path) -> None:

@@ -150,6 +150,25 @@ def test_a_second_switch_with_the_same_file_leaves_the_first_alone(
         assert client.ping() > 0
 
 
+def test_of_switches_that_start_at_once_over_a_crashed_one_one_runs(
+    start: Start, tmp_path: Path
+) -> None:
+    crashed = start()
+    crashed.kill()
+    end(crashed)
+    switches = [start(expect="") for _ in range(4)]
+    first = [process.stderr.readline() for process in switches]
+    ready = [line.startswith("vswitch: ready") for line in first]
+    assert ready.count(True) == 1, first
+    with Client(tmp_path / "run/deep/c.sock", timeout=DEADLINE_S) as client:
+        assert client.switch["pid"] == switches[ready.index(True)].pid
+    for process, runs, line in zip(switches, ready, first, strict=True):
+        if not runs:
+            code, log = end(process)
+            assert code == 1
+            assert "listens on the control socket" in line + log
+
+
 def test_a_port_that_cannot_open_ends_the_start_and_leaves_nothing(
     start: Start, tmp_path: Path
 ) -> None:

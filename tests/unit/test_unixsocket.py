@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import multiprocessing
 import os
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +206,73 @@ def test_a_socket_that_replaced_the_stale_one_meanwhile_keeps_its_name(
     assert connects(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "s"]
     winners[0].close()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_several_that_start_at_once_one_gets_the_path(tmp_path: Path, stale: bool) -> None:
+    """And whoever connects reaches that one: nobody's socket is taken for a stale one."""
+    for round_ in range(20):
+        path = tmp_path / str(round_)
+        if stale:
+            unixsocket.listen(path, mode=0o600, owner=None, group=None).close()
+        barrier, over = multiprocessing.Barrier(5), multiprocessing.Event()
+        outcomes: multiprocessing.Queue[tuple[int, str]] = multiprocessing.Queue()
+
+        def run() -> None:
+            barrier.wait()  # noqa: B023
+            try:
+                sock = unixsocket.listen(path, mode=0o600, owner=None, group=None)  # noqa: B023
+            except Exception as exc:
+                outcomes.put((os.getpid(), type(exc).__name__))  # noqa: B023
+                return
+            outcomes.put((os.getpid(), "listens"))  # noqa: B023
+            over.wait()  # noqa: B023
+            sock.close()
+
+        processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(5)]
+        for process in processes:
+            process.start()
+        found = [outcomes.get(timeout=20) for _ in processes]
+        winners = [pid for pid, what in found if what == "listens"]
+        assert len(winners) == 1, found
+        assert sorted(what for _, what in found) == ["InUseError"] * 4 + ["listens"]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            assert struct.unpack("=iII", raw)[0] == winners[0]
+        over.set()
+        for process in processes:
+            process.join(20)
+
+
+def test_a_directory_that_somebody_keeps_locked_is_not_waited_for(
+    tmp_path: Path, listen, monkeypatch
+) -> None:
+    monkeypatch.setattr(unixsocket, "LOCK_PATIENCE_S", 0.05)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        listen(tmp_path / "s")
+        assert connects(tmp_path / "s")
+    finally:
+        os.close(fd)
+
+
+def test_a_socket_that_another_took_the_place_of_is_not_removed(
+    tmp_path: Path, monkeypatch
+) -> None:
+    path = tmp_path / "s"
+    hand_over = unixsocket._hand_over
+
+    def lose_the_race(*arguments: Any) -> Any:
+        path.unlink()
+        path.write_text("somebody else's")
+        return hand_over(*arguments)
+
+    monkeypatch.setattr(unixsocket, "_hand_over", lose_the_race)
+    with pytest.raises(SocketError, match="another process replaced the socket meanwhile"):
+        unixsocket.listen(path, mode=0o600, owner=None, group=None)
+    assert path.read_text() == "somebody else's"
 
 
 @pytest.mark.parametrize(
