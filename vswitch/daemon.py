@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from vswitch import privileges
+from vswitch import log, privileges
 from vswitch.control.api import SwitchApi
 from vswitch.control.protocol import default_socket_path
 from vswitch.control.server import ControlServer
@@ -54,7 +54,7 @@ def run(
     Says `vswitch: ready, ...` on stderr when all sockets are open. `config_path` is where the
     `save` request writes by default; `create` builds the switch (default: `Switch.create`).
     """
-    _set_up_log(settings.switch.log_level)
+    lines = log.set_up(settings.switch.log_level, sys.stderr)
     try:
         # While this is the only thread: the others get their rights from it.
         privileges.forbid_new_privileges()
@@ -63,7 +63,7 @@ def run(
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(settings, control, config_path, create or _create))
+            return runner.run(_run(settings, control, config_path, create or _create, lines))
     except VswitchError as exc:
         sys.stderr.write(f"vswitch: {exc}\n")
         return 1
@@ -110,17 +110,12 @@ def _give_up_privileges(settings: Settings) -> None:
     )  # fmt: skip
 
 
-def _set_up_log(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logger = logging.getLogger("vswitch")
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(level.upper())
-
-
 async def _run(
-    settings: Settings, control_path: Path, config_path: Path | None, create: Create
+    settings: Settings,
+    control_path: Path,
+    config_path: Path | None,
+    create: Create,
+    lines: log.CalmHandler,
 ) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
@@ -145,7 +140,12 @@ async def _run(
         await control.start()
         _give_up_privileges(settings)
         _say_ready(switch, listener.path)
-        heartbeat = Heartbeat(Supervisor(), switch.stuck_workers, lambda: _summary(switch))
+        heartbeat = Heartbeat(
+            Supervisor(),
+            switch.stuck_workers,
+            lambda: _summary(switch),
+            also=lines.tell_left_out,
+        )
         stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
         await asyncio.wait({stopped, switch.failed}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

@@ -23,15 +23,20 @@ class Heartbeat:
     """Beats from its beginning to `stop`.
 
     `stuck` has the workers that have made no progress since it was called last, `summary` is a line
-    for people.
+    for people, `also` is done at every beat.
     """
 
     def __init__(
-        self, supervisor: Supervisor, stuck: Callable[[], list[int]], summary: Callable[[], str]
+        self,
+        supervisor: Supervisor,
+        stuck: Callable[[], list[int]],
+        summary: Callable[[], str],
+        also: Callable[[], None],
     ) -> None:
         self._supervisor = supervisor
         self._stuck = stuck
         self._summary = summary
+        self._also = also
         self._told = summary()
         self._were_stuck: list[int] = []
         # Three beats a period: one may be late, and it takes two to see that nothing moves.
@@ -48,6 +53,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._timer = self._loop.call_later(self._interval_s, self._beat)
+        self._also()
         stuck = self._stuck()
         if stuck:
             summary = f"worker {', '.join(map(str, stuck))} makes no progress"
