@@ -6,14 +6,24 @@ import logging
 import time
 from typing import TextIO
 
-LINES_MAX = 100
-"""Lines of one kind a second; further ones are counted."""
+BURST_LINES = 1000
+"""Lines of one kind that may come at once; further ones are counted."""
+LINES_PER_S = 100
+"""How fast there is room for more of them."""
 
 _Kind = tuple[str, str, object]
 
 
+class _Allowance:
+    """How many more lines of a kind may be written, and how many were not."""
+
+    def __init__(self) -> None:
+        self.lines = float(BURST_LINES)
+        self.left_out = 0
+
+
 class CalmHandler(logging.StreamHandler[TextIO]):
-    """Writes at most LINES_MAX lines of one kind a second, and how many it left out.
+    """Writes LINES_PER_S lines of one kind, after a burst, and how many it left out.
 
     Of one kind are lines of the same text about the same port, whatever else they say.
     """
@@ -21,38 +31,47 @@ class CalmHandler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._since = time.monotonic()
-        self._counts: dict[_Kind, int] = {}
+        self._kinds: dict[_Kind, _Allowance] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record or count it."""
         self.tell_left_out()
-        kind = _kind(record)
-        count = self._counts.get(kind, 0) + 1
-        self._counts[kind] = count
-        if count <= LINES_MAX:
+        allowance = self._kinds.setdefault(_kind(record), _Allowance())
+        if allowance.lines >= 1:
+            allowance.lines -= 1
             super().emit(record)
+        else:
+            allowance.left_out += 1
 
     def tell_left_out(self) -> None:
-        """When a second is over, write how many lines were left out in it. Call it now and then."""
-        if time.monotonic() - self._since < 1.0:
+        """Write, once a second, how many lines were left out in it. Call it now and then."""
+        now = time.monotonic()
+        if now - self._since < 1.0:
             return
         assert self.lock is not None
         with self.lock:
-            self._since = time.monotonic()
-            counts, self._counts = self._counts, {}
-            for (name, text, who), count in counts.items():
-                if count > LINES_MAX:
-                    about = text.replace("%s", str(who), 1) if who is not None else text
-                    super().emit(
-                        logging.makeLogRecord(
-                            {
-                                "name": name,
-                                "levelno": logging.WARNING,
-                                "levelname": "WARNING",
-                                "msg": f"left out {count - LINES_MAX} more lines like: {about}",
-                            }
-                        )
-                    )
+            more, self._since = (now - self._since) * LINES_PER_S, now
+            for kind, allowance in list(self._kinds.items()):
+                allowance.lines += more
+                if allowance.lines >= BURST_LINES:
+                    del self._kinds[kind]  # as if it had never come
+                if allowance.left_out:
+                    self._write_left_out(kind, allowance.left_out)
+                    allowance.left_out = 0
+
+    def _write_left_out(self, kind: _Kind, count: int) -> None:
+        name, text, who = kind
+        about = text if who is None else text.replace("%s", str(who), 1)
+        super().emit(
+            logging.makeLogRecord(
+                {
+                    "name": name,
+                    "levelno": logging.WARNING,
+                    "levelname": "WARNING",
+                    "msg": f"left out {count} more lines like: {about}",
+                }
+            )
+        )
 
 
 def set_up(level: str, stream: TextIO) -> CalmHandler:

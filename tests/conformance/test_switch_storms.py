@@ -159,6 +159,6 @@ def test_a_storm_on_a_port_that_is_taken(wire: Wire) -> None:
     assert wire.info("a")["connects"] == 1
     assert wire.info("a")["state"] == "ready"
     wire.wait_until(lambda: settled(wire, before), f"as few descriptors as before: {before}")
-    # A hundred a second are in the log, and how many were not.
+    # Some are in the log, and how many were not.
     wire.wait_log("more lines like: port a: refused a second frontend (pid %s)")
     assert wire.switch.log.count("\n") - lines < CONNECTS / 2
