@@ -58,6 +58,7 @@ def run(
     try:
         # While this is the only thread: the others get their rights from it.
         privileges.forbid_new_privileges()
+        privileges.use_all_descriptors()
         control = _become_the_user(settings)
 
         import uvloop

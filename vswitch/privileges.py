@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pwd
+import resource
 from typing import NamedTuple
 
 from vswitch.errors import ConfigError, VswitchError
@@ -92,6 +93,15 @@ def forbid_new_privileges() -> None:
     Call it before there are other threads: it holds for this one and those it starts.
     """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def use_all_descriptors() -> None:
+    """Raise the limit of open files as far as this process may.
+
+    The usual 1024 are a hundred ports, or one whose frontend sets up all of 128 queue pairs.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def become(who: Identity) -> None:

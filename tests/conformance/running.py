@@ -9,15 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from frames import BROADCAST, frame, mac
+from frames import BROADCAST, frame, frames, mac
 
 from vswitch.control.api import PortInfo, PortStats
 from vswitch.control.client import Client
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest.load import Flow, FlowResult, Load
 from vswitch.guest.packets import format_mac
 from vswitch.vhost_user.protocol import Feature
 
@@ -203,6 +204,37 @@ def teach(*guests: SoftwareGuest) -> None:
         for other in guests:
             if other is not guest:
                 assert other.recv(1) == [hello]
+
+
+@contextlib.contextmanager
+def exchanging(b: SoftwareGuest, c: SoftwareGuest) -> Iterator[None]:
+    """Two guests that know each other exchange frames as fast as they can, compared byte by byte.
+
+    At the end every one of them has arrived, in order; whoever lost some was disturbed.
+    """
+    flows = [
+        Flow(
+            sender.transmitqs[0], receiver.receiveqs[0],
+            frames(format_mac(receiver.mac), format_mac(sender.mac), [60, 1514]),
+            window=64, verify=True, write_off_s=10.0,
+        )
+        for sender, receiver in ((b, c), (c, b))
+    ]  # fmt: skip
+    load = Load(flows)
+    results: list[FlowResult] = []
+    runner = threading.Thread(target=lambda: results.extend(load.run(60.0, settle_s=2.0)))
+    runner.start()
+    try:
+        yield
+    finally:
+        load.stop()
+        runner.join()
+    b.drain()
+    c.drain()
+    assert len(results) == 2
+    for result in results:
+        assert result.received_in_time > 1000
+        assert (result.misordered, result.corrupt) == (0, 0)
 
 
 def silent(*guests: SoftwareGuest) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
-from running import Wire, silent, teach
+from running import Wire, exchanging, silent, teach
 
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.load import Flow, Load
 from vswitch.guest.memory import Region
 from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature
@@ -283,30 +281,10 @@ def test_neighbours_under_load(wire: Wire) -> None:
     """Two guests under full load, compared byte by byte, while a third does all of the above."""
     a, b, c = trio(wire)
     path = a.frontend.path
-    flows = [
-        Flow(
-            sender.transmitqs[0], receiver.receiveqs[0], frames(dst, src, [60, 1514]),
-            window=64, verify=True, write_off_s=10.0,
-        )
-        for sender, receiver, dst, src in ((b, c, C, B), (c, b, B, C))
-    ]  # fmt: skip
-    load = Load(flows)
-    results = []
-    runner = threading.Thread(target=lambda: results.extend(load.run(60.0, settle_s=2.0)))
-    runner.start()
-    try:
+    with exchanging(b, c):
         for _, deed in TRANSMIT.values():
             deed(a)
             a.transmitqs[0].kick()
             wire.wait_state("a", "fault")
             a.connect(path)
-    finally:
-        load.stop()
-        runner.join()
-    b.drain()
-    c.drain()
     assert wire.drops("b") == wire.drops("c") == {}
-    for result in results:
-        assert result.received_in_time > 1000
-        assert (result.misordered, result.corrupt) == (0, 0)
-    assert len(results) == 2

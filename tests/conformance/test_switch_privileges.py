@@ -111,6 +111,16 @@ def test_root_stays_root_and_its_workers_have_no_capabilities(start_switch: Star
     assert [capabilities(thread) for thread in workers] == [{0}]
 
 
+def test_as_many_descriptors_as_it_may_have(start_switch: Start) -> None:
+    """One frontend takes 768 of them for 128 queue pairs, and the usual limit is 1024."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048))\n"
+    main = "from vswitch.cli.main import main; main()"
+    switch = start_switch(command=(sys.executable, "-c", limit + main))
+    text = Path(f"/proc/{switch.process.pid}/limits").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("Max open files")]
+    assert line.split()[3:5] == ["2048", "2048"]
+
+
 def test_root_becomes_the_user_and_keeps_nothing(start_switch: Start, directory: Path) -> None:
     switch = start_switch(
         user="nobody",
@@ -153,11 +163,17 @@ def test_root_becomes_the_user_and_keeps_nothing(start_switch: Start, directory:
 
 
 def test_a_tap_keeps_one_capability_and_the_workers_none(start_switch: Start) -> None:
+    cpu = min(os.sched_getaffinity(0))
     switch = start_switch(
-        user="nobody", group="1", tables=f'[uplink]\ntype = "tap"\nname = "{TAP}"\nmtu = 1400\n'
+        user="nobody",
+        group="1",
+        cpus=[cpu],
+        tables=f'[uplink]\ntype = "tap"\nname = "{TAP}"\nmtu = 1400\n',
     )
     check(switch, NOBODY, 1, NET_ADMIN)
     assert "running as uid 65534, gid 1, with CAP_NET_ADMIN" in switch.log
+    worker = next(each for each in threads(switch) if each["Name"].startswith("vs-worker"))
+    assert worker["Cpus_allowed_list"] == str(cpu), "pinning takes no rights"
     # It manages it, and those that are added later.
     assert switch.client.port(TAP)["state"] == "up"
     second = TAP[:14] + "b"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
-from running import RunningSwitch, Wire, silent, teach
+from running import RunningSwitch, Wire, exchanging, silent, teach
 
 from vswitch.guest import BackendClosedError, Frontend, SoftwareGuest
-from vswitch.guest.load import Flow, FlowResult, Load
 from vswitch.vhost_user.protocol import ProtocolFeature
 
 A, B, C = mac(1), mac(2), mac(3)
@@ -138,18 +136,7 @@ def test_hot_add_and_delete_under_load(wire: Wire, mode: str) -> None:
     """Ports come, talk and go while two guests exchange frames as fast as they can."""
     b, c = wire.guest("b", 2), wire.guest("c", 3)
     teach(b, c)
-    flows = [
-        Flow(
-            sender.transmitqs[0], receiver.receiveqs[0], frames(dst, src, [60, 1514]),
-            window=64, verify=True, write_off_s=10.0,
-        )
-        for sender, receiver, dst, src in ((b, c, C, B), (c, b, B, C))
-    ]  # fmt: skip
-    load = Load(flows)
-    results: list[FlowResult] = []
-    runner = threading.Thread(target=lambda: results.extend(load.run(60.0, settle_s=2.0)))
-    runner.start()
-    try:
+    with exchanging(b, c):
         for n in range(10, 20):
             names = (f"x{n}", f"y{n}")
             x = wire.guest(names[0], 1000 + n, mode=mode)
@@ -161,15 +148,6 @@ def test_hot_add_and_delete_under_load(wire: Wire, mode: str) -> None:
             assert y.recv(50) == [frame(mac(2000 + n), mac(1000 + n), tag=n)] * 50
             for name in names:
                 wire.remove(name)
-    finally:
-        load.stop()
-        runner.join()
-    b.drain()
-    c.drain()
-    for result in results:
-        assert result.received_in_time > 1000
-        assert (result.misordered, result.corrupt) == (0, 0)
-    assert len(results) == 2
     assert wire.drops("b") == wire.drops("c") == {}
     assert wire.learned() == {B: "b", C: "c"}
 
