@@ -42,6 +42,8 @@ class PackedRing:
         self.given_back: deque[Chain] = deque()
         self.last = (NONE, 0)
         self.current = 0
+        self.told = 0x8000
+        """Where the frontend says that the ring is: position, and wrap counter in bit 15."""
         memory[: 16 * size] = bytes(16 * size)
         self.note([])
 
@@ -72,7 +74,7 @@ class PackedRing:
         self.notes[place : place + 8] = head
         for i, (id, entries, length) in enumerate(chains):
             struct.pack_into("<HHI", self.notes, place + 8 + 8 * i, id, entries, length)
-        struct.pack_into("<QIH", self.notes, self.slot, IDENTITY, 0, self.current)
+        struct.pack_into("<QIHH", self.notes, self.slot, IDENTITY, 0, self.current, self.told)
 
     def use(self, count: int, stores: int) -> None:
         """The device gives `count` chains back and is killed after so many stores of the ring."""
@@ -115,9 +117,9 @@ def ring_at(index: int, size: int) -> Iterator[tuple[PackedRing, Ring, Memory]]:
             os.close(notes_fd)
 
 
-def restart(ring: Ring, memory: Memory, size: int) -> int:
-    """With the base that QEMU tells: that of a fresh ring."""
-    settings = {"size": size, "base": 0x80008000, "packed": True, "identity": IDENTITY}
+def restart(ring: Ring, memory: Memory, size: int, told: int = 0x80008000) -> int:
+    """With the base that QEMU tells: that of a fresh ring, but for what it has dropped itself."""
+    settings = {"size": size, "base": told, "packed": True, "identity": IDENTITY}
     base = start(ring, memory, desc_uva=DESC, **settings)
     ring.unpublish()
     ring.mark_stopped()
@@ -189,3 +191,96 @@ def test_a_fresh_ring_in_the_same_place(size: int) -> None:
             assert restart(ring, memory, size) == fresh.base
             model = fresh
             model.current = struct.unpack_from("<H", model.notes, model.slot + 12)[0] & 1
+
+
+class DroppingRing(PackedRing):
+    """A transmitq that QEMU empties where it thinks that the ring is, while there is no switch."""
+
+    def __init__(self, memory: mmap.mmap, notes: mmap.mmap, index: int, size: int) -> None:
+        super().__init__(memory, notes, index, size)
+        self.outstanding: deque[Chain] = deque()
+        self.reaped = self.dropped = (0, 1)
+
+    def offer(self, entries: int) -> None:
+        super().offer(entries)
+        self.outstanding.append(self.waiting[-1])
+
+    def entry(self, at: int) -> tuple[int, bool, bool, bool]:
+        """Buffer id, and whether AVAIL, USED and NEXT are set."""
+        id, flags = struct.unpack_from("<HH", self.memory, 16 * at + 12)
+        return id, bool(flags & AVAIL), bool(flags & USED), bool(flags & 1)
+
+    def drop(self) -> int:
+        """What QEMU's virtqueue_packed_drop_all() does; returns how many chains it took."""
+        dropped = 0
+        while True:
+            at, wrap = self.dropped
+            id, avail, used, more = self.entry(at)
+            if avail != wrap or used == wrap:
+                return dropped
+            entries = 1
+            while more:
+                more = self.entry((at + entries) % self.size)[3]
+                entries += 1
+            self.write_used(self.dropped, (id, entries, 0))
+            self.dropped = self.step(self.dropped, entries)
+            dropped += 1
+
+    def reap_used(self) -> None:
+        """The driver takes back what the ring says was used, which must be in its order."""
+        while self.outstanding:
+            id, avail, used, _ = self.entry(self.reaped[0])
+            if avail != self.reaped[1] or used != self.reaped[1]:
+                return
+            chain = self.outstanding.popleft()
+            assert id == chain[0]
+            self.free += chain[1]
+            self.reaped = self.step(self.reaped, chain[1])
+
+    def resume(self) -> None:
+        """Go on as the switch would that was started: with its notes, behind what was used."""
+        self.current = struct.unpack_from("<H", self.notes, self.slot + 12)[0] & 1
+        place = self.slot + 16 + _BATCH_LEN * self.current
+        _, _, _, last_wrap, last = struct.unpack_from("<HHBBH", self.notes, place)
+        self.last = (last, last_wrap)
+        self.used = self.reaped
+        self.waiting = self.outstanding.copy()
+
+
+@pytest.mark.parametrize("size", [2, 3, 16, 100])
+@pytest.mark.parametrize("longest", [1, 2, 5])
+def test_frames_that_qemu_dropped_meanwhile(size: int, longest: int) -> None:
+    chance = random.Random(size * 10 + longest)
+    longest = min(longest, size)
+    dropped = 0
+    with ring_at(1, size) as (plain, ring, memory):
+        model = DroppingRing(plain.memory, plain.notes, 1, size)
+        restart(ring, memory, size)
+        model.resume()
+        for _ in range(3000):
+            while model.free and chance.random() < 0.9:
+                entries = chance.randint(1, longest)
+                if entries > model.free:
+                    break
+                model.offer(entries)
+            count = chance.randint(0, min(len(model.waiting), 64))
+            killed = chance.random() < 0.3
+            if count:
+                model.use(count, chance.randint(0, count) if killed else count)
+            if killed:
+                dropped += model.drop()
+                model.told = model.dropped[0] | model.dropped[1] << 15
+                base = restart(ring, memory, size, model.told | model.told << 16)
+                model.reap_used()
+                # The driver waits for nothing that the switch does not see as its next.
+                half = model.reaped[0] | model.reaped[1] << 15
+                assert base == half | half << 16
+                at = model.reaped
+                for _, entries, _ in model.outstanding:
+                    _, avail, used, _ = model.entry(at[0])
+                    assert (avail, used) == (at[1], not at[1])
+                    at = model.step(at, entries)
+                model.resume()
+            elif chance.random() < 0.9:
+                model.reap_used()
+    assert dropped > 100

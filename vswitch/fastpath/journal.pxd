@@ -42,5 +42,5 @@ cdef class Journal:
     cdef JournalC *slot(self, int index) noexcept
 
 
-cdef bint recover_packed(RingC *ring) noexcept
+cdef bint recover_packed(RingC *ring, uint16_t base) noexcept
 cdef void recover_split(RingC *ring) noexcept

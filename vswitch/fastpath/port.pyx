@@ -178,12 +178,13 @@ cdef class Ring:
         c.last_used_at = LAST_NONE
         if identity and c.journal.identity == identity:
             if packed:
-                recover_packed(c)
+                recover_packed(c, <uint16_t>base)
             elif self.is_transmitq:
                 recover_split(c)
         c.journal.identity = 0
         note_taken(c)
         note_batch(c, c.last_avail, c.avail_wrap, NULL, 0)
+        c.journal.told = <uint16_t>base
         c.journal.identity = identity
         c.published = c.last_used
         c.signalled_valid = 0

@@ -149,6 +149,7 @@ cdef struct JournalC:      # of one ring; outlives the process, see journal.pyx
     uint32_t taken         # split transmitq: chains before this avail index were taken; above it,
                            # in the high half, the used index from before they are given back
     uint16_t current       # which of the two batches counts
+    uint16_t told          # packed: position and wrap counter that the frontend told
     JournalBatch batches[2]
 
 cdef struct LogC:          # main; immutable once made
