@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from testbed import NETWORK, Testbed
@@ -56,6 +58,38 @@ def bridged_namespace(testbed: Testbed) -> Iterator[str]:
             if interface in {name for _, name in socket.if_nameindex()}:
                 host.ip("link", "del", interface)
         host.ip("netns", "del", namespace)
+
+
+GUEST_PAGES = 80  # of 2 MiB, what a guest of 160 MiB takes
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Free pages of 2 MiB for two guests."""
+    count = _POOL / "nr_hugepages"
+    before, free = int(count.read_text()), int((_POOL / "free_hugepages").read_text())
+    wanted = before + max(0, 2 * GUEST_PAGES - free)
+    try:
+        count.write_text(f"{wanted}")
+        assert int(count.read_text()) >= wanted, "the kernel found too few huge pages"
+        yield
+    finally:
+        count.write_text(f"{before}")
+
+
+@pytest.fixture
+def hugetlbfs(tmp_path: Path, huge_pages: None) -> Iterator[Path]:
+    """A hugetlbfs of our own."""
+    mount = tmp_path / "huge"
+    mount.mkdir()
+    subprocess.run(
+        ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", mount], check=True, timeout=10
+    )
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True, timeout=10)
 
 
 _TESTBED = pytest.StashKey[Testbed]()

@@ -22,6 +22,21 @@ def test_ports_come_and_go_while_others_forward(testbed: Testbed) -> None:
             assert "52:54:00:77:00:aa" not in testbed.fdb()
 
 
+def test_a_link_that_is_set_down_and_up(testbed: Testbed) -> None:
+    """The guest keeps its carrier: QEMU has no way to be told. See docs/cli.md."""
+    vm1, vm2, vm3 = testbed.require(*NAMES)
+    assert vm3.ping(vm1.ip)
+    with pinging(vm1, vm2):
+        assert testbed.ctl("set-link", "vm3", "down")["link"] == "down"
+        assert not vm3.ping(vm1.ip, timeout_s=1)
+        assert not vm1.ping(vm3.ip, timeout_s=1)
+        assert vm3.carrier()
+        assert testbed.ctl("stats", "vm3")[0]["drops"]["link-down"] > 0
+        assert testbed.ctl("set-link", "vm3", "up")["link"] == "up"
+        pings_until_answered(vm3, vm1.ip)
+    assert vm1.ping(vm3.ip, count=3, timeout_s=5)
+
+
 def test_port_of_a_running_guest_is_deleted_and_added_again(testbed: Testbed) -> None:
     vm1, vm2, vm3 = testbed.require(*NAMES)
     with pinging(vm1, vm2):

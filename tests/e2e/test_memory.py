@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from testbed import Kind, Testbed
 from transfer import Transfer
-
-GUEST_PAGES = 80  # of 2 MiB, what a guest of 160 MiB takes
-_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-
-
-@pytest.fixture
-def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
-    """A hugetlbfs of our own, with free pages for two guests."""
-    count = _POOL / "nr_hugepages"
-    before, free = int(count.read_text()), int((_POOL / "free_hugepages").read_text())
-    wanted = before + max(0, 2 * GUEST_PAGES - free)
-    mount = tmp_path / "huge"
-    mount.mkdir()
-    try:
-        count.write_text(f"{wanted}")
-        assert int(count.read_text()) >= wanted, "the kernel found too few huge pages"
-        subprocess.run(
-            ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", mount], check=True, timeout=10
-        )
-        try:
-            yield mount
-        finally:
-            subprocess.run(["umount", mount], check=True, timeout=10)
-    finally:
-        count.write_text(f"{before}")
 
 
 def test_guests_in_huge_pages(testbed: Testbed, hugetlbfs: Path) -> None:

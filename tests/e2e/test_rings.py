@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from vswitch.lab.image import ensure_image
 TRANSFER_LEN = 20_000_000
 
 KINDS: dict[str, dict[str, Any]] = {
-    "packed": {"packed": True},
+    "packed": {"packed": True, "queue_size": 512, "tx_queue_size": 1024},
     "packed-no-event-idx": {"packed": True, "event_idx": False},
     "packed-no-mrg-rxbuf": {"packed": True, "mrg_rxbuf": False},
     "packed-no-indirect": {"packed": True, "device_options": "indirect_desc=off"},
     "split-no-event-idx": {"event_idx": False},
     "split-no-mrg-rxbuf": {"mrg_rxbuf": False},
-    "legacy": {"modern": False},
+    "legacy": {"modern": False, "listen": True, "tx_queue_size": 512},
     "legacy-no-event-idx": {"modern": False, "event_idx": False},
     "legacy-no-mrg-rxbuf": {"modern": False, "mrg_rxbuf": False},
 }
@@ -49,17 +50,60 @@ def negotiated(settings: dict[str, Any]) -> dict[str, bool]:
     ],
 )
 def test_rings_that_differ(testbed: Testbed, one: str, other: str) -> None:
-    settings = {"vm2": KINDS[one], "vm3": KINDS[other]}
-    with testbed.kinds(**{name: Kind(chosen) for name, chosen in settings.items()}) as guests:
+    check_pair(testbed, KINDS[one], KINDS[other])
+
+
+def check_pair(testbed: Testbed, one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Boot two guests with these settings; what they send each other must arrive unchanged."""
+    settings = {"vm2": one, "vm3": other}
+    kinds = {
+        name: Kind(chosen, ("--client",) if chosen.get("listen") else ())
+        for name, chosen in settings.items()
+    }
+    with testbed.kinds(**kinds) as guests:
         for guest in guests:
-            names = testbed.show(guest.name)["feature_names"]
-            expected = negotiated(settings[guest.name])
-            assert {name: name in names for name in expected} == expected
+            shown, chosen = testbed.show(guest.name), settings[guest.name]
+            expected = negotiated(chosen)
+            assert {name: name in shown["feature_names"] for name in expected} == expected
+            sizes = [chosen.get(key, 256) for key in ("queue_size", "tx_queue_size")]
+            assert [ring["size"] for ring in shown["rings"]] == sizes
         vm2, vm3 = guests
         assert vm2.ping(vm3.ip, count=10, timeout_s=10)
         assert "3 packets received" in vm3.check(f"ping -A -c 3 -w 10 -s 8000 {vm2.ip}")
         Transfer(vm2, vm3, TRANSFER_LEN).finish()
         Transfer(vm3, vm2, TRANSFER_LEN).finish()
+
+
+def every_kind() -> list[dict[str, Any]]:
+    """Each format with event_idx, mrg_rxbuf and indirect_desc on and off.
+
+    Sizes, memory and who listens on the socket go along with them, each with each format.
+    """
+    formats = ({}, {"packed": True}, {"modern": False})
+    memory = ("memfd", "shm", "hugetlb", "hugetlbfs")
+    sizes = ((256, 256), (512, 1024), (1024, 512))
+    return [
+        {
+            **format,
+            "event_idx": bool(choice & 1),
+            "mrg_rxbuf": bool(choice & 2),
+            "device_options": "" if choice & 4 else "indirect_desc=off",
+            "memory_backend": memory[(choice + number) % 4],
+            "listen": bool((choice ^ choice >> 2) & 1),
+            "queue_size": sizes[(choice + number) % 3][0],
+            "tx_queue_size": sizes[(choice + number) % 3][1],
+        }
+        for choice in range(8)
+        for number, format in enumerate(formats)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(0, len(every_kind()), 2))
+def test_every_kind_of_ring(testbed: Testbed, hugetlbfs: Path, number: int) -> None:
+    """The two ends have different formats."""
+    one, other = (kind | {"hugetlbfs": hugetlbfs} for kind in every_kind()[number : number + 2])
+    check_pair(testbed, one, other)
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,15 @@ class Testbed:
         return self.log.stat().st_size
 
 
+def protocol_counters(guest: Guest) -> dict[str, dict[str, int]]:
+    """What the guest's kernel has counted: protocol (Ip, Icmp, Tcp, ...) -> name -> value."""
+    lines = [line.split() for line in guest.check("cat /proc/net/snmp").splitlines()]
+    return {
+        names[0].rstrip(":"): dict(zip(names[1:], map(int, values[1:]), strict=True))
+        for names, values in zip(lines[::2], lines[1::2], strict=True)
+    }
+
+
 class SteadyPing:
     """A ping that runs in a guest meanwhile; see `pinging`."""
 

@@ -41,6 +41,8 @@ class GuestSettings:
     """Address and prefix length of eth0, such as 10.77.0.1/24; None leaves it without one."""
     listen: bool = False
     """QEMU creates the vhost-user socket and the switch connects to it, not the other way round."""
+    tap: str | None = None
+    """A TAP interface of QEMU's own that the card is behind, and not behind the socket."""
     memory_mib: int = 192
     memory_backend: MemoryBackend = "memfd"
     """A memfd, with huge pages (of 2 MiB) for hugetlb, or a file in a file system."""
@@ -51,7 +53,10 @@ class GuestSettings:
     cpus: int = 1
     queues: int = 1
     queue_size: int = 256
+    """Of the receiveqs; QEMU's transmitqs have 256 entries."""
+    tx_queue_size: int | None = None
     mtu: int | None = None
+    """What QEMU tells guest and switch (`host_mtu`)."""
     mrg_rxbuf: bool = True
     packed: bool = False
     event_idx: bool = True
@@ -268,7 +273,6 @@ class Guest:
         one = self.settings
         words = [f"lab.name={one.name}"]
         words += [f"lab.ip={one.ip}"] if one.ip else []
-        words += [f"lab.mtu={one.mtu}"] if one.mtu else []
         return [
             QEMU, "-name", one.name, "-accel", accel,
             "-cpu", "host" if accel == "kvm" else "max",
@@ -278,8 +282,7 @@ class Guest:
             "-chardev", f"file,id=console,path={self.console_log}", "-serial", "chardev:console",
             "-chardev", f"socket,id=shell,fd={shell_fd}", "-serial", "chardev:shell",
             "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
-            "-chardev", _socket_chardev(one),
-            "-netdev", f"vhost-user,id=net,chardev=vhost,queues={one.queues}",
+            *_netdev(one),
             "-device", _network_card(one, accel),
             "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
             "-append", "console=ttyS0 quiet panic=-1 mitigations=off " + " ".join(words),
@@ -306,6 +309,13 @@ def _memory_object(one: GuestSettings) -> str:
             return f"memory-backend-file,{common},mem-path={one.hugetlbfs}"
 
 
+def _netdev(one: GuestSettings) -> list[str]:
+    if one.tap is not None:
+        return ["-netdev", f"tap,id=net,ifname={one.tap},script=no,downscript=no,vhost=off"]
+    netdev = f"vhost-user,id=net,chardev=vhost,queues={one.queues}"
+    return ["-chardev", _socket_chardev(one), "-netdev", netdev]
+
+
 def _socket_chardev(one: GuestSettings) -> str:
     common = f"socket,id=vhost,path={one.socket}"
     if one.listen:
@@ -321,6 +331,8 @@ def _network_card(one: GuestSettings, accel: Accelerator) -> str:
         f"packed={_on_off(one.packed)},event_idx={_on_off(one.event_idx)},"
         f"disable-modern={_on_off(not one.modern)},disable-legacy=off"
     )
+    if one.tx_queue_size is not None:
+        card += f",tx_queue_size={one.tx_queue_size}"
     if one.queues > 1:
         card += ",mq=on"
     if one.mtu:

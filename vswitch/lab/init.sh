@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the lab's guests. Configures eth0 from the kernel command line
-# (lab.name=, lab.ip=ADDR/LEN, lab.mtu=) and then serves commands on the second serial port.
+# (lab.name=, lab.ip=ADDR/LEN) and then serves commands on the second serial port.
 #
 # Protocol on that port, binary clean, one command at a time:
 #   guest -> host   "ready BOOT_ID\n"                  once after every boot
@@ -15,12 +15,11 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 
-name=guest ip= mtu= probe=
+name=guest ip= probe=
 for word in $(cat /proc/cmdline); do
     case $word in
     lab.name=*) name=${word#*=} ;;
     lab.ip=*) ip=${word#*=} ;;
-    lab.mtu=*) mtu=${word#*=} ;;
     lab.probe=*) probe=1 ;;
     esac
 done
@@ -41,7 +40,6 @@ while [ ! -e /sys/class/net/eth0 ] && [ $waited -lt 100 ]; do
     waited=$((waited + 1))
 done
 if [ -e /sys/class/net/eth0 ]; then
-    [ -n "$mtu" ] && ip link set eth0 mtu "$mtu"
     ip link set eth0 up
     [ -n "$ip" ] && ip addr add "$ip" dev eth0
 else

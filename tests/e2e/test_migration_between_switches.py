@@ -1,0 +1,230 @@
+"""A guest moves to a QEMU on another switch. Both switches have an uplink in the same bridge."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from testbed import NETWORK, Testbed, pings_until_answered, wait_until
+from transfer import Transfer
+
+from vswitch.lab import host
+from vswitch.lab.guest import Guest
+from vswitch.lab.image import ensure_image
+
+NEIGHBOUR = f"{NETWORK}.200"
+ARP, RARP = 0x0806, 0x8035
+INTERVAL_S = 0.02
+BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+
+
+@pytest.fixture(scope="module")
+def other_switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
+    other = Testbed(tmp_path_factory.mktemp("other"), ensure_image())
+    other.switch.start()
+    try:
+        yield other
+    finally:
+        other.close()
+
+
+@pytest.fixture
+def uplinks(
+    testbed: Testbed, other_switch: Testbed, bridged_namespace: str
+) -> Iterator[tuple[str, str]]:
+    """An uplink of each switch in one bridge, behind which is a network namespace, NEIGHBOUR."""
+    names = f"{bridged_namespace}t", f"{bridged_namespace}u"
+    for switch, name in zip((testbed, other_switch), names, strict=True):
+        switch.ctl("uplink", "add", name, "--bridge", f"{bridged_namespace}br")
+    try:
+        yield names
+    finally:
+        other_switch.ctl("uplink", "del", names[1])
+
+
+@contextmanager
+def both_ends(
+    testbed: Testbed, other_switch: Testbed, options: str
+) -> Iterator[tuple[Guest, Guest]]:
+    """vm2 on the first switch, and a QEMU on the other that waits for it."""
+    with (
+        testbed.in_place_of("vm2", device_options=options) as source,
+        other_switch.in_place_of("vm2", device_options=options, incoming=True) as target,
+    ):
+        for switch, guest in ((testbed, source), (other_switch, target)):
+            switch.ctl("add-port", "vm2", switch.socket("vm2"))
+            guest.start()
+        source.wait_up()
+        testbed.wait_state("vm2", "ready")
+        other_switch.wait_state("vm2", "connected")
+        pings_until_answered(source, NEIGHBOUR)
+        yield source, target
+
+
+WATCH = """
+import json, select, socket, sys
+source = bytes.fromhex(sys.argv[1].replace(":", ""))
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+raw.bind(("eth0", 3))
+print("watching", flush=True)
+seen = []
+while raw in (ready := select.select([raw, sys.stdin], [], [])[0]):
+    frame = raw.recv(65535)
+    if frame[6:12] == source:
+        request = frame[12:14] == b"\\x08\\0" and frame[23] == 1 and frame[34] == 8
+        number = int.from_bytes(frame[40:42]) if request else None
+        seen.append([int.from_bytes(frame[12:14]), number])
+print(json.dumps(seen))
+"""
+
+
+class Watch:
+    """Notes what comes from a MAC address to the neighbour."""
+
+    def __init__(self, namespace: str, mac: str) -> None:
+        self._process = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, sys.executable, "-c", WATCH, mac],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "watching\n"
+
+    def stop(self) -> list[tuple[int, int | None]]:
+        """EtherTypes of the frames, and the sequence numbers of those that are echo requests."""
+        said, _ = self._process.communicate(timeout=10)
+        return [(ethertype, number) for ethertype, number in json.loads(said)]
+
+
+def test_it_moves_while_it_sends_and_receives(
+    testbed: Testbed,
+    other_switch: Testbed,
+    bridged_namespace: str,
+    uplinks: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    """All that it sends arrives, once. Of the answers some may reach where it was."""
+    [vm1] = testbed.require("vm1")
+    with both_ends(testbed, other_switch, "") as (source, target):
+        mac = source.settings.mac
+        boot = source.check(BOOT_ID)
+        watch = Watch(f"{bridged_namespace}ns", mac)
+        source.check(
+            f"ping -i {INTERVAL_S} {NEIGHBOUR} >/tmp/ping.log 2>&1 & echo $! >/tmp/ping.pid"
+        )
+        transfer = Transfer(vm1, source, 60_000_000)
+        assert testbed.fdb()[mac] == "vm2"
+        source.migrate_to(target, tmp_path / "migration.sock")
+        assert transfer.goes_on_in(target), "the transfer was over before the guest moved"
+        other_switch.wait_state("vm2", "ready")
+        wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
+        wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
+        transfer.finish(100)
+        said = target.check(
+            "kill -INT $(cat /tmp/ping.pid)\n"
+            "until grep -q loss /tmp/ping.log; do usleep 10000; done; cat /tmp/ping.log"
+        )
+        assert target.check(BOOT_ID) == boot
+        requests = [number for _, number in watch.stop() if number is not None]
+        assert requests == list(range(len(requests)))
+        sent = re.search(r"(\d+) packets transmitted", said)
+        assert sent is not None
+        assert int(sent[1]) == len(requests) > 100
+        answered = {int(number) for number in re.findall(r" seq=(\d+) ", said)}
+        missing = sorted(set(requests[:-1]) - answered)
+        if missing:
+            assert missing == list(range(missing[0], missing[-1] + 1))
+
+
+@pytest.mark.parametrize("how", ["rarp", pytest.param("announce", marks=pytest.mark.slow)])
+def test_neighbours_learn_from_the_announcement(
+    testbed: Testbed,
+    other_switch: Testbed,
+    bridged_namespace: str,
+    uplinks: tuple[str, str],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    """A guest that sends nothing. The switch says RARP if its driver cannot announce itself."""
+    [vm1] = testbed.require("vm1")
+    options = "guest_announce=off" if how == "rarp" else ""
+    with both_ends(testbed, other_switch, options) as (source, target):
+        mac = source.settings.mac
+        assert vm1.ping(source.ip)
+        source.check("echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6")
+        watch = Watch(f"{bridged_namespace}ns", mac)
+        source.migrate_to(target, tmp_path / "migration.sock")
+        wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
+        wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
+        ethertypes = {ethertype for ethertype, _ in watch.stop()}
+        assert ethertypes == {RARP if how == "rarp" else ARP}
+        assert vm1.ping(target.ip, count=3, timeout_s=5)
+        assert target.ping(NEIGHBOUR, count=3, timeout_s=5)
+
+
+def lost_on_the_way(namespace: str, source: Guest, target: Guest, through: Path) -> int:
+    """Pings from the neighbour that the guest does not answer because it moves."""
+    words = ["ip", "netns", "exec", namespace, "busybox", "ping", "-q", "-i", f"{INTERVAL_S}"]
+    with subprocess.Popen([*words, source.ip], stdout=subprocess.PIPE, text=True) as ping:
+        source.migrate_to(target, through)
+        assert target.ping(NEIGHBOUR, count=10, timeout_s=10)
+        ping.send_signal(signal.SIGINT)
+        said, _ = ping.communicate(timeout=10)
+    counts = re.search(r"(\d+) packets transmitted, (\d+) packets received", said)
+    assert counts is not None, said
+    return int(counts[1]) - int(counts[2])
+
+
+@contextmanager
+def tap_in_bridge(name: str, bridge: str) -> Iterator[str]:
+    host.ip("tuntap", "add", name, "mode", "tap")
+    try:
+        host.ip("link", "set", name, "master", bridge, "up")
+        yield name
+    finally:
+        host.ip("link", "del", name)
+
+
+ROUNDS = 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_more_is_lost_than_over_qemus_own_tap(
+    testbed: Testbed,
+    other_switch: Testbed,
+    bridged_namespace: str,
+    uplinks: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    namespace, bridge = f"{bridged_namespace}ns", f"{bridged_namespace}br"
+    over_switches, over_taps = [], []
+    with ExitStack() as stack:
+        taps = [
+            stack.enter_context(tap_in_bridge(f"{bridged_namespace}{suffix}", bridge))
+            for suffix in ("x", "y")
+        ]
+        for number in range(ROUNDS):
+            with both_ends(testbed, other_switch, "") as (source, target):
+                through = tmp_path / f"{number}.sock"
+                over_switches.append(lost_on_the_way(namespace, source, target, through))
+            with (
+                testbed.in_place_of("vm2", tap=taps[0]) as source,
+                other_switch.in_place_of("vm2", tap=taps[1], incoming=True) as target,
+            ):
+                target.start()
+                source.start().wait_up()
+                pings_until_answered(source, NEIGHBOUR)
+                through = tmp_path / f"{number}.tap.sock"
+                over_taps.append(lost_on_the_way(namespace, source, target, through))
+    print("lost", over_switches, over_taps)
+    assert statistics.median(over_switches) <= statistics.median(over_taps) + 0.2 / INTERVAL_S
