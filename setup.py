@@ -17,7 +17,11 @@ DIRECTIVES = {
 
 
 HEADERS = {
-    "vswitch/fastpath": ["vswitch/fastpath/atomics.h", "vswitch/fastpath/sigbus.h"],
+    "vswitch/fastpath": [
+        "vswitch/fastpath/atomics.h",
+        "vswitch/fastpath/notify.h",
+        "vswitch/fastpath/sigbus.h",
+    ],
     "vswitch/guest": ["vswitch/guest/barriers.h"],
 }
 

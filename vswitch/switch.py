@@ -48,6 +48,7 @@ class Switch:
         self._loop = asyncio.get_running_loop()
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        self._say_how_to_notify()
         self._placement = Placement(self._engine)
         self._lost_fd = watch_lost_memory()
         self._threads = WorkerThreads(self._engine, switch.cpus, self._placement)
@@ -354,6 +355,18 @@ class Switch:
             port.check()
 
     # Helpers
+
+    def _say_how_to_notify(self) -> None:
+        error = self._engine.aio_error
+        if not error:
+            log.info("notifications: by AIO, no frontend can hold them up")
+            return
+        log.warning(
+            "notifications: by write(2), for the kernel gives no AIO context (%s): a malicious "
+            "frontend may hold up the switch. Allow io_setup and io_submit in the sandbox, or "
+            "raise fs.aio-max-nr",
+            os.strerror(error),
+        )
 
     async def _settle(self) -> None:
         """Publish what has changed and return when no worker uses anything older."""

@@ -362,6 +362,9 @@ class VhostPort:
         self.fast.rings[index].set_call(fd)
         await self._settle()
 
+    def signal(self, fd: int) -> None:
+        self._engine.signal(fd)
+
     def set_mtu(self, mtu: int) -> None:
         if self.settings.mtu is not None and mtu > self.settings.mtu:
             raise DatapathError(f"MTU {mtu} is more than the port's mtu, {self.settings.mtu}")

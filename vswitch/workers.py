@@ -106,6 +106,7 @@ class WorkerThreads:
                     frames=stats["frames"],
                     sleeps=stats["sleeps"],
                     wakeups=stats["wakeups"],
+                    notify=stats["notify"],
                     busy_ns=stats["busy_ns"],
                     idle_ns=stats["idle_ns"],
                     queues=queues,

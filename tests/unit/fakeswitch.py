@@ -228,6 +228,7 @@ class FakeSwitch:
                 "frames": 1007,
                 "sleeps": 2,
                 "wakeups": 2,
+                "notify": "aio",
                 "busy_ns": 5_000_000,
                 "idle_ns": 95_000_000,
                 "queues": [

@@ -578,15 +578,16 @@ def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None
     with_peer(test, Stalling())
 
 
-def test_eventfds_become_non_blocking() -> None:
-    """A worker writes to it; one that blocks would stop everybody's frames."""
+def test_eventfds_keep_their_flags() -> None:
+    """They are the frontend's files too, which may want to wait in read(2)."""
 
     async def test(peer: Peer) -> None:
         with Eventfd() as call:
             assert os.get_blocking(call)
             await peer.send(Request.SET_VRING_CALL, u64(0), [call])
             await peer.ask(Request.GET_FEATURES)
-            assert not os.get_blocking(call)
+            assert os.get_blocking(call)
+            assert os.eventfd_read(call) == 1
 
     with_peer(test)
 

@@ -388,3 +388,27 @@ def test_worker_counts() -> None:
         Engine(workers=0)
     with pytest.raises(ValueError, match="65 workers"):
         Engine(workers=65)
+
+
+# Notifications
+
+
+@pytest.mark.parametrize("aio", [True, False])
+def test_signal_never_waits(aio: bool) -> None:
+    """A full counter that blocks on write(2) is left as it is, or one more."""
+    engine = Engine(aio=aio)
+    assert engine.aio_error == 0
+    assert engine.workers[0].stats()["notify"] == ("aio" if aio else "write")
+    fd = os.eventfd(0)
+    try:
+        for _ in range(100):
+            engine.signal(fd)
+        assert os.eventfd_read(fd) == 100
+        os.eventfd_write(fd, 2**64 - 2)
+        os.set_blocking(fd, True)
+        for _ in range(100):
+            engine.signal(fd)
+        assert os.eventfd_read(fd) >= 2**64 - 2
+    finally:
+        os.close(fd)
+    engine.signal(fd)  # closed: nobody is there to be told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -105,6 +106,10 @@ class RecordingDatapath:
         if fd >= 0:
             os.fstat(fd)
         self._note("set_call", index)
+
+    def signal(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(fd, 1)
 
     def set_mtu(self, mtu: int) -> None:
         self._note("set_mtu", mtu)

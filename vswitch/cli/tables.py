@@ -261,6 +261,7 @@ def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
         ">LOOPS",
         ">SLEEPS",
         ">WAKEUPS",
+        "NOTIFIES BY",
     )
     for each in workers:
         total_ns = each["busy_ns"] + each["idle_ns"]
@@ -276,6 +277,7 @@ def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
             each["loops"],
             each["sleeps"],
             each["wakeups"],
+            each["notify"],
         )
     queues = _table(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
     for each in workers:

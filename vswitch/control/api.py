@@ -122,7 +122,10 @@ class QueueInfo(TypedDict):
 
 
 class WorkerInfo(TypedDict):
-    """A poll thread and what it did since the start; `*_ns` are nanoseconds."""
+    """A poll thread and what it did since the start; `*_ns` are nanoseconds.
+
+    `notify` is how it signals eventfds: "write" where the kernel has no AIO.
+    """
 
     id: int
     cpu: int | None
@@ -133,6 +136,7 @@ class WorkerInfo(TypedDict):
     frames: int
     sleeps: int
     wakeups: int
+    notify: Literal["aio", "write"]
     busy_ns: int
     idle_ns: int
     queues: list[QueueInfo]

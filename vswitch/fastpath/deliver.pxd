@@ -283,7 +283,7 @@ cdef inline void deliver_locked(
         publish_used(w, ring)
         counters.egress_frames += delivered
         counters.egress_bytes += total
-        notify_driver(ring, counters)
+        notify_driver(w, ring, counters)
     if vs_unlikely(ring.fault != 0):
         post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
 

@@ -1,3 +1,4 @@
+from vswitch.fastpath.notify cimport vs_notifier
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport Shared, View, WorkerC
 
@@ -14,6 +15,8 @@ cdef class Engine:
     cdef readonly list workers
     cdef readonly dict ports   # by number
     cdef list retired          # (ticket, view as an address, per-worker epochs or None)
+    cdef vs_notifier notifier  # the main thread's
+    cdef readonly int aio_error  # errno, where the kernel gives no AIO
     cdef list injected         # addresses of Inject
     cdef unsigned long long tickets
     cdef View *_build(self) except NULL

@@ -26,6 +26,7 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release32,
     vs_store_release_ptr,
 )
+from vswitch.fastpath.notify cimport vs_notifier_close, vs_notifier_open, vs_notify
 from vswitch.fastpath.port cimport Port, Ring
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport (
@@ -97,15 +98,14 @@ FOREVER = (1 << 64) - 1
 cdef class Worker:
     """One poll thread's state. `run` is the thread's body."""
 
-    def __cinit__(self, int number):
-        cdef epoll_event event
+    def __cinit__(self, int number, bint aio=True):
         self.c = <WorkerC *>aligned_alloc(64, (sizeof(WorkerC) + 63) // 64 * 64)
         if self.c == NULL:
             raise MemoryError
         memset(self.c, 0, sizeof(WorkerC))
         self.id = number
         self.c.id = number
-        self.c.epoll_fd = self.c.wake_fd = -1
+        self.c.epoll_fd = self.c.wake_fd = self.c.notifier.file = -1
         self.c.counters = <Counters *>calloc(MAX_PORTS, sizeof(Counters))
         self.c.events = <EventC *>calloc(EVENT_SLOTS, sizeof(EventC))
         self.c.staging = <char *>aligned_alloc(4096, STAGING_LEN)
@@ -122,6 +122,8 @@ cdef class Worker:
         if self.c.epoll_fd < 0 or self.c.wake_fd < 0:
             raise OSError(errno, os.strerror(errno))
         self.watch(self.c.wake_fd, WAKE_TOKEN)
+        if aio:
+            vs_notifier_open(&self.c.notifier)
 
     def __dealloc__(self):
         if self.c != NULL:
@@ -129,6 +131,7 @@ cdef class Worker:
                 os.close(self.c.epoll_fd)
             if self.c.wake_fd >= 0:
                 os.close(self.c.wake_fd)
+            vs_notifier_close(&self.c.notifier)
             free(self.c.counters)
             free(self.c.events)
             free(self.c.staging)
@@ -179,6 +182,7 @@ cdef class Worker:
             "frames": vs_load64(&c.frames_total),
             "sleeps": vs_load64(&c.sleeps),
             "wakeups": vs_load64(&c.wakeups),
+            "notify": "aio" if c.notifier.context else "write",
             "busy_ns": busy,
             "idle_ns": idle,
             "events_lost": vs_load32(&c.events_lost),
@@ -206,10 +210,12 @@ cdef class Engine:
     """Ports, workers and the FDB.
 
     `idle_ns` is how long a worker looks for work in vain before it sleeps; None polls for ever.
+    Without `aio`, frontends are notified as where the kernel has no AIO (notify.h).
     Methods are for one thread, the main one.
     """
 
-    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000):
+    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True):
+        self.notifier.file = -1
         if not 1 <= workers <= MAX_WORKERS:
             raise ValueError(f"{workers} workers; between 1 and {MAX_WORKERS} are possible")
         self.shared = <Shared *>aligned_alloc(64, (sizeof(Shared) + 63) // 64 * 64)
@@ -228,12 +234,14 @@ cdef class Engine:
         self.retired = []
         self.injected = []
         for number in range(workers):
-            worker = Worker(number)
+            worker = Worker(number, aio)
             (<Worker>worker).c.shared = self.shared
             self.workers.append(worker)
         self.shared.view = self._build()
+        self.aio_error = vs_notifier_open(&self.notifier) if aio else 0
 
     def __dealloc__(self):
+        vs_notifier_close(&self.notifier)
         if self.shared != NULL:
             for _, view, _ in self.retired or ():
                 free(<void *><uintptr_t>view)
@@ -472,6 +480,10 @@ cdef class Engine:
         # Full fence: the frame is visible before the wake-up; pairs with sleep_until_event.
         vs_fence()
         eventfd_write(worker.c.wake_fd, 1)
+
+    def signal(self, int fd):
+        """Signal a frontend's eventfd, which never waits; a full counter is a signal already."""
+        vs_notify(&self.notifier, fd)
 
     def _reap(self):
         cdef Inject *item

@@ -8,6 +8,8 @@ marked *atomic* may be read by anyone at any time through atomics.h.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from vswitch.fastpath.notify cimport vs_notifier
+
 cdef enum:
     MAX_PORTS = 1024
     MAX_WORKERS = 64
@@ -321,6 +323,7 @@ cdef struct WorkerC:
     uint32_t id
     int epoll_fd
     int wake_fd
+    vs_notifier notifier
     uint64_t mark_ns       # when the present busy or idle spell began
     uint8_t busy
     Counters *counters     # [MAX_PORTS]

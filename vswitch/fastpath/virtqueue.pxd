@@ -21,6 +21,7 @@ from vswitch.fastpath.atomics cimport (
 from vswitch.fastpath.chain cimport ring_fault
 from vswitch.fastpath.dirty cimport log_packed, log_used, log_used_elements
 from vswitch.fastpath.journal cimport note_batch
+from vswitch.fastpath.notify cimport vs_notify
 from vswitch.fastpath.types cimport (
     FAULT_AVAIL_IDX,
     RING_EVENT_FLAGS_DESC,
@@ -37,9 +38,6 @@ from vswitch.fastpath.types cimport (
     UsedChain,
     WorkerC,
 )
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int fd, const void *buf, size_t count)
 
 
 cdef inline uint16_t ring_room(RingC *ring, uint16_t wanted) noexcept nogil:
@@ -202,12 +200,11 @@ cdef inline bint driver_wants_call(RingC *ring) noexcept nogil:
     return <uint16_t>(now - event - 1) < <uint16_t>(now - old)
 
 
-cdef inline void notify_driver(RingC *ring, Counters *counters) noexcept nogil:
+cdef inline void notify_driver(WorkerC *w, RingC *ring, Counters *counters) noexcept nogil:
     """Signal the call eventfd if the driver wants to hear of what was just published.
 
     At most one system call, and none while the driver polls.
     """
-    cdef uint64_t one = 1
     cdef int fd
     # Full fence: what is used is visible before the driver's wish is read. Pairs with the driver's
     # fence between stating its wish and looking at the used ring once more.
@@ -216,8 +213,7 @@ cdef inline void notify_driver(RingC *ring, Counters *counters) noexcept nogil:
         return
     fd = vs_load_int(&ring.call_fd)
     if fd >= 0:
-        # A full counter (EAGAIN) means that a notification is pending already.
-        write(fd, &one, 8)
+        vs_notify(&w.notifier, fd)
         counters.calls += 1
 
 

@@ -173,7 +173,7 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
         for i in range(taken):
             put_used(w, ring, w.frames[i].id, w.frames[i].count, 0)
         publish_used(w, ring)
-        notify_driver(ring, counters)
+        notify_driver(w, ring, counters)
         ring.taken += taken
         w.bursts += 1
         w.frames_total += taken

@@ -138,6 +138,10 @@ class Datapath(Protocol):
         """Notify the driver of a running virtqueue through another descriptor from now on."""
         ...
 
+    def signal(self, fd: int) -> None:
+        """Signal an eventfd of the frontend. Never waits, even if that made it a blocking one."""
+        ...
+
     def set_mtu(self, mtu: int) -> None:
         """The guest's MTU, in bytes. Raises DatapathError if it is more than the port's."""
         ...

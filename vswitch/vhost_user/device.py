@@ -26,7 +26,7 @@ from vswitch.vhost_user.protocol import (
     ProtocolFeature,
     VringState,
 )
-from vswitch.vhost_user.vring import Vring, close_fd, signal_fd
+from vswitch.vhost_user.vring import Vring, close_fd
 
 
 class Device:
@@ -62,7 +62,11 @@ class Device:
             return
         if vring.err_fd < 0 and self._inband and self._channel is not None:
             self._channel.post(BackendRequest.VRING_ERR, one_vring(index))
-        signal_fd(vring.err_fd)
+        self._signal(vring.err_fd)
+
+    def _signal(self, fd: int) -> None:
+        if fd >= 0:
+            self._datapath.signal(fd)
 
     def _wants_ack(self, message: Message) -> bool:
         return message.header.need_reply and ProtocolFeature.REPLY_ACK in self.protocol_features
@@ -123,7 +127,7 @@ class Device:
                 )  # fmt: skip
             vring.base = base
             # The driver may wait for what happened before: to be woken once too often is harmless.
-            signal_fd(vring.call_fd)
+            self._signal(vring.call_fd)
         if vrings:
             self._changed()
 
@@ -137,7 +141,7 @@ class Device:
             vring.started = False
             vring.base = base
         if Feature.LOG_ALL in self.features:
-            signal_fd(self._log_fd)
+            self._signal(self._log_fd)
         self._changed()
         return running
 

@@ -15,7 +15,7 @@ from vswitch.vhost_user.protocol import (
     MalformedError,
     VringState,
 )
-from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd, signal_fd
+from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd
 
 # The addresses a frontend may leave unaligned are none: VIRTIO 1.2 section 2.7.
 _ALIGNMENT = (("desc_uva", 16), ("used_uva", 4), ("avail_uva", 2))
@@ -100,7 +100,7 @@ class RingRequests(Device):
             await self._datapath.set_call(vring.index, vring.call_fd)
         vring.close_old_calls()
         # What was signalled through the old descriptor may not have been seen.
-        signal_fd(vring.call_fd)
+        self._signal(vring.call_fd)
 
     async def _set_vring_err(self, message: Message) -> None:
         vring = self._check_vring_fd("SET_VRING_ERR", message)
@@ -130,7 +130,7 @@ class RingRequests(Device):
             vring.kickable = True
             if vring.complete and self.regions:
                 await self._start([vring])
-        signal_fd(vring.kick_fd)
+        self._signal(vring.kick_fd)
 
     def _check_vring_fd(self, name: str, message: Message) -> Vring:
         """The virtqueue of a SET_VRING_KICK, CALL or ERR; its descriptor is one of ours to use."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from vswitch.vhost_user.protocol import Feature, MalformedError
 
 SIZE_MAX = 32768
 _EVENTFD = "anon_inode:[eventfd]"
-_ONE = struct.pack("=Q", 1)
 
 
 @dataclass(slots=True)
@@ -132,19 +129,11 @@ def close_fd(fd: int) -> int:
 
 
 def check_eventfd(name: str, fd: int) -> None:
-    """Raise MalformedError unless `fd` is an eventfd; make it non-blocking.
+    """Raise MalformedError unless `fd` is an eventfd.
 
-    A worker writes to it and waits for it: a pipe that nobody reads or a file would stall or fail
-    there. Frontends' own eventfds are non-blocking already.
+    A worker signals it or waits for it: a pipe or a file would fail there. Whether it blocks is the
+    frontend's to say, at any time, and does not matter (`Datapath.signal`).
     """
     kind = str(Path(f"/proc/self/fd/{fd}").readlink())
     if kind != _EVENTFD:
         raise MalformedError(f"{name}: the file descriptor is no eventfd but {kind}")
-    os.set_blocking(fd, False)
-
-
-def signal_fd(fd: int) -> None:
-    """Write to an eventfd if there is one; a full counter is a signal already."""
-    if fd >= 0:
-        with contextlib.suppress(BlockingIOError):
-            os.write(fd, _ONE)
