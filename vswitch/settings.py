@@ -173,6 +173,8 @@ Owner = Annotated[str, AfterValidator(_check_owner)]
 Group = Annotated[str, AfterValidator(_check_group)]
 Cpu = Annotated[int, AfterValidator(_check_cpu)]
 Mtu = Annotated[int, Field(ge=68, le=65535)]
+MacLimit = Annotated[int, Field(ge=1, le=1_048_576)]
+StormRate = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class _Model(BaseModel):
@@ -254,6 +256,22 @@ class PortSettings(_Model):
     offloads: Offloads = Field(
         default=True, description="checksum and segmentation offloads offered to the guest"
     )
+    max_macs: MacLimit | None = Field(
+        default=None,
+        description="most MAC addresses learned from it, an eighth of fdb_size if not given",
+    )
+    storm_broadcast: StormRate | None = Field(
+        default=None, description="broadcast frames a second that it may send"
+    )
+    storm_multicast: StormRate | None = Field(
+        default=None, description="multicast frames a second that it may send"
+    )
+    storm_unknown: StormRate | None = Field(
+        default=None, description="frames a second to unknown addresses that it may send"
+    )
+    storm_burst: StormRate | None = Field(
+        default=None, description="frames at once within these rates, those of 0.1 s if not given"
+    )
 
     @field_validator("owner", "group", "permissions")
     @classmethod
@@ -281,6 +299,22 @@ class UplinkSettings(_Model):
     )
     offloads: Offloads = Field(
         default=True, description="checksum and segmentation offloads left to the kernel"
+    )
+    max_macs: MacLimit | None = Field(
+        default=None,
+        description="most MAC addresses learned from it, half of fdb_size if not given",
+    )
+    storm_broadcast: StormRate | None = Field(
+        default=None, description="broadcast frames a second that it may send"
+    )
+    storm_multicast: StormRate | None = Field(
+        default=None, description="multicast frames a second that it may send"
+    )
+    storm_unknown: StormRate | None = Field(
+        default=None, description="frames a second to unknown addresses that it may send"
+    )
+    storm_burst: StormRate | None = Field(
+        default=None, description="frames at once within these rates, those of 0.1 s if not given"
     )
 
     @field_validator("bridge")

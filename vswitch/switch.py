@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Self, cast
 
-from vswitch import offloads
+from vswitch import limits, offloads
 from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.engine import Engine
@@ -162,7 +162,9 @@ class Switch:
                 offloads=offloads.mask(settings.offloads),
             )
             try:
-                port = TapPort(settings, tap, self._new_fast_port(settings.name, tap.fd))
+                port = TapPort(
+                    settings, tap, self._engine, self._new_fast_port(settings.name, tap.fd)
+                )
             except BaseException:
                 tap.close()
                 raise
@@ -228,6 +230,14 @@ class Switch:
         port = self._guest_port(name)
         await port.set_link(up)
         log.info("port %s: link set %s", name, "up" if up else "down")
+        return port.info()
+
+    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
+        port = self._find(name)
+        port.change(changes)
+        log.info(
+            "port %s: %s", name, ", ".join(f"{k} = {v or 'default'}" for k, v in changes.items())
+        )
         return port.info()
 
     # FDB
@@ -323,6 +333,11 @@ class Switch:
             reason = port.lost()
             log.error("uplink %s: %s", port.name, reason)
             self._emit("port-fault", port.name, reason)
+        elif kind == "mac-limit":
+            most = limits.max_macs(port.settings, self._engine.fdb)
+            reason = f"{most} MAC addresses were learned, the most it may have (max_macs)"
+            log.warning("port %s: %s; further ones are not", port.name, reason)
+            self._emit("mac-limit", port.name, reason)
         elif kind in ("mac-learned", "mac-moved") and self._subscribers:
             mac, vlan = key_mac(key)
             record = Event(
@@ -353,6 +368,8 @@ class Switch:
         self._placement.count()
         for port in self._ports.values():
             port.check()
+            if 2 * fdb.learned(port.fast.id) < limits.max_macs(port.settings, fdb):
+                port.fast.mac_limit_told = False  # to be told again, should it come to that again
 
     # Helpers
 

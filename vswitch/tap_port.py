@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from vswitch import limits
 from vswitch.control.api import PortInfo, PortState
+from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.port import Port
 from vswitch.settings import UplinkSettings
 from vswitch.uplinks.tap import Tap, link_state
@@ -16,9 +18,11 @@ log = logging.getLogger("vswitch.uplink")
 class TapPort:
     """One `[uplink]`; owns its TAP."""
 
-    def __init__(self, settings: UplinkSettings, tap: Tap, port: Port) -> None:
+    def __init__(self, settings: UplinkSettings, tap: Tap, engine: Engine, port: Port) -> None:
         self.settings = settings
         self.fast = port
+        self._fdb = engine.fdb
+        limits.apply(settings, port, self._fdb)
         self._tap = tap
         port.offloads = tap.offloads
         self._lost = False
@@ -37,6 +41,11 @@ class TapPort:
         if state is not None:
             self._mtu = state[1]
         self.fast.max_len = self._mtu + ETH_OVERHEAD
+
+    def change(self, changes: dict[str, int | None]) -> None:
+        """Go on with other limits."""
+        self.settings = self.settings.model_copy(update=changes)
+        limits.apply(self.settings, self.fast, self._fdb)
 
     def close(self) -> None:
         """Close the TAP; no worker may be using it any more."""
@@ -85,6 +94,9 @@ class TapPort:
             connected_since=None,
             error=self._lost_text if self._lost else None,
             warning=warning if state != "fault" else None,
+            macs=self._fdb.learned(self.fast.id),
+            max_macs=limits.max_macs(self.settings, self._fdb),
+            storm=limits.storm_info(self.settings),
             memory=[],
             rings=[],
         )

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 
-from vswitch import offloads
+from vswitch import limits, offloads
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
@@ -108,6 +108,7 @@ class VhostPort:
         self._faulted: set[int] = set()
         self._problem_logged: str | None = None
         self._limit_mtu(None)
+        limits.apply(settings, port, engine.fdb)
 
     @property
     def name(self) -> str:
@@ -380,6 +381,11 @@ class VhostPort:
         mtu = negotiated or self.settings.mtu
         self.fast.max_len = 65535 + ETH_OVERHEAD if mtu is None else mtu + ETH_OVERHEAD
 
+    def change(self, changes: dict[str, int | None]) -> None:
+        """Go on with other limits."""
+        self.settings = self.settings.model_copy(update=changes)
+        limits.apply(self.settings, self.fast, self._engine.fdb)
+
     async def set_link(self, up: bool) -> None:
         """Let frames through, or drop all in both directions, whatever frontends say."""
         self.fast.link_down = not up
@@ -454,6 +460,9 @@ class VhostPort:
             connected_since=self._connected_at,
             error=self._error(),
             warning=self._warning,
+            macs=self._engine.fdb.learned(self.fast.id),
+            max_macs=limits.max_macs(self.settings, self._engine.fdb),
+            storm=limits.storm_info(self.settings),
             memory=self._memory_info(),
             rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
         )

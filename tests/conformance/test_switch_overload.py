@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
+import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, silent, teach
 
@@ -77,3 +79,90 @@ def test_eventfds_that_block(wire: Wire) -> None:
 def test_workers_say_how_they_notify(wire: Wire) -> None:
     assert [worker["notify"] for worker in wire.client.workers()] == ["aio"]
     wire.switch.wait_for_log("notifications")
+
+
+def test_a_port_learns_no_more_than_it_may(wire: Wire) -> None:
+    """A guest that cycles through source addresses keeps to its part of the FDB."""
+    socket = wire.port("a", max_macs=10)
+    a = wire.enter(SoftwareGuest(A))
+    a.connect(socket)
+    b, c = wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    for n in range(0, 1000, 50):
+        made_up = [
+            frame(BROADCAST, f"02:00:00:00:{i >> 8:02x}:{i & 255:02x}") for i in range(n, n + 50)
+        ]
+        a.send(made_up)
+        # They arrive: only the learning is refused.
+        assert b.recv(50) == c.recv(50) == made_up
+    info = wire.info("a")
+    assert (info["macs"], info["max_macs"]) == (10, 10)
+    assert wire.stats("a")["macs_refused"] == 991  # one of the ten is its own
+    wire.wait_log("port a: 10 MAC addresses were learned, the most it may have")
+    assert wire.switch.log[wire.log_start :].count("MAC addresses were learned") == 1
+    learned = wire.learned()
+    assert (learned[A], learned[B], learned[C]) == ("a", "b", "c")
+    # Its neighbours' addresses are not for it to take, a newcomer's is learned.
+    a.send([frame(BROADCAST, B)])
+    assert b.recv(1) == c.recv(1) == [frame(BROADCAST, B)]
+    assert wire.learned()[B] == "b"
+    d = wire.guest("d", 4)
+    teach(d, a, b, c)
+    assert wire.learned()[mac(4)] == "d"
+    exchange(b, c)
+    wire.client.set_port("a", max_macs=1000)
+    a.send([frame(B, "02:00:00:00:ff:ff")])
+    assert b.recv(1) == [frame(B, "02:00:00:00:ff:ff")]
+    assert wire.info("a")["macs"] == 11
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [
+        ("broadcast", BROADCAST),
+        ("multicast", "01:00:5e:00:00:01"),
+        ("unknown", "02:ff:00:00:00:01"),
+    ],
+)
+def test_storm_control(wire: Wire, kind: str, to: str) -> None:
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    began = time.monotonic()
+    wire.client.set_port("a", storm_burst=5, **{f"storm_{kind}": 1})
+    a.send([frame(to, A, tag=tag) for tag in range(100)])
+    a.drain()
+    dropped = wire.drops("a")[f"storm-{kind}"]
+    assert 95 - (time.monotonic() - began + 1) <= dropped <= 95
+    passed = [frame(to, A, tag=tag) for tag in range(5)]
+    assert b.recv(100 - dropped)[:5] == passed
+    assert c.recv(100 - dropped)[:5] == passed
+    # The other kinds and what goes to a known address are none of its business, nor are others'.
+    for other in {BROADCAST, "01:00:5e:00:00:01", "02:ff:00:00:00:01", B} - {to}:
+        a.send([frame(other, A)] * 50)
+        assert b.recv(50) == [frame(other, A)] * 50
+        c.recv(0 if other == B else 50)
+    b.send([frame(to, B)] * 50)
+    assert c.recv(50) == [frame(to, B)] * 50
+    wire.client.set_port("a", **{f"storm_{kind}": None})
+    a.recv(50)
+    a.send([frame(to, A)] * 50)
+    assert b.recv(50) == [frame(to, A)] * 50
+    assert set(wire.drops("a")) == {f"storm-{kind}"}
+
+
+def test_guests_that_take_nothing(wire: Wire) -> None:
+    """One posts no receive buffers, one leaves its eventfd full: it is their loss alone."""
+    a, b, c = wire.guest("a", 1, queue_size=64), wire.guest("b", 2), wire.guest("c", 3)
+    d = wire.guest("d", 4)
+    teach(a, b, c, d)
+    a.auto_post = False
+    fill_and_block(d.receiveqs[0].call_fd)
+    n = 640
+    sent = [frame(BROADCAST, B, tag=tag) for tag in range(n)]
+    for at in range(0, n, 64):
+        b.send(sent[at : at + 64])
+        b.drain()
+        assert c.recv(64) == d.poll_frames(64) == sent[at : at + 64]
+    assert wire.drops("a") == {"no-buffer": n - 64}
+    assert wire.drops("b") == wire.drops("c") == wire.drops("d") == {}
+    exchange(b, c)

@@ -117,6 +117,9 @@ class FakeSwitch:
             "connected_since": None,
             "error": None,
             "warning": None,
+            "macs": 0,
+            "max_macs": 8192,
+            "storm": {"broadcast": None, "multicast": None, "unknown": None, "burst": None},
             "memory": [],
             "rings": [],
         }
@@ -129,6 +132,13 @@ class FakeSwitch:
                 mode=port.mode,
                 queues=port.queues,
                 mtu=port.mtu,
+                max_macs=port.max_macs or 8192,
+                storm={
+                    "broadcast": port.storm_broadcast,
+                    "multicast": port.storm_multicast,
+                    "unknown": port.storm_unknown,
+                    "burst": port.storm_burst,
+                },
                 features=1 << 32 | 1 << 15,
                 feature_names=["MRG_RXBUF", "VERSION_1"],
                 protocol_features=1,
@@ -182,6 +192,7 @@ class FakeSwitch:
                 "kicks": 5,
                 "calls": 6,
                 "stalls": 0,
+                "macs_refused": 0,
             }
             for each in names
         ]
@@ -256,6 +267,12 @@ class FakeSwitch:
         info = self.port(name)
         info["link"] = "up" if up else "down"
         return info
+
+    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
+        self.port(name)
+        if name in self._ports:
+            self._ports[name] = self._ports[name].model_copy(update=changes)
+        return self.port(name)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         self._callbacks.append(callback)

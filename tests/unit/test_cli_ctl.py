@@ -117,7 +117,20 @@ def test_counters(run: Run, tmp_path: Path) -> None:
     run("add-port", "vm1", str(tmp_path / "vm1"))
     header, row = run("stats").out.splitlines()
     assert header.split()[0] == "NAME"
-    assert row.split() == ["vm1", "1000", "1500000", "7", "420", "3", "5", "6", "0", "runt", "3"]
+    assert row.split() == [
+        "vm1",
+        "1000",
+        "1500000",
+        "7",
+        "420",
+        "3",
+        "5",
+        "6",
+        "0",
+        "0",
+        "runt",
+        "3",
+    ]
     assert run("stats", "vm1", "--json").json[0]["ingress_bytes"] == 1_500_000
     watched = run("stats", "--watch", "--interval", "0.1", "--count", "2")
     assert watched.code == 0
@@ -141,6 +154,7 @@ def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
             "kicks": 0,
             "calls": 0,
             "stalls": 0,
+            "macs_refused": 0,
         }
 
     def row(before: list, now: list) -> list[str]:
@@ -153,6 +167,23 @@ def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
         ["vm1", "2.00k", "16.00M", "0", "0", "1", "0", "0", "runt", "2"]
     )
     assert row([stats(1, 10**9, 4)], [stats(2, 40, 0)])[1] == "20"
+
+
+def test_limits(run: Run) -> None:
+    assert run("add-port", "vm3", "/nowhere/3", "--client", "--storm-multicast", "7").code == 0
+    assert run("show", "vm3", "--json").json[0]["storm"]["multicast"] == 7
+    done = run("set-port", "vm3", "--storm-broadcast", "1000", "--max-macs", "64")
+    assert done.out == "port vm3: max-macs 64, storm-broadcast 1000\n"
+    text = run("show", "vm3").out
+    assert "learned, 64 at most" in text
+    assert "broadcast 1000/s, multicast 7/s" in text
+    assert run("set-port", "vm3", "--storm-multicast", "0").out.endswith("multicast default\n")
+    assert run("show", "vm3", "--json").json[0]["storm"] == {
+        "broadcast": 1000, "multicast": None, "unknown": None, "burst": None
+    }  # fmt: skip
+    assert run("set-port", "vm3").code == 2
+    assert run("set-port", "nobody", "--max-macs", "1").code == 4
+    assert "must be at least 1" in run("set-port", "vm3", "--max-macs", "-1").err
 
 
 def test_uplinks_and_workers(run: Run) -> None:

@@ -264,7 +264,8 @@ def test_values_given_at_run_time() -> None:
         'port "vm1".socket: must be an absolute path (got "s")',
         'port "vm1".queues: must be at least 1 (got 0)',
         'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
-        "queues, mtu, offloads)",
+        "queues, mtu, offloads, max_macs, storm_broadcast, storm_multicast, storm_unknown, "
+        "storm_burst)",
     ]
     assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
     with pytest.raises(ConfigError, match=r"uplink.name: is missing"):

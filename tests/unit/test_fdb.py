@@ -24,15 +24,29 @@ class FdbAgainstModel(RuleBasedStateMachine):
         self.fdb = Fdb(LIMIT)
         self.model: dict[int, tuple[int, bool, int]] = {}
         self.tick = self.fdb.tick
+        self.most = dict.fromkeys(range(6), LIMIT)
+
+    def dynamic(self, port: int) -> int:
+        return sum(at == port and not static for at, static, _ in self.model.values())
 
     @rule(key=keys, port=ports)
     def learn(self, key: int, port: int) -> None:
         learned = self.fdb.learn(key, port)
         old = self.model.get(key)
+        if self.dynamic(port) >= self.most[port] and (
+            old is None or (not old[1] and old[0] != port)
+        ):
+            assert not learned, "a port has as many as it may"
+            return
         if old is None and not learned:
             return  # no room; that there is some at half load is a test of its own
         if old is None or not old[1]:
             self.model[key] = (port, False, self.tick)
+
+    @rule(port=ports, most=st.integers(1, 8))
+    def limit(self, port: int, most: int) -> None:
+        self.fdb.limit(port, most)
+        self.most[port] = most
 
     @rule(key=keys, port=ports)
     def add_static(self, key: int, port: int) -> None:
@@ -79,6 +93,8 @@ class FdbAgainstModel(RuleBasedStateMachine):
     @invariant()
     def same_entries(self) -> None:
         assert len(self.fdb) == len(self.model)
+        for port in self.most:
+            assert self.fdb.learned(port) == self.dynamic(port)
         assert {key: (port, static, age) for key, port, static, age in self.fdb.entries()} == {
             key: (port, static, self.tick - seen)
             for key, (port, static, seen) in self.model.items()

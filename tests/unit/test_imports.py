@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.workers",
             "vswitch.journals",
             "vswitch.placement",
+            "vswitch.limits",
             "vswitch.offloads",
         ),
         (
@@ -71,6 +72,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.workers",
             "vswitch.journals",
             "vswitch.placement",
+            "vswitch.limits",
             "vswitch.offloads",
             "vswitch.privileges",
         ),

@@ -145,6 +145,29 @@ _offloads = click.option(
 )
 
 
+_LIMITS = {
+    "max_macs": "Most MAC addresses learned from it.",
+    "storm_broadcast": "Broadcast frames a second that it may send.",
+    "storm_multicast": "Multicast frames a second that it may send.",
+    "storm_unknown": "Frames a second to unknown addresses that it may send.",
+    "storm_burst": "Frames at once within these rates.",
+}
+
+
+def _limits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a port's or uplink's limits; 0 is the default, as is None."""
+    for name, text in reversed(_LIMITS.items()):
+        option = click.option(f"--{name.replace('_', '-')}", metavar="N", type=int, help=text)
+        function = option(function)
+    return function
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Limits as the switch wants them: those that were given, None for 0."""
+    others = {name: value for name, value in options.items() if name not in _LIMITS}
+    return others | {name: options[name] or None for name in _LIMITS if options[name] is not None}
+
+
 @cli.command("add-port")
 @click.argument("name")
 @click.argument("socket", type=click.Path())
@@ -155,11 +178,14 @@ _offloads = click.option(
 @click.option("--group", help="Group of the socket.")
 @click.option("--permissions", metavar="OCTAL", help="Permissions of the socket, e.g. 0660.")
 @_offloads
+@_limits
 @pass_state
 def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:
     """Add the port NAME with the vhost-user socket SOCKET."""
     with state.connect() as switch:
-        port = switch.add_port(name, socket, mode="client" if client else "server", **options)
+        port = switch.add_port(
+            name, socket, mode="client" if client else "server", **_given(options)
+        )
     state.done(port, f"added port {name} ({port['state']}, {port['socket']})")
 
 
@@ -315,11 +341,12 @@ def uplink() -> None:
 @click.option("--mtu", type=int, help="MTU to set on the interface, in bytes.")
 @click.option("--bridge", help="Linux bridge the interface joins.")
 @_offloads
+@_limits
 @pass_state
 def uplink_add(state: State, /, name: str, **options: Any) -> None:
     """Open the TAP interface NAME, created if need be, and join it to the switch."""
     with state.connect() as switch:
-        port = switch.add_uplink(name, **options)
+        port = switch.add_uplink(name, **_given(options))
     state.done(port, f"added uplink {name} ({port['state']})")
     if port["warning"] and not state.json:
         click.echo(f"vswitchctl: warning: {port['warning']}", err=True)
@@ -370,6 +397,24 @@ def worker_rebalance(state: State) -> None:
     with state.connect() as switch:
         moved = switch.worker_rebalance()
     state.done({"moved": moved}, f"{moved} queues moved")
+
+
+@cli.command("set-port")
+@click.argument("name", shell_complete=_complete_ports)
+@_limits
+@pass_state
+def set_port(state: State, /, name: str, **options: Any) -> None:
+    """Change limits of the port or uplink NAME while it runs; 0 takes a limit away."""
+    changes = _given(options)
+    if not changes:
+        raise click.UsageError("say what to change; `vswitchctl show` has what is set")
+    with state.connect() as switch:
+        port = switch.set_port(name, **changes)
+    text = ", ".join(
+        f"{key.replace('_', '-')} {'default' if value is None else value}"
+        for key, value in changes.items()
+    )
+    state.done(port, f"port {name}: {text}")
 
 
 @cli.command("set-link")

@@ -134,6 +134,11 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
         yield "warning", Text(port["warning"], style="yellow")
     mtu = "" if port["mtu"] is None else f", MTU {port['mtu']}"
     yield "queues", f"{port['queues']}{mtu}"
+    yield "addresses", f"{port['macs']} learned, {port['max_macs']} at most"
+    storm = [f"{kind} {n}/s" for kind, n in port["storm"].items() if kind != "burst" and n]
+    if storm:
+        burst = port["storm"]["burst"]
+        yield "storm control", ", ".join(storm) + (f", {burst} at once" if burst else "")
     if port["kind"] != "vhost-user":
         return
     connects = f"{port['connects']} connection{'s' * (port['connects'] != 1)}"
@@ -163,6 +168,7 @@ def counters(stats: Sequence[PortStats]) -> RenderableType:
         ">KICKS",
         ">CALLS",
         ">STALLS",
+        ">MACS REFUSED",
         "DROPPED FOR",
     )
     for each in stats:
@@ -177,6 +183,7 @@ def counters(stats: Sequence[PortStats]) -> RenderableType:
             each["kicks"],
             each["calls"],
             each["stalls"],
+            each["macs_refused"],
             _drops(each["drops"]),
         )
     return table

@@ -25,6 +25,7 @@ EventName = Literal[
     "mac-learned",
     "mac-moved",
     "mac-aged",
+    "mac-limit",
     "uplink-added",
     "uplink-removed",
 ]
@@ -52,11 +53,24 @@ class RingInfo(TypedDict):
     fault: str | None
 
 
+class StormInfo(TypedDict):
+    """Frames a second of each kind that a port may have flooded, and how many at once.
+
+    None: no limit, and a burst of what a tenth of a second has.
+    """
+
+    broadcast: int | None
+    multicast: int | None
+    unknown: int | None
+    burst: int | None
+
+
 class PortInfo(TypedDict):
     """A guest's port or an uplink.
 
     `link` is what `set_link` said, `mtu` is in bytes, `connected_since` a Unix time in seconds,
-    `error` why the port does not forward, `warning` what is worth knowing although it does.
+    `macs` how many MAC addresses were learned from it, of `max_macs` at most, `error` why the port
+    does not forward, `warning` what is worth knowing although it does.
     """
 
     name: str
@@ -77,6 +91,9 @@ class PortInfo(TypedDict):
     connected_since: float | None
     error: str | None
     warning: str | None
+    macs: int
+    max_macs: int
+    storm: StormInfo
     memory: list[MemoryRegion]
     rings: list[RingInfo]
 
@@ -86,7 +103,8 @@ class PortStats(TypedDict):
 
     Ingress is from the guest or TAP into the switch, egress the other way. `drops` has frames by
     reason, only reasons that occurred. `kicks` are notifications received, `calls` notifications
-    sent, `stalls` the times a receiveq was found without room.
+    sent, `stalls` the times a receiveq was found without room, `macs_refused` the
+    times an address was not learned because the port or the FDB had no room.
     """
 
     name: str
@@ -99,6 +117,7 @@ class PortStats(TypedDict):
     kicks: int
     calls: int
     stalls: int
+    macs_refused: int
 
 
 class FdbEntry(TypedDict):
@@ -244,6 +263,10 @@ class SwitchApi(Protocol):
 
     async def set_link(self, name: str, up: bool) -> PortInfo:
         """Switch a port's link on or off. NotFoundError; not for uplinks."""
+        ...
+
+    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
+        """Change limits of a port or uplink by the names of their settings. NotFoundError."""
         ...
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:

@@ -140,10 +140,12 @@ class Client:
         group: str | None = None,
         permissions: str | None = None,
         offloads: bool | list[str] = True,
+        **limits: int | None,
     ) -> PortInfo:
         """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes.
 
         `offloads`: all, none, or those of settings.OFFLOADS that are named.
+        `limits` as for `set_port`.
         """
         return cast(
             PortInfo,
@@ -158,6 +160,7 @@ class Client:
                 group=group,
                 permissions=permissions,
                 offloads=offloads,
+                **limits,
             ),
         )
 
@@ -181,12 +184,19 @@ class Client:
         mtu: int | None = None,
         bridge: str | None = None,
         offloads: bool | list[str] = True,
+        **limits: int | None,
     ) -> PortInfo:
-        """Open a TAP interface, created if need be. `offloads` as for `add_port`."""
+        """Open a TAP interface, created if need be. `offloads` and `limits` as for `add_port`."""
         return cast(
             PortInfo,
             self._call(
-                "add_uplink", name=name, type=type, mtu=mtu, bridge=bridge, offloads=offloads
+                "add_uplink",
+                name=name,
+                type=type,
+                mtu=mtu,
+                bridge=bridge,
+                offloads=offloads,
+                **limits,
             ),
         )
 
@@ -209,6 +219,13 @@ class Client:
     def worker_rebalance(self) -> int:
         """Spread the queues over the workers by their load; returns how many moved."""
         return int(self._call("worker_rebalance")["moved"])
+
+    def set_port(self, name: str, **changes: int | None) -> PortInfo:
+        """Change limits of a port or uplink; None for the default.
+
+        `changes`: max_macs, storm_broadcast, storm_multicast, storm_unknown, storm_burst.
+        """
+        return cast(PortInfo, self._call("set_port", name=name, **changes))
 
     def set_link(self, name: str, up: bool) -> PortInfo:
         """Switch a port's link on or off: while off, all frames from and to it are dropped."""

@@ -21,7 +21,7 @@ from vswitch.config import problems_of
 from vswitch.control.api import EventName, HelloInfo, SwitchApi, VersionInfo
 from vswitch.control.protocol import PROTOCOL_VERSION, ControlError
 from vswitch.errors import ConfigError
-from vswitch.settings import LogLevel, PortSettings, UplinkSettings
+from vswitch.settings import LogLevel, MacLimit, PortSettings, StormRate, UplinkSettings
 
 _log = logging.getLogger(__name__)
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
@@ -93,6 +93,17 @@ class SetLinkParams(_Params):
 
     name: str
     up: bool
+
+
+class SetPortParams(_Params):
+    """A port's or uplink's name and its new limits; nil for the default, those not named stay."""
+
+    name: str
+    max_macs: MacLimit | None = None
+    storm_broadcast: StormRate | None = None
+    storm_multicast: StormRate | None = None
+    storm_unknown: StormRate | None = None
+    storm_burst: StormRate | None = None
 
 
 class WorkerPinParams(_Params):
@@ -232,6 +243,10 @@ class Methods:
     async def _set_link(self, params: SetLinkParams, session: Session) -> Any:  # noqa: ARG002
         return await self._switch.set_link(params.name, params.up)
 
+    async def _set_port(self, params: SetPortParams, session: Session) -> Any:  # noqa: ARG002
+        changes = params.model_dump(exclude_unset=True)
+        return await self._switch.set_port(changes.pop("name"), changes)
+
     async def _fdb(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.fdb()
 
@@ -303,6 +318,7 @@ METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "workers": (NoParams, Methods._workers),
     "worker_pin": (WorkerPinParams, Methods._worker_pin),
     "worker_rebalance": (NoParams, Methods._worker_rebalance),
+    "set_port": (SetPortParams, Methods._set_port),
     "set_link": (SetLinkParams, Methods._set_link),
     "fdb": (NoParams, Methods._fdb),
     "fdb_add": (FdbAddParams, Methods._fdb_add),

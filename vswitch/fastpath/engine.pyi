@@ -26,6 +26,7 @@ class Counters(TypedDict):
     kicks: int
     calls: int
     stalls: int
+    macs_refused: int
     drops: dict[str, int]
 
 class Worker:

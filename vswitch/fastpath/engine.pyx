@@ -12,6 +12,8 @@ from libc.string cimport memcpy, memset
 
 import os
 
+from vswitch.fastpath.table import NO_LIMIT
+
 from vswitch.fastpath.atomics cimport (
     vs_cas_ptr,
     vs_fence,
@@ -31,6 +33,7 @@ from vswitch.fastpath.port cimport Port, Ring
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport (
     EVENT_MAC_LEARNED,
+    EVENT_MAC_LIMIT,
     EVENT_MAC_MOVED,
     EVENT_RING_FAULT,
     EVENT_SLOTS,
@@ -90,6 +93,9 @@ DROP_REASONS = (
     ("offload-unnegotiated", "asks for an offload that was not negotiated"),
     ("bad-csum", "the checksum to be filled in is not in the frame, or not where its kind has it"),
     ("bad-gso", "is to be segmented and is no such frame, or gso_size makes no sense"),
+    ("storm-broadcast", "more broadcast frames a second than the port may send"),
+    ("storm-multicast", "more multicast frames a second than the port may send"),
+    ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
 )
 
 FOREVER = (1 << 64) - 1
@@ -280,6 +286,7 @@ cdef class Engine:
         else:
             raise OSError(f"all {MAX_PORTS} ports are in use")
         port = Port(name, number, tap_fd >= 0, tap_fd)
+        self.fdb.limit(number, NO_LIMIT)
         for worker in self.workers:
             memset(&worker.c.counters[number], 0, sizeof(Counters))
         if tap_fd >= 0:
@@ -504,7 +511,7 @@ cdef class Engine:
         cdef Worker worker
         cdef Counters *c
         cdef uint64_t ingress_frames = 0, ingress_bytes = 0, egress_frames = 0, egress_bytes = 0
-        cdef uint64_t kicks = 0, calls = 0, stalls = 0
+        cdef uint64_t kicks = 0, calls = 0, stalls = 0, refused = 0
         cdef uint64_t drops[N_DROPS]
         cdef int i
         memset(drops, 0, sizeof(drops))
@@ -517,6 +524,7 @@ cdef class Engine:
             kicks += vs_load64(&c.kicks)
             calls += vs_load64(&c.calls)
             stalls += vs_load64(&c.stalls)
+            refused += vs_load64(&c.macs_refused)
             for i in range(N_DROPS):
                 drops[i] += vs_load64(&c.drops[i])
         return {
@@ -527,6 +535,7 @@ cdef class Engine:
             "kicks": kicks,
             "calls": calls,
             "stalls": stalls,
+            "macs_refused": refused,
             "drops": {DROP_REASONS[i][0]: drops[i] for i in range(N_DROPS) if drops[i]},
         }
 
@@ -534,7 +543,7 @@ cdef class Engine:
         """What the workers have to tell, as (name, port number, other, key) tuples.
 
         "mac-learned" and "mac-moved" (other: the old port), "ring-fault" (other: vring index),
-        "tap-lost". Call `arm_events` to be woken again.
+        "tap-lost", "mac-limit" (once, until Port.mac_limit_told is reset). Call `arm_events` to be woken again.
         """
         cdef Worker worker
         names = {
@@ -542,6 +551,7 @@ cdef class Engine:
             EVENT_MAC_MOVED: "mac-moved",
             EVENT_RING_FAULT: "ring-fault",
             EVENT_TAP_LOST: "tap-lost",
+            EVENT_MAC_LIMIT: "mac-limit",
         }
         found = []
         for worker in self.workers:

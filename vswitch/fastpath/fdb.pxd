@@ -9,6 +9,7 @@ from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.atomics cimport (
     vs_cas64,
+    vs_load32,
     vs_load64,
     vs_load_acquire64,
     vs_store32,
@@ -27,6 +28,7 @@ cdef enum FdbResult:
     FDB_LEARNED    # a new entry
     FDB_MOVED      # the entry pointed elsewhere
     FDB_NO_ROOM    # table or both buckets full
+    FDB_PORT_FULL  # the port has as many as it may
     FDB_BUSY       # somebody else is writing
 
 
@@ -76,21 +78,33 @@ cdef inline int32_t fdb_lookup(const FdbC *fdb, uint64_t key) noexcept nogil:
 cdef inline FdbResult fdb_insert(
     FdbC *fdb, uint64_t key, uint16_t port, uint32_t flags, uint32_t tick, int32_t *old_port
 ) noexcept nogil:
-    """Add or change an entry; the caller holds `fdb.lock`."""
+    """Add or change an entry; the caller holds `fdb.lock`.
+
+    Static entries do not count towards what a port may have.
+    """
     cdef FdbEntryC *entry = fdb_find(fdb, key)
     cdef FdbEntryC *free_entry = NULL
     cdef FdbBucket *bucket
     cdef uint64_t h
     cdef int which, i, used, best = 5
+    cdef bint counts = not flags & FDB_STATIC
+    cdef bint port_full = counts and fdb.learned[port] >= vs_load32(&fdb.learned_max[port])
     if entry != NULL:
         if (entry.val >> 16) & FDB_STATIC and not flags & FDB_STATIC:
             return FDB_KNOWN  # pinned between the look without the lock and this one
         old_port[0] = <int32_t>(entry.val & 0xFFFF)
+        if port_full and old_port[0] != port:
+            return FDB_PORT_FULL
+        if not (entry.val >> 16) & FDB_STATIC:
+            fdb.learned[old_port[0]] -= 1
+        fdb.learned[port] += counts
         vs_store_release64(&entry.val, fdb_pack(port, flags, tick))
         if old_port[0] == port:
             return FDB_KNOWN
         vs_store32(&fdb.generation, fdb.generation + 1)
         return FDB_MOVED
+    if port_full:
+        return FDB_PORT_FULL
     if fdb.count < fdb.limit:
         h = fdb_hash(fdb, key)
         for which in range(2):
@@ -112,6 +126,7 @@ cdef inline FdbResult fdb_insert(
     # Release: who sees the key sees the value. Pairs with the acquire load in fdb_find.
     vs_store_release64(&free_entry.key, key)
     fdb.count += 1
+    fdb.learned[port] += counts
     return FDB_LEARNED
 
 
@@ -131,6 +146,9 @@ cdef inline FdbResult fdb_learn(
             # differs, or is equal and only gets a fresher tick.
             vs_cas64(&entry.val, val, fdb_pack(port, 0, tick))
             return FDB_KNOWN
+    # Whoever cycles through addresses contends for the lock as long as some are learned, no longer.
+    if vs_load32(&fdb.learned[port]) >= vs_load32(&fdb.learned_max[port]):
+        return FDB_PORT_FULL
     if not vs_trylock(&fdb.lock):
         return FDB_BUSY
     result = fdb_insert(fdb, key, port, 0, tick, old_port)
@@ -140,6 +158,8 @@ cdef inline FdbResult fdb_learn(
 
 cdef inline void fdb_remove(FdbC *fdb, FdbEntryC *entry) noexcept nogil:
     """Delete an entry; the caller holds `fdb.lock`."""
+    if not (entry.val >> 16) & FDB_STATIC:
+        fdb.learned[entry.val & 0xFFFF] -= 1
     vs_store_release64(&entry.key, 0)
     vs_store64(&entry.val, 0)
     fdb.count -= 1

@@ -12,8 +12,10 @@ from vswitch.fastpath.atomics cimport (
     vs_get32,
     vs_get64,
     vs_likely,
+    vs_load8,
     vs_load32,
     vs_prefetch,
+    vs_store8,
     vs_unlikely,
 )
 from vswitch.fastpath.chain cimport walk_chain
@@ -23,6 +25,8 @@ from vswitch.fastpath.fdb cimport (
     FDB_BUSY,
     FDB_LEARNED,
     FDB_MOVED,
+    FDB_NO_ROOM,
+    FDB_PORT_FULL,
     FdbResult,
     fdb_learn,
     fdb_lookup,
@@ -30,6 +34,7 @@ from vswitch.fastpath.fdb cimport (
 from vswitch.fastpath.frame cimport gather_bytes
 from vswitch.fastpath.memory cimport gpa_to_host
 from vswitch.fastpath.offload cimport check_offload
+from vswitch.fastpath.storm cimport storm_allows
 from vswitch.fastpath.tap cimport tap_send
 from vswitch.fastpath.types cimport (
     DROP_BAD_SOURCE,
@@ -38,11 +43,16 @@ from vswitch.fastpath.types cimport (
     DROP_OVERSIZE,
     DROP_RUNT,
     DROP_SAME_PORT,
+    DROP_STORM_BROADCAST,
     ETH_HLEN,
     EVENT_MAC_LEARNED,
+    EVENT_MAC_LIMIT,
     EVENT_MAC_MOVED,
     KIND_TAP,
     MAX_CHAIN,
+    STORM_BROADCAST,
+    STORM_MULTICAST,
+    STORM_UNKNOWN,
     VNET_HDR_MAX,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
@@ -212,6 +222,11 @@ cdef inline void learn(
     cdef FdbResult result = fdb_learn(fdb, key, port.id, tick, &old_port)
     if result == FDB_BUSY:
         return  # the next frame tries again
+    if vs_unlikely(result == FDB_NO_ROOM or result == FDB_PORT_FULL):
+        w.counters[port.id].macs_refused += 1
+        if result == FDB_PORT_FULL and not vs_load8(&port.mac_limit_told):
+            vs_store8(&port.mac_limit_told, 1)
+            post_event(w, EVENT_MAC_LIMIT, port.id, 0, key)
     if (result == FDB_LEARNED or result == FDB_MOVED) and vs_load32(&w.shared.report_macs):
         if result == FDB_LEARNED:
             post_event(w, EVENT_MAC_LEARNED, port.id, 0, key)
@@ -247,6 +262,7 @@ cdef inline void classify(
     cdef uint8_t offloads = ring.offloads if ring != NULL else <uint8_t>port.offloads
     cdef uint8_t bad
     cdef int32_t out
+    cdef int kind
     if vs_unlikely(frame.drop):
         counters.drops[frame.drop - 1] += 1
         return
@@ -302,6 +318,14 @@ cdef inline void classify(
             return
     # Multicast, broadcast and unknown: to everyone else. The reserved groups 01:80:C2:00:00:0x are
     # no exception; labs run LACP, LLDP, STP and 802.1X between guests.
+    if vs_unlikely(vs_load8(&port.storm)):
+        if not dst & 1:
+            kind = STORM_UNKNOWN
+        else:
+            kind = STORM_BROADCAST if dst == VS_MAC_MASK else STORM_MULTICAST
+        if not storm_allows(port, kind):
+            counters.drops[DROP_STORM_BROADCAST + kind] += 1
+            return
     have = 0
     for k in range(view.n_flood):
         if view.flood[k] != port.id:

@@ -65,6 +65,10 @@ class Port:
     max_len: int
     link_down: bool
     offloads: int
+    mac_limit_told: bool
+    def set_storm(
+        self, rates: tuple[int | None, int | None, int | None], burst: int | None = None
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property

@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vswitch.fastpath.atomics cimport (
+    vs_load8,
     vs_load16,
     vs_load32,
     vs_load64,
@@ -11,6 +12,7 @@ from vswitch.fastpath.atomics cimport (
     vs_load_acquire32,
     vs_store8,
     vs_store32,
+    vs_store64,
     vs_store_int,
     vs_store_release_ptr,
 )
@@ -28,6 +30,7 @@ from vswitch.fastpath.types cimport (
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
     OFFLOAD_CSUM,
+    N_STORM,
     OFFLOAD_VALID,
     PortC,
     RingC,
@@ -382,6 +385,34 @@ cdef class Port:
     @offloads.setter
     def offloads(self, uint8_t value):
         self.c.offloads = value | OFFLOAD_VALID if value & OFFLOAD_CSUM else 0
+
+    def set_storm(self, rates, burst=None):
+        """Limit what is flooded: frames a second of broadcast, multicast and unknown unicast.
+
+        None is no limit. `burst` is how many frames a bucket holds, by default those of a tenth of
+        a second, 64 at least.
+        """
+        cdef uint64_t period
+        for kind, rate in zip(range(N_STORM), rates, strict=True):
+            # A limit that is being replaced may let a burst more through, no frame too few.
+            period = 0 if rate is None else max(1, 1_000_000_000 // rate)
+            vs_store64(&self.c.storm_period_ns[kind], 0)
+            if period:
+                vs_store64(
+                    &self.c.storm_burst_ns[kind], period * (burst or max(64, rate // 10))
+                )
+                vs_store64(&self.c.storm_full_ns[kind], 0)
+                vs_store64(&self.c.storm_period_ns[kind], period)
+        vs_store8(&self.c.storm, any(rate is not None for rate in rates))
+
+    @property
+    def mac_limit_told(self):
+        """Whether "mac-limit" was reported; no further one is until this is set to False."""
+        return bool(vs_load8(&self.c.mac_limit_told))
+
+    @mac_limit_told.setter
+    def mac_limit_told(self, bint value):
+        vs_store8(&self.c.mac_limit_told, value)
 
     @property
     def max_len(self):

@@ -17,6 +17,7 @@ from vswitch.fastpath.atomics cimport (
 )
 from vswitch.fastpath.fdb cimport (
     FDB_NO_ROOM,
+    FDB_PORT_FULL,
     FDB_STATIC,
     FdbResult,
     fdb_find,
@@ -25,9 +26,10 @@ from vswitch.fastpath.fdb cimport (
     fdb_lookup,
     fdb_remove,
 )
-from vswitch.fastpath.types cimport FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.types cimport MAX_PORTS, FdbBucket, FdbC, FdbEntryC
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+NO_LIMIT = 0xFFFFFFFF  # entries of a port: as many as the table takes
 SWEEP = 4096  # buckets looked at before the lock is given up for a moment
 
 
@@ -51,6 +53,12 @@ def key_mac(key: int) -> tuple[str, int]:
     return (key & 0xFFFFFFFFFFFF).to_bytes(6, "little").hex(":"), key >> 48
 
 
+cdef uint16_t _port(uint16_t port) except? 0xFFFF:
+    if port >= MAX_PORTS:
+        raise ValueError(f"port number {port} is not below {MAX_PORTS}")
+    return port
+
+
 cdef class Fdb:
     """(VLAN, MAC) to port number. `size` is the most entries it takes.
 
@@ -70,6 +78,8 @@ cdef class Fdb:
             raise MemoryError
         self.c.mask = buckets - 1
         self.c.limit = size
+        for port in range(MAX_PORTS):
+            self.c.learned_max[port] = NO_LIMIT
         self.c.seed = int.from_bytes(os.urandom(8), "little")
         self.c.generation = 1
         self.c.tick = 1
@@ -106,20 +116,31 @@ cdef class Fdb:
     def tick(self, uint32_t value):
         vs_store32(&self.c.tick, value)
 
+    def learned(self, uint16_t port):
+        """How many dynamic entries a port has."""
+        return vs_load32(&self.c.learned[_port(port)])
+
+    def limit(self, uint16_t port, uint32_t most):
+        """Let a port have `most` dynamic entries; those it has beyond that stay until they age."""
+        vs_store32(&self.c.learned_max[_port(port)], most)
+
     def lookup(self, uint64_t key):
         """The port number of a key, or None."""
         cdef int32_t port = fdb_lookup(self.c, key)
         return None if port < 0 else port
 
     def learn(self, uint64_t key, uint16_t port):
-        """What a worker does with a source address; False when the table had no room."""
+        """What a worker does with a source address; False when table or port had no room."""
         cdef int32_t old = -1
-        return fdb_learn(self.c, key, port, vs_load32(&self.c.tick), &old) != FDB_NO_ROOM
+        cdef FdbResult result
+        result = fdb_learn(self.c, key, _port(port), vs_load32(&self.c.tick), &old)
+        return result != FDB_NO_ROOM and result != FDB_PORT_FULL
 
     def add_static(self, uint64_t key, uint16_t port):
         """Pin an address to a port: never aged, never moved. False when the table is full."""
         cdef int32_t old = -1
         cdef FdbResult result
+        port = _port(port)
         self._lock()
         result = fdb_insert(self.c, key, port, FDB_STATIC, vs_load32(&self.c.tick), &old)
         # A worker may have noted the address as its port's own.

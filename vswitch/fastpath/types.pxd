@@ -94,7 +94,17 @@ cdef enum:
     DROP_OFFLOAD_UNNEGOTIATED
     DROP_BAD_CSUM
     DROP_BAD_GSO
+    DROP_STORM_BROADCAST  # the three in the order of StormKind
+    DROP_STORM_MULTICAST
+    DROP_STORM_UNKNOWN
     N_DROPS
+
+# What storm control tells apart.
+cdef enum StormKind:
+    STORM_BROADCAST
+    STORM_MULTICAST
+    STORM_UNKNOWN          # unicast to an address that is not known
+    N_STORM
 
 # What is wrong with a ring. The order is that of RING_FAULTS in port.pyx.
 cdef enum Fault:
@@ -118,6 +128,7 @@ cdef struct Counters:      # one a worker and port; written by that worker only
     uint64_t kicks
     uint64_t calls
     uint64_t stalls
+    uint64_t macs_refused  # times that an address was not learned for want of room
     uint64_t drops[N_DROPS]
 
 cdef enum PortKind:
@@ -132,6 +143,12 @@ cdef struct PortC:
     int tap_fd             # main
     uint32_t offloads      # main; OFFLOAD_* that a TAP takes and may ask for, 0 for guests
     uint32_t tap_lost      # atomic; the interface was deleted under us
+    uint8_t mac_limit_told # atomic; main heard that addresses are refused
+    uint8_t storm          # atomic; some kind of frame is limited
+    # A token bucket a kind, see storm.pxd.
+    uint64_t storm_period_ns[N_STORM]  # atomic; time that a frame takes up, 0: not limited
+    uint64_t storm_burst_ns[N_STORM]   # atomic; ... and that the bucket holds
+    uint64_t storm_full_ns[N_STORM]    # atomic; when the bucket is full again
 
 cdef struct UsedChain:     # what giving a chain of a packed ring back takes
     uint16_t id
@@ -259,6 +276,7 @@ cdef enum EventKind:
     EVENT_MAC_MOVED
     EVENT_RING_FAULT
     EVENT_TAP_LOST
+    EVENT_MAC_LIMIT
 
 cdef struct EventC:
     uint64_t key           # MAC and VLAN
@@ -290,6 +308,8 @@ cdef struct FdbC:
     uint32_t generation    # atomic; grows whenever an entry changes its port or goes
     uint32_t tick          # atomic; seconds
     uint64_t full          # under lock; addresses that found no place
+    uint32_t learned[MAX_PORTS]      # under lock; dynamic entries of each port ...
+    uint32_t learned_max[MAX_PORTS]  # atomic; ... and the most it may have
 
 cdef struct Shared:        # one an engine
     void *view             # atomic; View *
