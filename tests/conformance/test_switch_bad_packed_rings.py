@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 from frames import BROADCAST, frame, frames
 from running import Wire, silent
-from test_switch_bad_rings import END, SIZE, A, B, C, Deed, check_others, data, trio
+from test_switch_bad_rings import (
+    BEYOND,
+    END,
+    RECEIVE_TABLES,
+    SIZE,
+    A,
+    B,
+    C,
+    Deed,
+    check_others,
+    data,
+    trio,
+)
 
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.raw import (
@@ -64,7 +76,11 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
     "beyond memory": ("bad-address", chain(RawDesc(1 << 40, 72))),
     "just beyond memory": ("bad-address", chain(RawDesc(END, 72))),
     "runs out of memory": ("bad-address", chain(RawDesc(END - 71, 72))),
+    "across a hole": ("bad-address", chain(RawDesc(END - 8, BEYOND - END + 16))),
+    "before the end of a hole": ("bad-address", chain(RawDesc(BEYOND - 1, 72))),
+    "beyond the last region": ("bad-address", chain(RawDesc(BEYOND + 4096 - 71, 72))),
     "wraps past 2^64": ("bad-address", chain(RawDesc((1 << 64) - 8, 72))),
+    "wraps to the beginning": ("bad-address", chain(RawDesc((1 << 64) - 72, 80))),
     "4 GiB": ("bad-address", chain(RawDesc(0, 0xFFFF_FFFF))),
     "second piece": ("bad-address", chain(RawDesc(0, 72), RawDesc(1 << 40, 72))),
     "longer than the ring": ("chain-too-long", endless(1)),
@@ -73,15 +89,22 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
     "writable": ("bad-direction", chain(RawDesc(0, 72, DESC_F_WRITE))),
     "second writable": ("bad-direction", chain(RawDesc(0, 72), RawDesc(0, 72, DESC_F_WRITE))),
     "writable in a table": ("bad-direction", table(RawDesc(0, 72, DESC_F_WRITE))),
+    "second writable in a table": (
+        "bad-direction",
+        table(RawDesc(0, 72), RawDesc(0, 72, DESC_F_WRITE)),
+    ),
     "table in a chain": (
         "indirect-nested",
         table(RawDesc(0, 72), flags=DESC_F_INDIRECT | DESC_F_NEXT),
     ),
     "empty table": ("indirect-length", table(RawDesc(0, 72), table_len=0)),
     "odd table": ("indirect-length", table(RawDesc(0, 72), table_len=24)),
+    "table of 32769": ("indirect-length", table(RawDesc(0, 72), table_len=16 * 32769)),
     "huge table": ("indirect-length", table(RawDesc(0, 72), table_len=0xFFFF_FFF0)),
     "table beyond memory": ("bad-address", chain(RawDesc(END, 16, DESC_F_INDIRECT))),
     "table runs out of memory": ("bad-address", chain(RawDesc(END - 8, 16, DESC_F_INDIRECT))),
+    "table in a hole": ("bad-address", chain(RawDesc(BEYOND - 16, 16, DESC_F_INDIRECT))),
+    "table wraps past 2^64": ("bad-address", chain(RawDesc((1 << 64) - 8, 16, DESC_F_INDIRECT))),
 }
 
 
@@ -187,13 +210,39 @@ def test_what_looks_bad_and_is_allowed(wire: Wire) -> None:
 RECEIVE: dict[str, tuple[str, RawDesc]] = {
     "beyond memory": ("bad-address", RawDesc(1 << 40, 2048, DESC_F_WRITE)),
     "runs out of memory": ("bad-address", RawDesc(END - 8, 2048, DESC_F_WRITE)),
+    "just beyond memory": ("bad-address", RawDesc(END, 2048, DESC_F_WRITE)),
+    "across a hole": ("bad-address", RawDesc(END - 8, BEYOND - END + 16, DESC_F_WRITE)),
     "wraps past 2^64": ("bad-address", RawDesc((1 << 64) - 8, 2048, DESC_F_WRITE)),
+    "table in a chain": ("indirect-nested", RawDesc(0, 16, DESC_F_INDIRECT | DESC_F_NEXT)),
+    "odd table": ("indirect-length", RawDesc(0, 24, DESC_F_INDIRECT)),
+    "table runs out of memory": ("bad-address", RawDesc(END - 8, 16, DESC_F_INDIRECT)),
     "read-only": ("bad-direction", RawDesc(0, 2048)),
     "empty": ("empty-buffer", RawDesc(0, 0, DESC_F_WRITE)),
     "longer than the ring": ("chain-too-long", RawDesc(0, 0, DESC_F_WRITE | DESC_F_NEXT)),
     "table beyond memory": ("bad-address", RawDesc(1 << 40, 16, DESC_F_INDIRECT)),
     "empty table": ("indirect-length", RawDesc(0, 0, DESC_F_INDIRECT)),
 }
+
+
+@pytest.mark.parametrize("name", RECEIVE_TABLES)
+def test_receiveq_table(wire: Wire, name: str) -> None:
+    fault, descs, table_len = RECEIVE_TABLES[name]
+    a, b, c = trio(wire, features=FEATURES)
+    where, gpa = a.memory.allocate(2048), a.memory.allocate(16 * len(descs))
+    raw = a.receiveqs[0].raw_packed()
+    for i, desc in enumerate(descs):
+        # One entry follows the other; NEXT means nothing here (2.8.7).
+        raw.write_desc_at(gpa + 16 * i, RawPackedDesc(desc.addr or where, desc.len, 0, desc.flags))
+    length = 16 * len(descs) if table_len is None else table_len
+    for i in range(SIZE):
+        old = raw.read_desc(i)
+        flags = DESC_F_INDIRECT | old.flags & (PACKED_F_AVAIL | PACKED_F_USED)
+        raw.write_desc(i, RawPackedDesc(gpa, length, old.id, flags))
+    b.send([frame(A, B)] * 3)
+    b.drain()
+    check_fault(wire, "receiveq0", fault)
+    assert wire.drops("a") == {"ring-fault": 3}
+    check_others(wire, b, c)
 
 
 @pytest.mark.parametrize("name", RECEIVE)

@@ -17,7 +17,9 @@ A, B, C = mac(1), mac(2), mac(3)
 SIZE = 256
 END = 1 << 26
 """End of the guest memory below, and of everything in it."""
-MEMORY = [Region(0, END, 0x7F00_0000_0000)]
+BEYOND = END + (1 << 20)
+"""Where memory begins again, after a hole; one page."""
+MEMORY = [Region(0, END, 0x7F00_0000_0000), Region(BEYOND, 4096, 0x7E00_0000_0000)]
 
 Deed = Callable[[SoftwareGuest], None]
 
@@ -93,7 +95,11 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
     "beyond memory": ("bad-address", chain(RawDesc(1 << 40, 72))),
     "just beyond memory": ("bad-address", chain(RawDesc(END, 72))),
     "runs out of memory": ("bad-address", chain(RawDesc(END - 71, 72))),
+    "across a hole": ("bad-address", chain(RawDesc(END - 8, BEYOND - END + 16))),
+    "before the end of a hole": ("bad-address", chain(RawDesc(BEYOND - 1, 72))),
+    "beyond the last region": ("bad-address", chain(RawDesc(BEYOND + 4096 - 71, 72))),
     "wraps past 2^64": ("bad-address", chain(RawDesc((1 << 64) - 8, 72))),
+    "wraps to the beginning": ("bad-address", chain(RawDesc((1 << 64) - 72, 80))),
     "4 GiB": ("bad-address", chain(RawDesc(0, 0xFFFF_FFFF))),
     "second piece": ("bad-address", chain(RawDesc(0, 72), RawDesc(1 << 40, 72))),
     "loop of one": ("chain-too-long", exact(RawDesc(0, 8, DESC_F_NEXT, 0))),
@@ -102,11 +108,20 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
         exact(RawDesc(0, 8, DESC_F_NEXT, 1), RawDesc(0, 8, DESC_F_NEXT, 0)),
     ),
     "loop of nothing": ("chain-too-long", exact(RawDesc(0, 0, DESC_F_NEXT, 0))),
+    "loop through the head": (
+        "chain-too-long",
+        exact(RawDesc(0, 8, DESC_F_NEXT, 2), RawDesc(0, 8), RawDesc(0, 8, DESC_F_NEXT, 0)),
+    ),
+    "loop of two in a table": (
+        "chain-too-long",
+        table(RawDesc(0, 1, DESC_F_NEXT, 1), RawDesc(0, 1, DESC_F_NEXT, 0)),
+    ),
     "loop in a table": ("chain-too-long", table(RawDesc(0, 1, DESC_F_NEXT, 0))),
     "1024 in a table": ("chain-too-long", table(*links(1024))),
     "next beyond ring": ("bad-next", exact(RawDesc(0, 8, DESC_F_NEXT, SIZE))),
     "next 65535": ("bad-next", exact(RawDesc(0, 8, DESC_F_NEXT, 0xFFFF))),
     "next beyond table": ("bad-next", table(RawDesc(0, 8, DESC_F_NEXT, 1))),
+    "next 65535 in a table": ("bad-next", table(RawDesc(0, 8, DESC_F_NEXT, 0xFFFF))),
     "head beyond ring": ("bad-head", head(SIZE)),
     "head 65535": ("bad-head", head(0xFFFF)),
     "index one too far": ("avail-index", jump(SIZE + 1)),
@@ -115,6 +130,14 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
     "writable": ("bad-direction", chain(RawDesc(0, 72, DESC_F_WRITE))),
     "second writable": ("bad-direction", chain(RawDesc(0, 72), RawDesc(0, 72, DESC_F_WRITE))),
     "writable in a table": ("bad-direction", table(RawDesc(0, 72, DESC_F_WRITE))),
+    "second writable in a table": (
+        "bad-direction",
+        table(RawDesc(0, 72, DESC_F_NEXT, 1), RawDesc(0, 72, DESC_F_WRITE)),
+    ),
+    "table in a table, at its end": (
+        "indirect-nested",
+        table(RawDesc(0, 72, DESC_F_NEXT, 1), RawDesc(0, 16, DESC_F_INDIRECT)),
+    ),
     "table in a table": ("indirect-nested", table(RawDesc(0, 16, DESC_F_INDIRECT))),
     "table in a chain": (
         "indirect-nested",
@@ -122,12 +145,15 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
     ),
     "empty table": ("indirect-length", table(RawDesc(0, 72), table_len=0)),
     "odd table": ("indirect-length", table(RawDesc(0, 72), table_len=24)),
+    "table of 32769": ("indirect-length", table(RawDesc(0, 72), table_len=16 * 32769)),
     "huge table": ("indirect-length", table(RawDesc(0, 72), table_len=0xFFFF_FFF0)),
     "table beyond memory": ("bad-address", chain(RawDesc(END, 16, DESC_F_INDIRECT))),
     "table runs out of memory": (
         "bad-address",
         chain(RawDesc(END - 8, 16, DESC_F_INDIRECT)),
     ),
+    "table in a hole": ("bad-address", chain(RawDesc(BEYOND - 16, 16, DESC_F_INDIRECT))),
+    "table wraps past 2^64": ("bad-address", chain(RawDesc((1 << 64) - 8, 16, DESC_F_INDIRECT))),
 }
 
 
@@ -222,6 +248,14 @@ def test_what_looks_bad_and_is_allowed(wire: Wire) -> None:
     raw.offer(RawDesc(gpa, 16 * 1023, DESC_F_INDIRECT))
     queue.kick()
     assert b.recv(1) == [frame(B, A)]
+    # A table at an odd address, pointed to by a descriptor with flags that mean nothing there; what
+    # it points to ends with the last byte of a region.
+    for desc in (RawDesc(BEYOND + 4096 - 72, 72), RawDesc(END - 72, 72), RawDesc(BEYOND, 72)):
+        a.memory.write(desc.addr, bytes(12) + frame(B, A))
+        raw.write_desc_at(gpa + 3, desc)
+        raw.offer(RawDesc(gpa + 3, 16, DESC_F_INDIRECT | DESC_F_WRITE))
+        queue.kick()
+        assert b.recv(1) == [frame(B, A)]
     # 200 times the same 64 MiB.
     raw.offer(*[RawDesc(0, END)] * 200)
     queue.kick()
@@ -234,7 +268,13 @@ def test_what_looks_bad_and_is_allowed(wire: Wire) -> None:
 RECEIVE: dict[str, tuple[str, RawDesc]] = {
     "beyond memory": ("bad-address", RawDesc(1 << 40, 2048, DESC_F_WRITE)),
     "runs out of memory": ("bad-address", RawDesc(END - 8, 2048, DESC_F_WRITE)),
+    "just beyond memory": ("bad-address", RawDesc(END, 2048, DESC_F_WRITE)),
+    "across a hole": ("bad-address", RawDesc(END - 8, BEYOND - END + 16, DESC_F_WRITE)),
     "wraps past 2^64": ("bad-address", RawDesc((1 << 64) - 8, 2048, DESC_F_WRITE)),
+    "next 65535": ("bad-next", RawDesc(0, 8, DESC_F_WRITE | DESC_F_NEXT, 0xFFFF)),
+    "table in a chain": ("indirect-nested", RawDesc(0, 16, DESC_F_INDIRECT | DESC_F_NEXT)),
+    "odd table": ("indirect-length", RawDesc(0, 24, DESC_F_INDIRECT)),
+    "table runs out of memory": ("bad-address", RawDesc(END - 8, 16, DESC_F_INDIRECT)),
     "read-only": ("bad-direction", RawDesc(0, 2048)),
     "empty": ("empty-buffer", RawDesc(0, 0, DESC_F_WRITE)),
     "loop of nothing": ("chain-too-long", RawDesc(0, 0, DESC_F_WRITE | DESC_F_NEXT)),
@@ -242,6 +282,76 @@ RECEIVE: dict[str, tuple[str, RawDesc]] = {
     "table beyond memory": ("bad-address", RawDesc(1 << 40, 16, DESC_F_INDIRECT)),
     "empty table": ("indirect-length", RawDesc(0, 0, DESC_F_INDIRECT)),
 }
+
+
+# What a table in the receiveq holds, and its length in the ring where that is another.
+RECEIVE_TABLES: dict[str, tuple[str, list[RawDesc], int | None]] = {
+    "read-only": ("bad-direction", [RawDesc(0, 2048)], None),
+    "second read-only": (
+        "bad-direction",
+        [RawDesc(0, 8, DESC_F_WRITE | DESC_F_NEXT, 1), RawDesc(0, 2048)],
+        None,
+    ),
+    "empty": ("empty-buffer", [RawDesc(0, 0, DESC_F_WRITE)], None),
+    "beyond memory": ("bad-address", [RawDesc(1 << 40, 2048, DESC_F_WRITE)], None),
+    "in a hole": ("bad-address", [RawDesc(BEYOND - 1, 2048, DESC_F_WRITE)], None),
+    "odd": ("indirect-length", [RawDesc(0, 2048, DESC_F_WRITE)], 24),
+    "huge": ("indirect-length", [RawDesc(0, 2048, DESC_F_WRITE)], 0xFFFF_FFF0),
+}
+SPLIT_RECEIVE_TABLES = RECEIVE_TABLES | {
+    "table": ("indirect-nested", [RawDesc(0, 16, DESC_F_INDIRECT)], None),
+    "loop": ("chain-too-long", [RawDesc(0, 1, DESC_F_WRITE | DESC_F_NEXT, 0)], None),
+    "next beyond": ("bad-next", [RawDesc(0, 1, DESC_F_WRITE | DESC_F_NEXT, 1)], None),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_RECEIVE_TABLES)
+def test_receiveq_table(wire: Wire, name: str) -> None:
+    fault, descs, table_len = SPLIT_RECEIVE_TABLES[name]
+    a, b, c = trio(wire)
+    where, gpa = a.memory.allocate(2048), a.memory.allocate(16 * len(descs))
+    raw = a.receiveqs[0].raw
+    for i, desc in enumerate(descs):
+        raw.write_desc_at(gpa + 16 * i, desc._replace(addr=desc.addr or where))
+    length = 16 * len(descs) if table_len is None else table_len
+    for i in range(SIZE):
+        raw.write_desc(i, RawDesc(gpa, length, DESC_F_INDIRECT))
+    b.send([frame(A, B)] * 3)
+    b.drain()
+    wire.wait_state("a", "fault")
+    assert str(wire.info("a")["error"]).endswith(f"({fault})")
+    assert wire.drops("a") == {"ring-fault": 3}
+    check_others(wire, b, c)
+
+
+@pytest.mark.parametrize("number", [SIZE, 0xFFFF])
+def test_receiveq_head(wire: Wire, number: int) -> None:
+    a, b, c = trio(wire)
+    for i in range(SIZE):
+        a.receiveqs[0].raw.write_avail(i, number)
+    b.send([frame(A, B)] * 3)
+    b.drain()
+    wire.wait_state("a", "fault")
+    assert str(wire.info("a")["error"]).endswith("(bad-head)")
+    assert wire.drops("a") == {"ring-fault": 3}
+    check_others(wire, b, c)
+
+
+def test_used_ring_on_top_of_data(wire: Wire) -> None:
+    """A guest may have its own frames and rings overwritten; the switch minds neither."""
+    a, b, c = trio(wire)
+    layout, raw = a.transmitqs[0].layout, a.transmitqs[0].raw
+    # What it sends lies in the used ring, its receive buffers in its receiveq's descriptors.
+    raw.offer(RawDesc(layout.used_gpa, 1024))
+    a.transmitqs[0].kick()
+    for i in range(SIZE):
+        a.receiveqs[0].raw.write_desc(
+            i, RawDesc(a.receiveqs[0].layout.desc_gpa, 16 * SIZE, DESC_F_WRITE)
+        )
+    for _ in range(4):
+        b.send([frame(A, B)] * 64)
+        b.drain()
+        check_others(wire, b, c)
 
 
 @pytest.mark.parametrize("name", RECEIVE)
