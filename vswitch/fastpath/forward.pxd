@@ -351,13 +351,13 @@ cdef inline void deliver_queues(
             deliver(w, to.receiveqs[q], w.queue[q], w.queue_n[q], counters)
 
 
-cdef inline void forward_burst(
+cdef inline uint32_t forward_burst(
     WorkerC *w, const View *view, PortC *port, RingC *ring, uint16_t n
 ) noexcept nogil:
-    """Forward `w.frames[0..n-1]`, which came from `port`."""
+    """Forward `w.frames[0..n-1]`, which came from `port`; returns how many copies that took."""
     cdef Counters *counters = &w.counters[port.id]
     cdef uint64_t total = 0
-    cdef uint32_t i
+    cdef uint32_t i, copies = 0
     cdef uint16_t id, count
     cdef const PortView *to
     for i in range(n):
@@ -376,6 +376,7 @@ cdef inline void forward_burst(
         id = w.touched[i]
         count = w.egress_n[id]
         w.egress_n[id] = 0
+        copies += count
         to = &view.ports[id]
         if to.port.kind == KIND_TAP:
             tap_send(w, to.port, w.egress[id], count, &w.counters[id])
@@ -383,3 +384,4 @@ cdef inline void forward_burst(
             deliver(w, to.receiveqs[0], w.egress[id], count, &w.counters[id])
         else:
             deliver_queues(w, to, w.egress[id], count, &w.counters[id])
+    return copies

@@ -193,6 +193,7 @@ cdef class Ring:
         c.signalled_valid = 0
         c.region_hint = 0
         c.empty_polls = 0
+        c.debt = 0
         c.src_key = 0
         c.dst_key = 0
         c.src_generation = c.dst_generation = 0

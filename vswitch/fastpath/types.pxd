@@ -14,7 +14,8 @@ cdef enum:
     MAX_PORTS = 1024
     MAX_WORKERS = 64
     MAX_QUEUE_PAIRS = 128
-    BURST = 64             # frames taken from one ring before the next ring has its turn
+    BURST = 64             # frames taken from one ring before the next ring has its turn, and
+                           # copies that a turn may cost without others being waited for
     MAX_CHAIN = 1023       # descriptors in a chain; vhost-net's limit, and fits IOV_MAX with a header
     SEG_POOL = 4096        # segments of a burst beyond the first of each frame
     MAX_REGIONS = 64       # memory regions of a port
@@ -221,6 +222,7 @@ cdef struct RingC:
     uint16_t walk_count    # ... and ring entries
     uint16_t region_hint
     uint32_t empty_polls
+    uint32_t debt          # copies made beyond those of a turn, to be waited for
     uint64_t taken         # chains of a transmitq since it was made
     uint64_t fault_value
     uint64_t fault_detail

@@ -153,6 +153,7 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
 cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) noexcept nogil:
     """Take up to a burst from one transmitq and forward it; returns how many chains were taken."""
     cdef uint16_t i, taken
+    cdef uint32_t copies
     cdef Counters *counters
     if vs_unlikely(ring.fault != 0):
         return 0
@@ -161,7 +162,9 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
     if taken:
         counters = &w.counters[ring.port.id]
         if vs_likely(vs_load8(&ring.enabled)):
-            forward_burst(w, view, ring.port, ring, taken)
+            copies = forward_burst(w, view, ring.port, ring, taken)
+            if vs_unlikely(copies > BURST):
+                ring.debt = copies - BURST
         else:
             # Started but disabled: process and discard ("Ring states" of the protocol document).
             counters.ingress_frames += taken
@@ -330,6 +333,11 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
         for i in range(mine.n_transmitqs):
             ring = mine.transmitqs[i]
             if ring.empty_polls >= COLD_AFTER and loops % COLD_EVERY:
+                continue
+            if vs_unlikely(ring.debt):
+                # It flooded: as many turns of the others as its copies would have filled.
+                ring.debt -= BURST if ring.debt > BURST else ring.debt
+                work += 1
                 continue
             got = poll_transmitq(w, view, ring)
             if got:
