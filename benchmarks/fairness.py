@@ -183,7 +183,8 @@ def shares(rates: dict[str, list[float]]) -> dict[str, float]:
     """What is kept of the rate beside a guest in good order: medians over rounds."""
     return {
         name: statistics.median(
-            rate / reference for rate, reference in zip(mine, rates[_REFERENCE], strict=True)
+            rate / reference if reference else 0.0
+            for rate, reference in zip(mine, rates[_REFERENCE], strict=True)
         )
         for name, mine in rates.items()
     }

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import __main__ as program
-from benchmarks import machine, report
+from benchmarks import fairness, machine, report
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.guests import TSO_FRAME_LEN, frames_under_way, tso_frame
 from benchmarks.limits import LIMITS
@@ -350,6 +350,27 @@ def test_a_run(tmp_path: Path) -> None:
         assert (one["reading"]["p99"] is None) == (one["case"]["kind"] in ("rate", "tso"))
     assert report.newest(tmp_path) == path
     assert "# A benchmark run" in path.with_suffix(".md").read_text()
+
+
+def test_fairness(tmp_path: Path) -> None:
+    """The whole program; as above, what it measures here says nothing."""
+    out = tmp_path / "fairness.json"
+    arguments = ["--samples", "1", "--seconds", "0.05", "--json", str(out)]
+    ran = CliRunner().invoke(fairness.main, arguments)
+    assert ran.exit_code == 0, ran.output
+    rates = json.loads(out.read_text())["rates"]
+    assert list(rates) == [behaviour.name for behaviour in fairness.BEHAVIOURS]
+    assert ran.output.count("\n") == 2 + len(rates)
+
+
+def test_shares_kept() -> None:
+    rates = {"good order": [2.0, 4.0, 8.0], "bad order": [1.0, 1.0, 8.0]}
+    assert fairness.shares(rates) == {"good order": 1.0, "bad order": 0.5}
+    assert fairness.table(rates).splitlines()[-1] == "| bad order | 0.00 | 50 % |"
+    # Nothing came through at all, not even beside a guest in good order: there is no share.
+    assert fairness.shares({"good order": [0.0], "alone": [1.0]}) == {
+        "good order": 0.0, "alone": 0.0,
+    }  # fmt: skip
 
 
 def test_wrong_options(tmp_path: Path) -> None:
