@@ -346,6 +346,7 @@ cdef struct WorkerC:
     int epoll_fd
     int wake_fd
     vs_notifier notifier
+    uint32_t tap_debt      # of its TAPs, as that of a ring
     uint64_t mark_ns       # when the present busy or idle spell began
     uint8_t busy
     Counters *counters     # [MAX_PORTS]

@@ -188,11 +188,14 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
 cdef inline uint32_t poll_tap(WorkerC *w, const View *view, PortC *port) noexcept nogil:
     cdef bint lost = False
     cdef int n
+    cdef uint32_t copies
     if vs_unlikely(vs_load32(&port.tap_lost)):
         return 0
     n = tap_receive(w, port, &lost)
     if n > 0:
-        forward_burst(w, view, port, NULL, <uint16_t>n)
+        copies = forward_burst(w, view, port, NULL, <uint16_t>n)
+        if vs_unlikely(copies > BURST):
+            w.tap_debt += copies - BURST
         w.bursts += 1
         w.frames_total += n
     if vs_unlikely(lost):
@@ -347,7 +350,10 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
                 ring.empty_polls += ring.empty_polls < COLD_AFTER
         if mine.n_taps:
             # The clock is cheap but not free: it is read in one loop of eight.
-            if tap_hot or (loops & 7 == 0 and vs_now_ns() >= tap_due):
+            if vs_unlikely(w.tap_debt):
+                w.tap_debt -= BURST if w.tap_debt > BURST else w.tap_debt
+                work += 1
+            elif tap_hot or (loops & 7 == 0 and vs_now_ns() >= tap_due):
                 got = 0
                 for i in range(mine.n_taps):
                     got += poll_tap(w, view, mine.taps[i])
