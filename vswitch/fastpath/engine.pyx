@@ -333,6 +333,8 @@ cdef class Engine:
         self.attach(ring, kick_fd, worker)
         ring.moving = False
         ring.published = True
+        # Nobody polls it at present. Its new worker is to look at it at once.
+        ring.c.empty_polls = 0
         return True
 
     def detach(self, Ring ring):
