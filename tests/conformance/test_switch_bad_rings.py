@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, exchanging, silent, teach
 
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest.frontend import Frontend
 from vswitch.guest.memory import Region
 from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature
@@ -335,6 +337,53 @@ def test_receiveq_head(wire: Wire, number: int) -> None:
     assert str(wire.info("a")["error"]).endswith("(bad-head)")
     assert wire.drops("a") == {"ring-fault": 3}
     check_others(wire, b, c)
+
+
+class TwoFaced(SoftwareGuest):
+    """A guest whose frontend connects to two ports, with the same memory and the same rings."""
+
+    def connect_again(self, path: Path) -> Frontend:
+        second = Frontend.connect(path, 5.0)
+        second.negotiate(self.wanted_features, self.wanted_protocol_features, required=0)
+        first, self._frontend = self._frontend, second
+        try:
+            self.start_rings()
+        finally:
+            self._frontend = first
+        return second
+
+
+def test_two_ports_with_one_memory(wire: Wire) -> None:
+    """Both ports take from one transmitq and fill one receiveq: the confusion is that guest's."""
+    a = wire.enter(TwoFaced(A, queue_size=SIZE, regions=MEMORY))
+    a.connect(wire.port("a"))
+    b, c, d = wire.guest("b", 2), wire.guest("c", 3), wire.guest("d", 4)
+    teach(a, b, c, d)
+    second = a.connect_again(wire.port("a2"))
+    try:
+        wire.wait_state("a2", "ready")
+        raw, where = a.transmitqs[0].raw, a.memory.allocate(1024)
+        a.memory.write(where, bytes(12) + frame(mac(4), A))
+        with exchanging(b, c):
+            for _ in range(50):
+                for _ in range(4):
+                    raw.offer(RawDesc(where, 72))
+                a.transmitqs[0].kick()
+                d.send([frame(A, mac(4))] * 8)
+                d.drain()
+            got = d.recv(200)
+            assert set(got) == {frame(mac(4), A)}
+            # Each of them takes all that it sees: twice what was sent.
+            for name in ("a", "a2"):
+                wire.wait_until(
+                    lambda name=name: wire.stats(name)["ingress_frames"] >= 200,  # type: ignore[misc]
+                    f"port {name} takes all frames",
+                )
+                assert wire.info(name)["state"] == "ready"
+    finally:
+        second.close()
+    wire.wait_state("a2", "listening")
+    a.disconnect()
 
 
 def test_used_ring_on_top_of_data(wire: Wire) -> None:
