@@ -226,5 +226,4 @@ def test_no_more_is_lost_than_over_qemus_own_tap(
                 pings_until_answered(source, NEIGHBOUR)
                 through = tmp_path / f"{number}.tap.sock"
                 over_taps.append(lost_on_the_way(namespace, source, target, through))
-    print("lost", over_switches, over_taps)
     assert statistics.median(over_switches) <= statistics.median(over_taps) + 0.2 / INTERVAL_S
