@@ -253,8 +253,13 @@ def test_errors(
 
 
 def test_events(controlled: Controlled, tmp_path: Path) -> None:
+    # Jobs in the background of a script ignore SIGINT, and so would what they start.
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from vswitch.cli.ctl import main; main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from vswitch.cli.ctl import main; main()", "events", "--json"],
+        [sys.executable, "-c", start, "events", "--json"],
         env=environment(VSWITCH_SOCKET=str(controlled.path)),
         stdout=subprocess.PIPE,
         text=True,
