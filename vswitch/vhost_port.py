@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from vswitch import limits, offloads
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
@@ -48,6 +48,13 @@ belong to them: a guest changes its offloads by it, and no message tells a backe
 
 ETH_OVERHEAD = 14 + 4
 """Bytes of a frame beyond its MTU: Ethernet header and one VLAN tag."""
+
+TIB = 1 << 40
+MEMORY_LEN_MAX = TIB
+"""Bytes of one guest's memory. The address space of a process has 128 TiB for all of them, and a
+file without contents costs its owner nothing."""
+LOG_LEN_MAX = 1 << 32
+"""Bytes of a log of written pages, which are 128 TiB of guest addresses."""
 
 BROADCAST = b"\xff" * 6
 
@@ -226,6 +233,7 @@ class VhostPort:
             self._dirty_log = None
         if not regions:
             return
+        _check_memory_len(regions)
         try:
             self._memory = Memory(regions, fds)
         except ValueError as exc:
@@ -235,6 +243,7 @@ class VhostPort:
         self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
 
     async def add_memory(self, region: MemRegion, fd: int) -> None:
+        _check_memory_len([region, *(self._memory.regions if self._memory else ())])
         try:
             memory = (self._memory or Memory([], [])).with_region(region, fd)
         except ValueError as exc:
@@ -265,6 +274,8 @@ class VhostPort:
         self._old_memory.clear()
 
     async def set_log(self, fd: int, area: LogArea) -> None:
+        if area.size > LOG_LEN_MAX:
+            raise DatapathError(f"the log has {area.size} bytes, more than {LOG_LEN_MAX}")
         try:
             self._dirty_log = DirtyLog(fd, area.size, area.offset)
         except ValueError as exc:
@@ -538,6 +549,15 @@ class VhostPort:
                     "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
                 )
                 log.warning("port %s: %s", self.name, self._warning)
+
+
+def _check_memory_len(regions: Iterable[tuple[int, int, int, int]]) -> None:
+    length = sum(size for _, size, _, _ in regions)
+    if length > MEMORY_LEN_MAX:
+        raise DatapathError(
+            f"the guest's memory is {length / TIB:.1f} TiB in all, "
+            f"more than the {MEMORY_LEN_MAX / TIB:.1f} TiB of a port"
+        )
 
 
 def _ring_name(index: int) -> str:
