@@ -40,6 +40,7 @@ def extension(name: str) -> Extension:
 
 EXTENSIONS = [
     extension("vswitch.fastpath.engine"),
+    extension("vswitch.fastpath.iotlb"),
     extension("vswitch.fastpath.journal"),
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),

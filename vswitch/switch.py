@@ -329,6 +329,8 @@ class Switch:
             return
         if kind == "ring-fault" and isinstance(port, VhostPort):
             port.ring_fault(other)
+        elif kind == "iotlb-miss" and isinstance(port, VhostPort):
+            port.iotlb_missed(other)
         elif kind == "tap-lost" and isinstance(port, TapPort):
             reason = port.lost()
             log.error("uplink %s: %s", port.name, reason)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from vswitch import limits, offloads
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
@@ -16,6 +18,7 @@ from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory
 from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
 from vswitch.journals import make_shared, open_shared
+from vswitch.port_iotlb import PortIotlb
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
@@ -41,6 +44,7 @@ FEATURES = (
     | Feature.CTRL_MAC_ADDR
     | Feature.GUEST_ANNOUNCE
     | Feature.MQ
+    | Feature.ACCESS_PLATFORM
 )
 """What a port offers besides offloads. CTRL_*, STATUS, ANNOUNCE and MQ are the frontend's to
 implement; to offer them says that nothing here stands in their way. CTRL_GUEST_OFFLOADS does not
@@ -86,6 +90,7 @@ class VhostPort:
         self._settle = settle
         self._place = place
         self._enabled: dict[int, bool] = {}
+        self._kicks: dict[int, int] = {}
         self._notify = notify
         self._endpoint: Endpoint
         if settings.mode == "server":
@@ -102,6 +107,7 @@ class VhostPort:
         self._memory: Memory | None = None
         self._memory_lost = False
         self._old_memory: list[Memory] = []
+        self._iotlb: PortIotlb | None = None
         self._dirty_log: DirtyLog | None = None
         self._old_logs: list[DirtyLog | None] = []
         self._logs: dict[int, RingLog | None] = {}
@@ -144,6 +150,8 @@ class VhostPort:
         for index, ring in self.fast.rings.items():
             if ring.started and ring.fault is not None:
                 self.ring_fault(index)
+        if self._iotlb is not None:
+            self._iotlb.check()
         if self._backend is None:
             self._endpoint.check()
             problem = self._endpoint.problem
@@ -222,6 +230,7 @@ class VhostPort:
         return SLOTS
 
     async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
+        self._iotlb = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -267,10 +276,13 @@ class VhostPort:
             # Kept here: workers use it until they are told, whatever happens to this coroutine.
             self._old_memory.append(self._memory)
         self._memory = memory
-        for ring in self.fast.rings.values():
-            if ring.started:
-                ring.use_memory(memory)
-        await self._settle()
+        if self._iotlb is not None:
+            await self._iotlb.use_memory(memory)
+        else:
+            for ring in self.fast.rings.values():
+                if ring.started:
+                    ring.use_memory(memory)
+            await self._settle()
         self._old_memory.clear()
 
     async def set_log(self, fd: int, area: LogArea) -> None:
@@ -307,15 +319,35 @@ class VhostPort:
         self.check_memory()
         if self._memory_lost:
             raise DatapathError(f"vring {index}: the frontend truncated its memory file")
+        iotlb, place = self._iotlb, setup
+        if iotlb is not None:
+            place = iotlb.place(index, setup)
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
-        self._look_for_sharing(setup)
-        modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
+        self._look_for_sharing(place)
         self._enabled[index] = setup.enabled
         ring.enabled = setup.enabled and not self.fast.link_down
         ring.set_call(setup.call_fd)
         self._set_ring_log(index, setup.log)
+        base = self._run_ring(ring, place)
+        self._faulted.discard(index)
+        if not self._faulted:
+            self._fault = None
+        self._engine.attach(ring, setup.kick_fd, self._place(ring))
+        await self._settle()
+        if iotlb is not None and iotlb is self._iotlb:
+            iotlb.started(index, setup, place)
+            if not ring.is_transmitq and setup.kick_fd >= 0:
+                # New receive buffers: no worker waits for those.
+                self._kicks[index] = setup.kick_fd
+                asyncio.get_running_loop().add_reader(setup.kick_fd, self._on_posted, index)
+        return base
+
+    def _run_ring(self, ring: Ring, setup: RingSetup) -> int:
+        """Point a stopped ring to its memory, whose addresses are the frontend's."""
+        assert self._memory is not None
+        modern = bool(setup.features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
         try:
-            base = ring.start(
+            return ring.start(
                 self._memory,
                 setup.size,
                 setup.desc_uva,
@@ -330,23 +362,86 @@ class VhostPort:
                 packed=Feature.RING_PACKED in setup.features,
                 identity=self._identity(setup),
                 offloads=_offloads(ring, setup.features),
+                iotlb=None if self._iotlb is None else self._iotlb.tables,
             )
         except RingError as exc:
-            raise DatapathError(f"vring {index}: {exc}") from exc
-        self._faulted.discard(index)
-        if not self._faulted:
-            self._fault = None
-        self._engine.attach(ring, setup.kick_fd, self._place(ring))
-        await self._settle()
-        return base
+            raise DatapathError(f"vring {ring.index}: {exc}") from exc
 
     async def stop_rings(self, indices: list[int]) -> list[int]:
         rings = [self.fast.rings[index] for index in indices]
         for ring in rings:
             ring.unpublish()
             self._engine.detach(ring)
+            self._forget_kicks(ring.index)
         await self._settle()
-        return [ring.mark_stopped() for ring in rings]
+        bases = [ring.mark_stopped() for ring in rings]
+        if self._iotlb is not None:
+            for index in indices:
+                self._iotlb.stopped(index)
+        return bases
+
+    # Datapath: the IOTLB
+
+    def use_iotlb(self, on: bool) -> None:
+        if not on:
+            if self._iotlb is not None and not self._iotlb.serves_rings:
+                self._iotlb = None
+        elif self._iotlb is None and self._memory is not None:
+            self._iotlb = PortIotlb(
+                self.fast,
+                self._engine,
+                self._memory,
+                lambda: self._backend,
+                self._settle,
+                self._restart_ring,
+                self._ring_lost,
+            )
+
+    def iotlb_update(self, iova: int, size: int, uva: int, access: int) -> None:
+        if self._iotlb is None:
+            raise DatapathError("update: there is no memory table")
+        self._iotlb.update(iova, size, uva, access)
+
+    async def iotlb_invalidate(self, iova: int, size: int) -> None:
+        if self._iotlb is not None:
+            await self._iotlb.invalidate(iova, size)
+
+    def ask_again(self) -> None:
+        if self._iotlb is not None:
+            self._iotlb.ask_again()
+
+    def _restart_ring(self, index: int, setup: RingSetup) -> None:
+        """Let a suspended ring go on in another place, which no worker has seen yet."""
+        ring = self.fast.rings[index]
+        base = ring.mark_stopped()
+        self._set_ring_log(index, self._logs[index])
+        try:
+            self._run_ring(ring, replace(setup, base=base))
+        except DatapathError as exc:
+            self._fail(str(exc))
+
+    def _ring_lost(self, index: int, reason: str | None) -> None:
+        """A ring cannot be where its driver says it is; None: now it can."""
+        if reason is not None:
+            self._fail(f"{_ring_name(index)}: {reason}")
+        elif not self._faulted:
+            self._fault = None
+
+    def iotlb_missed(self, index: int) -> None:
+        """A worker stopped at a buffer whose address is not translated."""
+        if self._iotlb is not None:
+            self._iotlb.scan(index)
+
+    def _on_posted(self, index: int) -> None:
+        # Without waiting, whatever its frontend has made of the descriptor's flags.
+        with contextlib.suppress(OSError):
+            os.preadv(self._kicks[index], [bytearray(8)], -1, os.RWF_NOWAIT)
+        self.iotlb_missed(index)
+
+    def _forget_kicks(self, index: int) -> None:
+        fd = self._kicks.pop(index, -1)
+        if fd >= 0:
+            asyncio.get_running_loop().remove_reader(fd)
 
     def make_inflight(self) -> tuple[int, int]:
         try:
@@ -364,6 +459,8 @@ class VhostPort:
         ring = self.fast.rings.get(index)
         if ring is not None:
             ring.forget_journal()
+        if self._iotlb is not None:
+            self._iotlb.stopped(index)
 
     async def enable_ring(self, index: int, enabled: bool) -> None:
         self._enabled[index] = enabled
@@ -426,6 +523,8 @@ class VhostPort:
         if self._memory is None or not self._memory.lost or self._memory_lost:
             return
         self._memory_lost = True
+        if self._iotlb is not None:
+            self._iotlb.memory_lost()
         for ring in self.fast.rings.values():
             ring.unpublish()
             self._engine.detach(ring)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from vswitch.control.client import Client
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.load import Flow, FlowResult, Load
 from vswitch.guest.packets import format_mac
+from vswitch.guest.raw import DESC_F_INDIRECT, DESC_LEN, RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 DEADLINE_S = 10.0
@@ -244,3 +246,25 @@ def silent(*guests: SoftwareGuest) -> bool:
     it gives a frame's buffer back only when every copy of it has been delivered.
     """
     return not any(guest.poll_frames(1) for guest in guests)
+
+
+def posted(guest: SoftwareGuest) -> set[int]:
+    """Where receive buffers, and the tables that describe them, begin and end."""
+    queue = guest.receiveqs[0]
+    ring = queue.raw_packed() if queue.ring.packed else queue.raw
+    found = set()
+    for index in range(queue.layout.size):
+        desc = ring.read_desc(index)
+        if desc.flags & DESC_F_INDIRECT:
+            for at in range(desc.addr, desc.addr + desc.len, DESC_LEN):
+                piece = RawDesc(*struct.unpack("<QIHH", guest.memory.read(at, DESC_LEN)))
+                found |= {piece.addr, piece.addr + piece.len - 1}
+        if desc.len:
+            found |= {desc.addr, desc.addr + desc.len - 1}
+    return found
+
+
+def translated(*guests: SoftwareGuest) -> None:
+    """Wait until the switch knows where the guests' receive buffers are."""
+    for one in guests:
+        one.iommu.wait_for_misses(posted(one))

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         (
             "vswitch.switch",
             "vswitch.vhost_port",
+            "vswitch.port_iotlb",
             "vswitch.tap_port",
             "vswitch.workers",
             "vswitch.journals",
@@ -68,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.uplinks",
             "vswitch.switch",
             "vswitch.vhost_port",
+            "vswitch.port_iotlb",
             "vswitch.tap_port",
             "vswitch.workers",
             "vswitch.journals",

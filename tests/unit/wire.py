@@ -13,7 +13,7 @@ from typing import Any
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
-from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
+from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     HEADER,
@@ -38,6 +38,9 @@ class RecordingDatapath:
         self.running: dict[int, RingSetup] = {}
         self.stop_at = 100
         self.refuse: dict[str, str] = {}
+        self.translating = False
+        self.pending: set[int] = set()
+        """Addresses of descriptors that wait for a translation."""
 
     def _note(self, name: str, *what: Any) -> None:
         self.calls.append((name, *what))
@@ -75,6 +78,8 @@ class RecordingDatapath:
             if fd >= 0:
                 os.fstat(fd)
         self._note("start", index)
+        if setup.desc_uva in self.pending:
+            raise TranslationPending
         self.running[index] = setup
         return setup.base
 
@@ -98,6 +103,21 @@ class RecordingDatapath:
 
     def forget_ring(self, index: int) -> None:
         assert index not in self.running
+
+    def use_iotlb(self, on: bool) -> None:
+        if on != self.translating:
+            self._note("use_iotlb", on)
+        self.translating = on
+
+    def iotlb_update(self, iova: int, size: int, uva: int, access: int) -> None:
+        self._note("iotlb_update", iova, size, uva, access)
+        self.pending.discard(iova)
+
+    async def iotlb_invalidate(self, iova: int, size: int) -> None:
+        self._note("iotlb_invalidate", iova, size)
+
+    def ask_again(self) -> None:
+        self._note("ask_again")
 
     async def enable_ring(self, index: int, enabled: bool) -> None:
         self._note("enable", index, enabled)

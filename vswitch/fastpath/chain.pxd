@@ -9,10 +9,11 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vswitch.fastpath.atomics cimport (
     vs_get64,
     vs_likely,
+    vs_load_acquire_ptr,
     vs_store_release32,
     vs_unlikely,
 )
-from vswitch.fastpath.memory cimport gpa_to_host
+from vswitch.fastpath.memory cimport find_region, gpa_to_host
 from vswitch.fastpath.types cimport (
     FAULT_ADDRESS,
     FAULT_CHAIN_LEN,
@@ -20,12 +21,16 @@ from vswitch.fastpath.types cimport (
     FAULT_INDIRECT_LEN,
     FAULT_INDIRECT_NESTED,
     FAULT_INDIRECT_UNOFFERED,
+    FAULT_IOTLB_MISS,
     FAULT_NEXT,
+    FAULT_NONE,
+    FAULT_PERMISSION,
     MAX_CHAIN,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
     Fault,
+    MemTable,
     RingC,
     Seg,
     VringDesc,
@@ -40,6 +45,42 @@ cdef inline void ring_fault(
     ring.fault_detail = detail
     # Release: whoever sees the fault sees its value. Pairs with the acquire load in port.pyx.
     vs_store_release32(&ring.fault, fault)
+
+
+cdef inline void bad_address(
+    RingC *ring, bint reading, uint64_t at, uint64_t addr, uint64_t length
+) noexcept nogil:
+    """Nothing is at `at`, in the buffer that begins at `addr`.
+
+    That is a fault, unless the frontend was not asked yet: then the ring waits for its answer.
+    `reading`: the device was going to read there, whatever it does with this ring's buffers.
+    """
+    # Loaded once: the main thread may put another one in its place at any time. Pairs with
+    # Ring.use_memory and Ring.use_iotlb.
+    cdef const MemTable *mem = <const MemTable *>vs_load_acquire_ptr(<void **>&ring.mem)
+    cdef uint64_t serial = mem.serial
+    cdef uint16_t hint
+    if mem.known == NULL:
+        ring_fault(ring, FAULT_ADDRESS, addr, length)
+        return
+    if find_region(mem.read if reading else mem, at, &hint) != NULL:
+        serial = 0  # it has come meanwhile
+    elif find_region(mem.known, at, &hint) != NULL:
+        ring_fault(ring, FAULT_PERMISSION, at, 0)
+        return
+    ring_fault(ring, FAULT_IOTLB_MISS, at, serial << 1 | reading)
+
+
+cdef inline bint miss_answered(RingC *ring) noexcept nogil:
+    """Whether a ring that is not running may go on: it waited for another table, and has one."""
+    cdef const MemTable *mem
+    if ring.fault != FAULT_IOTLB_MISS:
+        return False
+    mem = <const MemTable *>vs_load_acquire_ptr(<void **>&ring.mem)
+    if mem.serial == ring.fault_detail >> 1:
+        return False
+    ring_fault(ring, FAULT_NONE, 0, 0)
+    return True
 
 
 cdef inline void read_desc(VringDesc *out, const VringDesc *desc) noexcept nogil:
@@ -71,7 +112,7 @@ cdef inline int add_segment(
     while left:
         host = gpa_to_host(ring.mem, gpa, left, &contiguous, &ring.region_hint)
         if vs_unlikely(host == NULL):
-            ring_fault(ring, FAULT_ADDRESS, desc.addr, desc.len)
+            bad_address(ring, False, gpa, desc.addr, desc.len)
             return -1
         if vs_unlikely(n_segs[0] >= limit):
             ring_fault(ring, FAULT_CHAIN_LEN, n_segs[0], ring.size)
@@ -103,9 +144,9 @@ cdef inline int read_indirect(
     cdef uint32_t have = 0
     cdef char *host
     while have < 16:
-        host = gpa_to_host(ring.mem, gpa + have, 16 - have, &contiguous, &ring.region_hint)
+        host = gpa_to_host(ring.mem.read, gpa + have, 16 - have, &contiguous, &ring.region_hint)
         if vs_unlikely(host == NULL):
-            ring_fault(ring, FAULT_ADDRESS, gpa, 16)
+            bad_address(ring, True, gpa + have, gpa, 16)
             return -1
         if vs_likely(contiguous == 16):
             read_desc(desc, <VringDesc *>host)
@@ -227,7 +268,8 @@ cdef inline int walk_chain(
 ) noexcept nogil:
     """Turn the chain that starts at entry `head` into host pieces; `first` is a copy of that entry.
 
-    Returns the number of pieces, none of them empty, or -1 after faulting the ring: a chain longer
+    Returns the number of pieces, none of them empty, or -1 after faulting the ring, or having it
+    wait for its frontend to translate an address: a chain longer
     than the ring or MAX_CHAIN (2.7.5), a `next` beyond its table, a buffer outside guest memory, a
     buffer in the wrong direction (`want_write` is VRING_DESC_F_WRITE or 0), a nested, empty, odd or
     unoffered indirect table (2.7.5.3).

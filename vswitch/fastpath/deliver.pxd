@@ -18,9 +18,9 @@ from vswitch.fastpath.atomics cimport (
     vs_unlikely,
     vs_unlock,
 )
-from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault, walk_chain
+from vswitch.fastpath.chain cimport miss_answered, read_desc, read_packed, ring_fault, walk_chain
 from vswitch.fastpath.dirty cimport log_host, log_segs
-from vswitch.fastpath.events cimport post_event
+from vswitch.fastpath.events cimport report_fault
 from vswitch.fastpath.memory cimport gpa_to_host
 from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
 from vswitch.fastpath.types cimport (
@@ -28,12 +28,13 @@ from vswitch.fastpath.types cimport (
     DROP_BAD_GSO,
     DROP_BUFFER_SMALL,
     DROP_EGRESS_MTU,
+    DROP_IOTLB_MISS,
     DROP_NO_BUFFER,
     DROP_RING_FAULT,
-    EVENT_RING_FAULT,
     FINISH_BATCH,
     FAULT_EMPTY_BUFFER,
     FAULT_HEAD,
+    FAULT_IOTLB_MISS,
     MAX_CHAIN,
     USED_BATCH,
     VNET_HDR_MAX,
@@ -93,6 +94,11 @@ cdef inline void scatter(Seg *to, uint32_t *at, uint32_t *offset, const char *da
             offset[0] = 0
 
 
+cdef inline int fault_drop(const RingC *ring) noexcept nogil:
+    """What frames for a ring are dropped for that is not running."""
+    return DROP_IOTLB_MISS if ring.fault == FAULT_IOTLB_MISS else DROP_RING_FAULT
+
+
 cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noexcept nogil:
     """Deliver one frame into any shape of buffers.
 
@@ -128,7 +134,7 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
             return -1 - DROP_BUFFER_SMALL
         got = walk_chain(ring, head, &desc, VRING_DESC_F_WRITE, &w.rx_segs[n_segs], MAX_CHAIN)
         if got < 0:
-            return -1 - DROP_RING_FAULT
+            return -1 - fault_drop(ring)
         room = 0
         for i in range(<uint32_t>got):
             # Saturates: no frame needs more, and 4 GiB buffers may not wrap the sum.
@@ -241,8 +247,8 @@ cdef inline void deliver_locked(
     cdef char *host
     cdef int result
     cdef uint16_t head
-    if vs_unlikely(ring.fault != 0):
-        counters.drops[DROP_RING_FAULT] += n
+    if vs_unlikely(ring.fault != 0) and not miss_answered(ring):
+        counters.drops[fault_drop(ring)] += n
         return
     ready = prepare_buffers(w, ring, n)
     for i in range(n):
@@ -274,7 +280,7 @@ cdef inline void deliver_locked(
                 if -1 - result == DROP_NO_BUFFER:
                     counters.stalls += 1
                 if vs_unlikely(ring.fault != 0):
-                    counters.drops[DROP_RING_FAULT] += n - i - 1
+                    counters.drops[fault_drop(ring)] += n - i - 1
                     break
                 continue
         delivered += 1
@@ -285,7 +291,7 @@ cdef inline void deliver_locked(
         counters.egress_bytes += total
         notify_driver(w, ring, counters)
     if vs_unlikely(ring.fault != 0):
-        post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
+        report_fault(w, ring)
 
 
 cdef inline void deliver_finished(

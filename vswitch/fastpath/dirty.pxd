@@ -28,7 +28,7 @@ cdef inline void log_range(const LogC *log, uint64_t gpa, uint64_t length) noexc
 
 cdef inline void log_host(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
     """Mark what was written through a host pointer; the range lies in one region."""
-    cdef const MemTable *mem = ring.mem
+    cdef const MemTable *mem = ring.guest_mem
     cdef const Region *region
     cdef uint64_t offset
     cdef uint32_t i
@@ -54,9 +54,17 @@ cdef inline void log_segs(const RingC *ring, const Seg *segs, uint64_t length) n
 
 
 cdef inline void log_used(const RingC *ring, uint32_t offset, uint32_t length) noexcept nogil:
-    """Mark a part of the used ring, of a packed ring the device's event suppression structure."""
-    if ring.log_used:
+    """Mark a part of the used ring, of a packed ring the device's event suppression structure.
+
+    Behind an IOMMU frontends give an IOVA for `log_gpa`, as QEMU and DPDK do, and the log is about
+    guest-physical pages: the place is told by the pointer there.
+    """
+    if not ring.log_used:
+        return
+    if ring.mem == ring.guest_mem:
         log_range(ring.log, ring.log_gpa + offset, length)
+    else:
+        log_host(ring, <char *>ring.used_hdr + offset, length)
 
 
 cdef inline void log_used_elements(RingC *ring, uint16_t first, uint16_t end) noexcept nogil:

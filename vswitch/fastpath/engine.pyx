@@ -32,12 +32,14 @@ from vswitch.fastpath.notify cimport vs_notifier_close, vs_notifier_open, vs_not
 from vswitch.fastpath.port cimport Port, Ring
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport (
+    EVENT_IOTLB_MISS,
     EVENT_MAC_LEARNED,
     EVENT_MAC_LIMIT,
     EVENT_MAC_MOVED,
     EVENT_RING_FAULT,
     EVENT_SLOTS,
     EVENT_TAP_LOST,
+    FAULT_IOTLB_MISS,
     LINEAR_LEN,
     MAX_PORTS,
     MAX_WORKERS,
@@ -96,6 +98,7 @@ DROP_REASONS = (
     ("storm-broadcast", "more broadcast frames a second than the port may send"),
     ("storm-multicast", "more multicast frames a second than the port may send"),
     ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
+    ("iotlb-miss", "the receiving guest's frontend has not yet told where its buffer lies"),
 )
 
 FOREVER = (1 << 64) - 1
@@ -381,7 +384,7 @@ cdef class Engine:
             shown.receiveqs = <RingC **>at
             for index in sorted(port.rings):
                 ring = port.rings[index]
-                if not ring.published or ring.c.fault:
+                if not ring.published or ring.c.fault not in (0, FAULT_IOTLB_MISS):
                     continue
                 shown.rings[index] = ring.c
                 if not index & 1 and ring.c.enabled:
@@ -544,8 +547,9 @@ cdef class Engine:
     def take_events(self):
         """What the workers have to tell, as (name, port number, other, key) tuples.
 
-        "mac-learned" and "mac-moved" (other: the old port), "ring-fault" (other: vring index),
-        "tap-lost", "mac-limit" (once, until Port.mac_limit_told is reset). Call `arm_events` to be woken again.
+        "mac-learned" and "mac-moved" (other: the old port), "ring-fault" and "iotlb-miss" (other:
+        vring index), "tap-lost", "mac-limit" (once, until Port.mac_limit_told is reset). Call
+        `arm_events` to be woken again.
         """
         cdef Worker worker
         names = {
@@ -554,6 +558,7 @@ cdef class Engine:
             EVENT_RING_FAULT: "ring-fault",
             EVENT_TAP_LOST: "tap-lost",
             EVENT_MAC_LIMIT: "mac-limit",
+            EVENT_IOTLB_MISS: "iotlb-miss",
         }
         found = []
         for worker in self.workers:

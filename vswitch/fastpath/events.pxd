@@ -10,12 +10,16 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release32,
 )
 from vswitch.fastpath.types cimport (
+    EVENT_IOTLB_MISS,
     EVENT_MAC_LEARNED,
     EVENT_MAC_MOVED,
     EVENT_RESERVE,
+    EVENT_RING_FAULT,
     EVENT_SLOTS,
+    FAULT_IOTLB_MISS,
     EventC,
     EventKind,
+    RingC,
     WorkerC,
 )
 
@@ -47,3 +51,11 @@ cdef inline void post_event(
     if vs_load32(&w.event_armed):
         vs_store32(&w.event_armed, 0)
         eventfd_write(w.shared.event_fd, 1)
+
+
+cdef inline void report_fault(WorkerC *w, const RingC *ring) noexcept nogil:
+    """Tell the main thread that a ring is at fault, or waits for a translation."""
+    post_event(
+        w, EVENT_IOTLB_MISS if ring.fault == FAULT_IOTLB_MISS else EVENT_RING_FAULT,
+        ring.port.id, ring.index, 0,
+    )

@@ -159,6 +159,7 @@ cdef class Memory:
         self.table = <MemTable *>calloc(1, sizeof(MemTable))
         if self.table == NULL:
             raise MemoryError
+        self.table.read = self.table
 
     def __init__(self, regions=(), fds=()):
         if len(regions) != len(fds):

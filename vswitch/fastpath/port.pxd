@@ -1,3 +1,4 @@
+from vswitch.fastpath.iotlb cimport IotlbTables
 from vswitch.fastpath.journal cimport Journal
 from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.types cimport PortC, RingC
@@ -6,7 +7,8 @@ from vswitch.fastpath.types cimport PortC, RingC
 cdef class Ring:
     cdef RingC *c
     cdef readonly Port port
-    cdef Memory memory        # kept mapped for as long as the ring points into it
+    cdef readonly Memory memory        # kept mapped for as long as the ring points into it
+    cdef readonly IotlbTables iotlb    # what buffers are translated by; None without an IOMMU
     cdef readonly DirtyLog log         # kept mapped as well
     cdef tuple areas          # (user address, len) of the parts of a started ring
     cdef readonly bint started

@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vswitch.fastpath.atomics cimport (
+    vs_fence,
     vs_load8,
     vs_load16,
     vs_load32,
@@ -16,16 +17,20 @@ from vswitch.fastpath.atomics cimport (
     vs_store_int,
     vs_store_release_ptr,
 )
+from vswitch.fastpath.chain cimport read_desc, read_packed, walk_chain
+from vswitch.fastpath.iotlb cimport IotlbTables
 from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
 from vswitch.fastpath.dirty cimport log_packed, log_used
 from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport (
+    FAULT_IOTLB_MISS,
     FAULT_NONE,
     KIND_TAP,
     KIND_VHOST,
     LAST_NONE,
     LogC,
+    MAX_CHAIN,
     MAX_FRAME_LEN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
@@ -34,10 +39,20 @@ from vswitch.fastpath.types cimport (
     OFFLOAD_VALID,
     PortC,
     RingC,
+    Seg,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
     VringDesc,
     VringUsedElem,
 )
-from vswitch.fastpath.virtqueue cimport refuse_kicks
+from vswitch.fastpath.virtqueue cimport (
+    has_work,
+    packed_ready,
+    packed_step,
+    refuse_kicks,
+    ring_room,
+    want_kicks,
+)
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -58,6 +73,8 @@ RING_FAULTS = (
     ("indirect-nested", "descriptor {1} has flags {0:#x}: an indirect table inside a chain"),
     ("indirect-unoffered", "descriptor {1} has flags {0:#x}: indirect without negotiation"),
     ("empty-buffer", "the receive chain at descriptor {0} has no room at all"),
+    ("iommu-permission", "the IOMMU does not let the device have I/O virtual address {0:#x} this way"),
+    ("", ""),  # waits for its frontend to translate an address, which is no fault
 )
 
 
@@ -68,6 +85,17 @@ MAX_VRINGS = 2 * MAX_QUEUE_PAIRS
 cdef LogC EMPTY_LOG
 EMPTY_LOG.bits = NULL
 EMPTY_LOG.len = 0
+
+
+cdef uint16_t chain_entries(const RingC *ring, uint32_t index, const VringDesc *first) noexcept:
+    """How many entries of a packed ring a chain takes that was not walked to its end; else 1."""
+    cdef VringDesc desc = first[0]
+    cdef uint16_t count = 1
+    while ring.packed and desc.flags & VRING_DESC_F_NEXT and count < ring.size:
+        index = index + 1 if index + 1 < ring.size else 0
+        read_packed(&desc, &ring.desc[index])
+        count += 1
+    return count
 
 
 class RingError(ValueError):
@@ -106,7 +134,7 @@ cdef class Ring:
         self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
         uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
         uint32_t base, bint poll_only, bint packed=False, uint64_t identity=0,
-        uint8_t offloads=0,
+        uint8_t offloads=0, IotlbTables iotlb=None,
     ):
         """Point a stopped ring at its memory.
 
@@ -118,6 +146,8 @@ cdef class Ring:
         `identity` is the same for the same ring in the same memory, 0 if unknown: with it the
         port's journal tells a packed ring's place and which frames were on their way.
         `offloads` has the OFFLOAD_* that a receiveq's driver takes, or a transmitq's may ask for.
+        With `iotlb`, addresses of buffers are I/O virtual and translated by it; the ring's own
+        addresses are the frontend's all the same.
         Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
@@ -160,7 +190,8 @@ cdef class Ring:
         c.used = <VringUsedElem *>(c.used_hdr + 2)
         c.used_event = c.avail + 2 + size
         c.avail_event = c.used_hdr + 2 + 4 * size
-        c.mem = memory.table
+        c.guest_mem = memory.table
+        c.mem = memory.table if iotlb is None else iotlb.for_ring(not self.is_transmitq)
         c.size = size
         c.mask = size - 1
         c.hdr_len = hdr_len
@@ -208,6 +239,7 @@ cdef class Ring:
             if packed:
                 log_packed(c, 0, size)
         self.memory = memory
+        self.iotlb = iotlb
         self.areas = tuple((uva, length) for _, uva, _, length in parts)
         self.started = self.published = True
         self.moving = False
@@ -223,8 +255,86 @@ cdef class Ring:
             if uva_to_host(memory.table, uva, length) != uva_to_host(self.memory.table, uva, length):
                 raise RingError(f"the memory of the running ring at {uva:#x} would go")
         # Release: the table before the pointer to it; workers load the pointer once a translation.
-        vs_store_release_ptr(<void **>&self.c.mem, memory.table)
+        vs_store_release_ptr(<void **>&self.c.guest_mem, memory.table)
+        if self.iotlb is None:
+            vs_store_release_ptr(<void **>&self.c.mem, memory.table)
         self.memory = memory
+
+    def use_iotlb(self, IotlbTables iotlb not None):
+        """Translate buffers by other tables of the same IOTLB from now on.
+
+        The old ones may be in use until quiescence. A ring that waits looks into the new ones.
+        """
+        # Release: as in use_memory.
+        vs_store_release_ptr(<void **>&self.c.mem, iotlb.for_ring(not self.is_transmitq))
+        self.iotlb = iotlb
+
+    def untranslated(self, int most, int ahead):
+        """The I/O virtual addresses among the offered buffers that the IOTLB lacks, at most `most`.
+
+        Looks at the next `ahead` descriptors, or a few more.
+        As (address, whether the device writes there). Of a chain with several of them the first.
+        Asks the driver of a receiveq for a kick when it offers more: no worker waits for that. What
+        is wrong with a chain is left to the worker to find.
+        """
+        cdef RingC probe = self.c[0]
+        cdef Seg segs[MAX_CHAIN]
+        cdef VringDesc desc
+        cdef uint16_t want = 0 if self.is_transmitq else VRING_DESC_F_WRITE
+        cdef uint16_t head, count
+        cdef int got, looked = 0, entries = 0
+        cdef int rounds = 2
+        found = []
+        if self.iotlb is None or not self.published:
+            return found
+        probe.log = NULL
+        # Acquire: as a worker that goes on from there would. Nothing before this is offered any more.
+        probe.last_avail = vs_load_acquire16(&self.c.last_avail)
+        probe.cached_avail = probe.last_avail
+        probe.mem = self.iotlb.for_ring(not self.is_transmitq)
+        probe.fault = FAULT_NONE
+        while looked < ahead and entries < <int>probe.size and len(found) < most:
+            if probe.packed:
+                if packed_ready(&probe, probe.last_avail, probe.avail_wrap):
+                    head = probe.last_avail
+                    read_packed(&desc, &probe.desc[head])
+                else:
+                    head = probe.size
+            elif ring_room(&probe, 1):
+                head = vs_load16(probe.avail + 2 + (probe.last_avail & probe.mask))
+                if head < probe.size:
+                    read_desc(&desc, &probe.desc[head])
+            else:
+                head = probe.size
+            if head >= probe.size:
+                if self.is_transmitq or rounds == 0:
+                    break
+                rounds -= 1
+                probe.log = self.c.log
+                want_kicks(&probe)
+                probe.log = NULL
+                # Full fence: our wish for kicks before another look. Pairs with the driver's fence
+                # between offering buffers and reading what we wish (2.7.10.3).
+                vs_fence()
+                if not has_work(&probe):
+                    break
+                continue
+            got = walk_chain(&probe, head, &desc, want, segs, MAX_CHAIN)
+            if got >= 0:
+                count = probe.walk_count
+            elif probe.fault == FAULT_IOTLB_MISS:
+                found.append((probe.fault_value, bool(want) and not probe.fault_detail & 1))
+                probe.fault = FAULT_NONE
+                count = chain_entries(&probe, head, &desc)
+            else:
+                break
+            if probe.packed:
+                packed_step(&probe, &probe.last_avail, &probe.avail_wrap, count)
+            else:
+                probe.last_avail += 1
+            looked += max(got, <int>count)
+            entries += count
+        return found
 
     def set_log(self, DirtyLog log, used_gpa):
         """Log writes from now on, or no longer with None; takes effect at the next quiescence.
@@ -248,6 +358,14 @@ cdef class Ring:
         """Leave the ring out of what is published from now on."""
         self.published = self.moving = False
 
+    def suspend(self):
+        """The same until `resume`: its memory's addresses are not known at present."""
+        self.unpublish()
+
+    def resume(self):
+        """Publish a suspended ring again, which goes on where it was."""
+        self.published = self.started
+
     def begin_move(self):
         """The same for a moment, until Engine.finish_move; False if it is not published anyway."""
         if self.published:
@@ -266,9 +384,10 @@ cdef class Ring:
         """
         self.started = self.published = self.moving = False
         self.memory = None
+        self.iotlb = None
         self.set_log(None, None)
         self.c.desc = NULL
-        self.c.mem = NULL
+        self.c.mem = self.c.guest_mem = NULL
         return self.base
 
     @property
@@ -322,10 +441,17 @@ cdef class Ring:
         """(name, text) of what the driver did wrong, or None."""
         # Acquire: the value behind the fault; pairs with ring_fault.
         cdef uint32_t number = vs_load_acquire32(&self.c.fault)
-        if number == FAULT_NONE:
+        if number == FAULT_NONE or number == FAULT_IOTLB_MISS:
             return None
         name, text = RING_FAULTS[number]
         return name, text.format(self.c.fault_value, self.c.fault_detail)
+
+    @property
+    def missed(self):
+        """The I/O virtual address that its worker stopped at, for its frontend to translate; or None."""
+        if vs_load_acquire32(&self.c.fault) != FAULT_IOTLB_MISS:
+            return None
+        return vs_load64(&self.c.fault_value)
 
 
 cdef class Port:

@@ -66,14 +66,18 @@ cdef struct VringUsedElem: # VIRTIO 1.2, 2.7.8
     uint32_t len
 
 cdef struct Region:
-    uint64_t gpa           # guest physical address of the first byte
+    uint64_t gpa           # guest physical address of the first byte, behind an IOMMU its IOVA
     uint64_t size          # bytes
     uint64_t uva           # the same byte in the frontend's address space
     char *host             # the same byte in ours
 
 cdef struct MemTable:      # main; immutable once made
     uint32_t count
-    Region regions[MAX_REGIONS]
+    uint32_t is_sorted     # by address, as those of an IOTLB are
+    uint64_t serial        # of an IOTLB's tables: another one for every change
+    MemTable *read         # for what the device reads, where this one is for what it writes
+    MemTable *known        # of an IOTLB: all there is in it, readable or writable or neither
+    Region regions[MAX_REGIONS]  # or more: as many as were allocated
 
 # Why a frame went no further. The order is that of DROP_REASONS in engine.pyx.
 cdef enum:
@@ -98,6 +102,7 @@ cdef enum:
     DROP_STORM_BROADCAST  # the three in the order of StormKind
     DROP_STORM_MULTICAST
     DROP_STORM_UNKNOWN
+    DROP_IOTLB_MISS
     N_DROPS
 
 # What storm control tells apart.
@@ -120,6 +125,10 @@ cdef enum Fault:
     FAULT_INDIRECT_NESTED  # value: flags
     FAULT_INDIRECT_UNOFFERED
     FAULT_EMPTY_BUFFER     # a receiveq chain with no room, which would be taken for ever
+    FAULT_PERMISSION       # value: IOVA; the IOTLB has it without the permission that is needed
+    FAULT_IOTLB_MISS       # value: IOVA, detail: serial of the table without it, shifted by one; below
+                           # that whether it was to be read, whatever else the ring does. No fault:
+                           # the ring waits until there is another table
 
 cdef struct Counters:      # one a worker and port; written by that worker only
     uint64_t ingress_frames
@@ -184,7 +193,7 @@ cdef struct RingC:
     VringUsedElem *used    # ring[size], avail_event
     uint16_t *used_event
     uint16_t *avail_event
-    MemTable *mem
+    MemTable *mem          # atomic; what buffer addresses are translated by
     PortC *port
     JournalC *journal
     LogC *log              # atomic; NULL unless writes are to be logged
@@ -205,7 +214,8 @@ cdef struct RingC:
     uint32_t fault         # a Fault; nonzero stops the ring
     int call_fd            # -1: the driver polls
     # worker
-    uint64_t pad0[4]       # what follows is written at every burst: a cache line of its own
+    MemTable *guest_mem    # the memory itself, by guest address; the same as `mem` without IOMMU
+    uint64_t pad0[3]       # what follows is written at every burst: a cache line of its own
     uint32_t lock          # receiveq only, and only with more than one worker
     uint16_t last_avail    # next avail entry to take; packed: a position
     uint16_t last_used     # next used entry to write; packed: a position
@@ -279,12 +289,13 @@ cdef enum EventKind:
     EVENT_RING_FAULT
     EVENT_TAP_LOST
     EVENT_MAC_LIMIT
+    EVENT_IOTLB_MISS
 
 cdef struct EventC:
     uint64_t key           # MAC and VLAN
     uint32_t kind
     uint16_t port
-    uint16_t other         # old port of a move, vring index of a fault
+    uint16_t other         # old port of a move, vring index of a fault or miss
 
 cdef struct Inject:        # a frame made by the switch itself (RARP), handed to worker 0
     Inject *next

@@ -18,8 +18,8 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release64,
     vs_unlikely,
 )
-from vswitch.fastpath.chain cimport read_desc, read_packed, ring_fault
-from vswitch.fastpath.events cimport post_event
+from vswitch.fastpath.chain cimport miss_answered, read_desc, read_packed, ring_fault
+from vswitch.fastpath.events cimport post_event, report_fault
 from vswitch.fastpath.forward cimport forward_burst, take_frame
 from vswitch.fastpath.journal cimport note_batch, note_taken
 from vswitch.fastpath.tap cimport tap_receive
@@ -27,7 +27,6 @@ from vswitch.fastpath.types cimport (
     BURST,
     DROP_DISABLED,
     DROP_LINK_DOWN,
-    EVENT_RING_FAULT,
     EVENT_TAP_LOST,
     FAULT_HEAD,
     MAX_CHAIN,
@@ -81,10 +80,6 @@ cdef enum:
 cdef enum:
     WAKE_TOKEN = 0x7FFFFFFF  # epoll data of the wake eventfd; others are port << 16 | vring index
     TAP_INDEX = 0xFFFF
-
-
-cdef inline void report_fault(WorkerC *w, RingC *ring) noexcept nogil:
-    post_event(w, EVENT_RING_FAULT, ring.port.id, ring.index, 0)
 
 
 cdef inline uint16_t take_split(WorkerC *w, RingC *ring) noexcept nogil:
@@ -155,7 +150,7 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
     cdef uint16_t i, taken
     cdef uint32_t copies
     cdef Counters *counters
-    if vs_unlikely(ring.fault != 0):
+    if vs_unlikely(ring.fault != 0) and not miss_answered(ring):
         return 0
     w.n_segs = 0
     taken = take_packed(w, ring) if ring.packed else take_split(w, ring)

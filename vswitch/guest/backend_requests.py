@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vswitch.guest.errors import BackendRefusedError
@@ -27,8 +28,11 @@ class BackendRequests:
         """What every request is answered with; 0 is success."""
         self._data = b""
 
-    def take(self) -> list[Requested]:
-        """The requests that have come since the last look. BackendRefusedError for nonsense."""
+    def take(self, handle: Callable[[Requested], int] | None = None) -> list[Requested]:
+        """The requests that have come since the last look. BackendRefusedError for nonsense.
+
+        `handle` does what is asked before it is answered, and says with what.
+        """
         found: list[Requested] = []
         try:
             self._data += self.socket.recv(1 << 16)
@@ -45,8 +49,9 @@ class BackendRequests:
                 break
             found.append(Requested(request, self._data[HEADER_LEN:end]))
             self._data = self._data[end:]
+            answer = self.answer if handle is None else handle(found[-1])
             if header.need_reply:
-                reply = protocol.encode_u64(self.answer)
+                reply = protocol.encode_u64(answer)
                 self.socket.send(protocol.encode(request, reply, flags=FLAG_REPLY))
         return found
 

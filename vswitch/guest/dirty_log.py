@@ -19,7 +19,7 @@ class DirtyLog:
 
     def __init__(self, guest: SoftwareGuest, *, size: int | None = None, offset: int = 0) -> None:
         self.guest = guest
-        highest = max(r.gpa + r.size for r in guest.memory.regions)
+        highest = guest.memory.gpa_offset + max(r.gpa + r.size for r in guest.memory.regions)
         self.size = -(-highest // (8 * PAGE_LEN)) if size is None else size
         self.offset = offset
         self.fd = os.memfd_create("vswitch-guest-log", os.MFD_CLOEXEC)
@@ -47,12 +47,12 @@ class DirtyLog:
             )
 
     def pages(self) -> set[int]:
-        """Numbers of the pages that are marked, in guest-physical space."""
+        """Numbers of the pages that are marked; behind an IOMMU, as the driver has them."""
         found = set()
         for at, byte in enumerate(self._map[self.offset :]):
             if byte:
                 found |= {8 * at + bit for bit in range(8) if byte >> bit & 1}
-        return found
+        return {page - self.guest.memory.gpa_offset // PAGE_LEN for page in found}
 
     def clear(self) -> None:
         self._map[:] = bytes(len(self._map))

@@ -10,6 +10,7 @@ import array
 import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from vswitch.guest.errors import (
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (
     Feature,
+    IotlbEntry,
     LogArea,
     MemRegion,
     ProtocolFeature,
@@ -87,6 +89,8 @@ class Frontend:
         self.offered_protocol_features = ProtocolFeature(0)
         self.protocol_features = ProtocolFeature(0)
         self.max_queue_pairs = 1
+        self._turn = threading.RLock()
+        """A request and its reply: an IOMMU answers misses in a thread of its own."""
 
     @classmethod
     def connect(cls, path: str | Path, timeout: float = DEFAULT_TIMEOUT_S) -> Frontend:
@@ -127,6 +131,14 @@ class Frontend:
         """Whether the backend has closed the connection; does not wait."""
         if self.socket.fileno() < 0:
             return True
+        if not self._turn.acquire(blocking=False):
+            return False  # a thread talks to it: what there is to read is its reply
+        try:
+            return self._has_ended()
+        finally:
+            self._turn.release()
+
+    def _has_ended(self) -> bool:
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLHUP)
         for _, events in poll.poll(0):
@@ -215,13 +227,15 @@ class Frontend:
         self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = 0
     ) -> bytes:
         """Send one message and return the payload of its reply."""
-        self.send(request, payload, fds, flags=flags)
-        return self.receive_reply(request)
+        with self._turn:
+            self.send(request, payload, fds, flags=flags)
+            return self.receive_reply(request)
 
     def command(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send a request without a reply of its own, acknowledged if REPLY_ACK was negotiated."""
         if ProtocolFeature.REPLY_ACK not in self.protocol_features:
-            self.send(request, payload, fds)
+            with self._turn:
+                self.send(request, payload, fds)
             return
         status = self._u64(request, payload, fds, flags=protocol.FLAG_NEED_REPLY)
         if status:
@@ -303,6 +317,10 @@ class Frontend:
     def set_backend_req_fd(self, fd: int) -> None:
         """Give the backend a socket on which to make requests of its own."""
         self.command(Request.SET_BACKEND_REQ_FD, b"", [fd])
+
+    def iotlb_msg(self, entry: IotlbEntry) -> None:
+        """Tell the backend of a mapping that there is, or is no more."""
+        self.command(Request.IOTLB_MSG, protocol.encode_iotlb(entry))
 
     def vring_kick(self, index: int) -> None:
         """Notify the device of new buffers by a message (INBAND_NOTIFICATIONS)."""

@@ -19,6 +19,7 @@ from vswitch.guest.backend_requests import BackendRequests
 from vswitch.guest.driver import ReceiveQueue, TransmitQueue
 from vswitch.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
 from vswitch.guest.frontend import DEFAULT_TIMEOUT_S, Frontend, Listener
+from vswitch.guest.iommu import GPA_OFFSET, GuestIommu
 from vswitch.guest.memory import GuestMemory, Region, row
 from vswitch.guest.packets import parse_mac
 from vswitch.guest.queues import (
@@ -54,6 +55,7 @@ DEFAULT_PROTOCOL_FEATURES = (
 _INBAND = (
     ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 )
+_IOMMU = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 _CLOSED_CHECK_S = 0.01
 """How often a polling guest looks whether the backend is still there."""
 
@@ -81,6 +83,7 @@ class SoftwareGuest:
     first_idx: where the free-running indices of fresh rings begin, 0 to 65535; see VirtQueue.
     strict: see ReceiveQueue; False for devices that are a little lax.
     inband: where INBAND_NOTIFICATIONS is negotiated, kick and be called by messages.
+    iommu: all addresses are I/O virtual (ACCESS_PLATFORM), `iommu` translates them for the backend.
     polling: never sleep, ask the device for no notifications. Settable at any time.
     auto_post: post receive buffers again once they were read. Settable at any time.
     """
@@ -109,6 +112,7 @@ class SoftwareGuest:
         first_idx: int = 0,
         strict: bool = True,
         inband: bool = False,
+        iommu: bool = False,
         polling: bool = False,
     ) -> None:
         self.name = mac
@@ -120,6 +124,10 @@ class SoftwareGuest:
         self.wanted_protocol_features = protocol_features
         if inband:
             self.wanted_protocol_features |= _INBAND
+        if iommu:
+            self.wanted_protocol_features |= _IOMMU
+            self.wanted_features |= Feature.ACCESS_PLATFORM
+            self.required_features |= Feature.ACCESS_PLATFORM
         self.max_frame_len = max_frame_len
         self.mtu = mtu
         self.polling = polling
@@ -144,7 +152,8 @@ class SoftwareGuest:
         self.transmitqs: list[GuestQueue[TransmitQueue]] = []
         if isinstance(regions, int):
             regions = self._buffers.layout(regions, self.wanted_features, queues)
-        self.memory = GuestMemory(regions, spare_regions)
+        self.memory = GuestMemory(regions, spare_regions, GPA_OFFSET if iommu else 0)
+        self._iommu = GuestIommu(self.memory) if iommu else None
         self._frontend: Frontend | None = None
         self._requests: BackendRequests | None = None
         self.vring_errors: set[int] = set()
@@ -155,6 +164,13 @@ class SoftwareGuest:
         """Held around every use of the rings; take it to use them from another thread."""
         self._inbox: deque[bytes] = deque()
         self._responder: Responder | None = None
+
+    @property
+    def iommu(self) -> GuestIommu:
+        """The guest's IOMMU. GuestError if it has none."""
+        if self._iommu is None:
+            raise GuestError(f"{self.name}: this guest has no IOMMU")
+        return self._iommu
 
     # Connecting.
 
@@ -249,6 +265,8 @@ class SoftwareGuest:
                 queue.close()
             self.receiveqs, self.transmitqs = [], []
             self.memory.close()
+            if self._iommu is not None:
+                self._iommu.close()
 
     def __enter__(self) -> Self:
         return self
@@ -268,6 +286,8 @@ class SoftwareGuest:
         if self._requests is not None:
             self._requests.close()
             self._requests = None
+        if self._iommu is not None:
+            self._iommu.disconnect()
 
     def _start(self, frontend: Frontend, *, fresh: bool) -> None:
         with self.lock:
@@ -335,6 +355,8 @@ class SoftwareGuest:
         if inband and self._requests is None:
             self._requests = BackendRequests()
             frontend.set_backend_req_fd(self._requests.theirs.fileno())
+        elif self._iommu is not None and not self._iommu.connected:
+            self._iommu.connect(frontend)
         frontend.set_mem_table(*self.memory.table())
         if Feature.PROTOCOL_FEATURES in self.features:
             for queue in self.queues():
@@ -375,14 +397,10 @@ class SoftwareGuest:
     def vring_addr(self, queue: AnyQueue) -> VringAddr:
         """What SET_VRING_ADDR says of a queue."""
         layout = queue.layout
-        return VringAddr(
-            queue.index,
-            0,
-            self.memory.uva(layout.desc_gpa),
-            self.memory.uva(layout.used_gpa),
-            self.memory.uva(layout.avail_gpa),
-            0,
-        )
+        desc, used, avail = layout.desc_gpa, layout.used_gpa, layout.avail_gpa
+        if self._iommu is None:
+            desc, used, avail = map(self.memory.uva, (desc, used, avail))
+        return VringAddr(queue.index, 0, desc, used, avail, 0)
 
     def queues(self) -> Iterator[AnyQueue]:
         """Every queue in the order of the vring numbers."""

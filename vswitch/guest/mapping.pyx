@@ -88,6 +88,13 @@ cdef class Mapping:
             hint="use an address that allocate() returned or that lies in a region",
         )
 
+    def move(self, uint64_t gpa, uint64_t length, int fd, long offset):
+        """Put another part of a file behind an address; pointers into it see that from now on."""
+        if mmap(
+            self.at(gpa, length), length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset
+        ) == MAP_FAILED:
+            raise OSError(errno, f"cannot map {length} bytes at gpa {gpa:#x}")
+
     def read(self, uint64_t gpa, uint64_t length):
         """`length` bytes of guest memory from `gpa`. GuestError outside of the regions."""
         return PyBytes_FromStringAndSize(<char *>self.at(gpa, length), <Py_ssize_t>length)

@@ -81,13 +81,17 @@ class GuestMemory:
     forgets all of them, as a guest's reboot does.
 
     `spare` are regions that a backend is told of only later (memory hot-plug): nothing is allocated
-    from them before `plug`.
+    from them before `plug`. Behind an IOMMU, all addresses here are I/O virtual, and the backend's
+    memory table has guest-physical ones `gpa_offset` bytes above them.
     """
 
-    def __init__(self, regions: Sequence[Region], spare: Sequence[Region] = ()) -> None:
+    def __init__(
+        self, regions: Sequence[Region], spare: Sequence[Region] = (), gpa_offset: int = 0
+    ) -> None:
         if not 1 <= len(regions) <= protocol.MAX_FDS:
             raise ValueError(f"{len(regions)} regions, must be 1 to {protocol.MAX_FDS}")
         self.regions = list(regions)
+        self.gpa_offset = gpa_offset
         self._files: dict[int, int] = {}
         self._spare = list(spare)
         everything = [*self.regions, *self._spare]
@@ -112,7 +116,9 @@ class GuestMemory:
 
     def table(self) -> tuple[list[protocol.MemRegion], list[int]]:
         """What SET_MEM_TABLE says: the regions, and one file descriptor for each."""
-        return [row(r) for r in self.regions], [self.fd(r) for r in self.regions]
+        rows = [row(r) for r in self.regions]
+        rows = [one._replace(gpa=one.gpa + self.gpa_offset) for one in rows]
+        return rows, [self.fd(r) for r in self.regions]
 
     def plug(self, region: Region) -> None:
         """Let a spare region be part of the table and of what is allocated from."""
@@ -152,6 +158,17 @@ class GuestMemory:
             if region.gpa <= gpa < region.gpa + region.size:
                 return gpa - region.gpa + region.uva
         raise GuestError(f"no region of the guest's memory holds gpa {gpa:#x}")
+
+    def move(self, gpa: int, place: int) -> None:
+        """Put the page that lies in the file where `place` did first behind another address.
+
+        What was at `gpa` is there afterwards.
+        """
+        [region] = [r for r in self.regions if r.gpa <= place < r.gpa + r.size]
+        content = self.read(gpa, PAGE_LEN)
+        offset = region.mmap_offset + place - region.gpa
+        self.mapping.move(gpa, PAGE_LEN, self.fd(region), offset)
+        self.write(gpa, content)
 
     def read(self, gpa: int, length: int) -> bytes:
         return self.mapping.read(gpa, length)

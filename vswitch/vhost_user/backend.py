@@ -15,6 +15,7 @@ from vswitch.vhost_user.backend_channel import BackendChannel, take_socket
 from vswitch.vhost_user.connection import Connection, ConnectionClosedError, Message
 from vswitch.vhost_user.datapath import Datapath, DatapathError
 from vswitch.vhost_user.device import one_vring
+from vswitch.vhost_user.iotlb_requests import IotlbRequests
 from vswitch.vhost_user.memory_requests import MemoryRequests
 from vswitch.vhost_user.protocol import (
     BackendRequest,
@@ -48,7 +49,7 @@ MTU_MIN = 68
 MTU_MAX = 65535
 
 
-class Backend(MemoryRequests, RingRequests):
+class Backend(MemoryRequests, RingRequests, IotlbRequests):
     """The vhost-user device of one port, for as long as one frontend is connected."""
 
     def __init__(
@@ -93,6 +94,7 @@ class Backend(MemoryRequests, RingRequests):
             Request.GET_STATUS: self._get_status,
             Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
             Request.VRING_KICK: self._vring_kick,
+            Request.IOTLB_MSG: self._iotlb_msg,
         }
 
     async def run(self) -> None:
@@ -262,6 +264,7 @@ class Backend(MemoryRequests, RingRequests):
         for vring in self._running():
             if vring.relayed:
                 self._channel.post(BackendRequest.VRING_CALL, one_vring(vring.index))
+        self._datapath.ask_again()
 
     # Network
 

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (
@@ -18,6 +19,8 @@ from vswitch.vhost_user.protocol import (
 
 _REPLY_LEN = HEADER_LEN + 8
 
+
+Answered = Callable[[int], None]
 
 # The frontend has the other descriptors of this socket and may make it blocking again.
 _NO_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -37,9 +40,10 @@ class BackendChannel:
         self._acknowledged = acknowledged
         self._loop = asyncio.get_running_loop()
         self._log = logging.getLogger("vswitch.vhost_user")
-        self._waiting: dict[tuple[BackendRequest, bytes], None] = {}
+        self._waiting: dict[tuple[BackendRequest, bytes], Answered | None] = {}
         self._rest = b""
         self._awaited: BackendRequest | None = None
+        self._answered: Answered | None = None
         self._received = b""
         self._refused: set[BackendRequest] = set()
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -48,10 +52,12 @@ class BackendChannel:
     def is_open(self) -> bool:
         return self._sock.fileno() >= 0
 
-    def post(self, request: BackendRequest, payload: bytes = b"") -> None:
-        """Send a request as soon as possible."""
+    def post(
+        self, request: BackendRequest, payload: bytes = b"", answered: Answered | None = None
+    ) -> None:
+        """Send a request as soon as possible; `answered` gets the status of an acknowledgement."""
         if self.is_open:
-            self._waiting[request, payload] = None
+            self._waiting[request, payload] = answered
             self._flush()
 
     def close(self) -> None:
@@ -65,11 +71,11 @@ class BackendChannel:
         while self._rest or (self._waiting and self._awaited is None):
             if not self._rest:
                 request, payload = next(iter(self._waiting))
-                del self._waiting[request, payload]
+                answered = self._waiting.pop((request, payload))
                 flags = FLAG_NEED_REPLY if self._acknowledged else 0
                 self._rest = protocol.encode(request, payload, flags=flags)
                 if self._acknowledged:
-                    self._awaited = request
+                    self._awaited, self._answered = request, answered
             try:
                 self._rest = self._rest[self._sock.send(self._rest, _NO_WAIT) :]
             except (BlockingIOError, InterruptedError):
@@ -99,6 +105,7 @@ class BackendChannel:
 
     def _handle(self, reply: bytes) -> None:
         request, self._awaited = self._awaited, None
+        answered, self._answered = self._answered, None
         try:
             header = protocol.decode_header(reply[:HEADER_LEN])
         except MalformedError as exc:
@@ -111,7 +118,9 @@ class BackendChannel:
             )
             return
         value = protocol.decode_u64(reply[HEADER_LEN:])
-        if value and request not in self._refused:
+        if answered is not None:
+            answered(value)
+        elif value and request not in self._refused:
             self._refused.add(request)
             self._log.warning(
                 "port %s: the frontend refused BACKEND_%s (%d)", self._name, request.name, value

@@ -16,6 +16,10 @@ class DatapathError(Exception):
     """The switch cannot do what a request asks; the text names the field and the value."""
 
 
+class TranslationPending(Exception):
+    """A ring can start only when the frontend has told where it lies; it was asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class RingLog:
     """Writes into guest memory are to be logged.
@@ -31,7 +35,8 @@ class RingLog:
 class RingSetup:
     """All that is needed to run a virtqueue.
 
-    `size` counts entries; addresses are the frontend's; `base` is the avail index to go on from;
+    `size` counts entries; addresses are the frontend's, or I/O virtual where ACCESS_PLATFORM makes
+    them so, see `Datapath.use_iotlb`; `base` is the avail index to go on from;
     `kick_fd` -1 means that the driver cannot kick and the ring is polled, `call_fd` -1 that the
     driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
     `log` is None unless writes are to be logged (LOG_ALL).
@@ -47,6 +52,18 @@ class RingSetup:
     kick_fd: int
     call_fd: int
     log: RingLog | None = None
+
+    def areas(self) -> list[tuple[int, int]]:
+        """Address and length in bytes of its parts: descriptors, the driver's, the device's."""
+        packed = Feature.RING_PACKED in self.features
+        return ring_areas(packed, self.size, self.desc_uva, self.avail_uva, self.used_uva)
+
+
+def ring_areas(packed: bool, size: int, desc: int, avail: int, used: int) -> list[tuple[int, int]]:
+    """The parts of a ring at these addresses with their lengths (VIRTIO 1.2, 2.7 and 2.8)."""
+    if packed:
+        return [(desc, 16 * size), (avail, 4), (used, 4)]
+    return [(desc, 16 * size), (avail, 6 + 2 * size), (used, 6 + 8 * size)]
 
 
 class Datapath(Protocol):
@@ -105,7 +122,10 @@ class Datapath(Protocol):
         ...
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
-        """Run a virtqueue; returns the avail index it goes on from. Raises DatapathError."""
+        """Run a virtqueue; returns the avail index it goes on from.
+
+        Raises DatapathError, and TranslationPending.
+        """
         ...
 
     async def stop_rings(self, indices: list[int]) -> list[int]:
@@ -148,4 +168,20 @@ class Datapath(Protocol):
 
     def announce(self, mac: bytes) -> None:
         """Send a broadcast RARP for a guest that came here by live migration."""
+        ...
+
+    def use_iotlb(self, on: bool) -> None:
+        """Whether rings that start from now on have I/O virtual addresses."""
+        ...
+
+    def iotlb_update(self, iova: int, size: int, uva: int, access: int) -> None:
+        """Map a range of I/O virtual addresses (`access` 1 to read, 2 to write). DatapathError."""
+        ...
+
+    async def iotlb_invalidate(self, iova: int, size: int) -> None:
+        """Forget a range: no worker uses it any more when this returns."""
+        ...
+
+    def ask_again(self) -> None:
+        """There is a new way to ask the frontend; what was asked before may have got lost."""
         ...

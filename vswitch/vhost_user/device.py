@@ -16,7 +16,7 @@ from vswitch.errors import ProtocolError
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel
 from vswitch.vhost_user.connection import Connection, Message
-from vswitch.vhost_user.datapath import Datapath, DatapathError
+from vswitch.vhost_user.datapath import Datapath, DatapathError, TranslationPending
 from vswitch.vhost_user.protocol import (
     FLAG_REPLY,
     BackendRequest,
@@ -77,6 +77,18 @@ class Device:
         except ConnectionError as exc:
             raise ProtocolError("the frontend went away without its reply") from exc
 
+    @property
+    def behind_iommu(self) -> bool:
+        """Whether addresses are I/O virtual.
+
+        A frontend that negotiated ACCESS_PLATFORM and has no channel to be asked by cannot mean
+        that: some pass the bit on for guests whose memory is protected, and translate nothing.
+        """
+        return (
+            Feature.ACCESS_PLATFORM in self.features
+            and ProtocolFeature.BACKEND_REQ in self.protocol_features
+        )
+
     # Rings
 
     def _vring(self, name: str, index: int) -> Vring:
@@ -99,17 +111,20 @@ class Device:
             await self._start([vring])
 
     def _is_waiting(self, vring: Vring) -> bool:
-        """Whether a stopped ring has all it needs to run, its memory included."""
-        return (
-            vring.complete
-            and not vring.started
-            and all(
-                any(r.uva <= uva and uva + length <= r.uva + r.size for r in self.regions)
-                for uva, length in vring.areas(self.features)
-            )
+        """Whether a stopped ring has all it needs to run, its memory included.
+
+        Behind an IOMMU the datapath knows, and says.
+        """
+        if not vring.complete or vring.started or not self.regions:
+            return False
+        return self.behind_iommu or all(
+            any(r.uva <= uva and uva + length <= r.uva + r.size for r in self.regions)
+            for uva, length in vring.areas(self.features)
         )
 
     async def _start(self, vrings: list[Vring]) -> None:
+        if vrings:
+            self._datapath.use_iotlb(self.behind_iommu)
         for vring in vrings:
             if self._inband and not vring.callable and not vring.relayed:
                 self._relay_calls(vring)
@@ -117,6 +132,9 @@ class Device:
             vring.started = True
             try:
                 base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
+            except TranslationPending:
+                vring.started = False
+                continue
             except DatapathError:
                 vring.started = False
                 raise

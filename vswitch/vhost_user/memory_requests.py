@@ -74,11 +74,13 @@ class MemoryRequests(Device):
             return
         # QEMU takes a region away and adds a part of it when the guest's memory layout changes: the
         # rings in it stop, and go on as soon as all of their memory is there again.
+        # Behind an IOMMU these are no user addresses, and the datapath sees to it.
         await self._stop(
             [
                 vring
                 for vring in self._running()
-                if any(
+                if not self.behind_iommu
+                and any(
                     uva < region.uva + region.size and region.uva < uva + length
                     for uva, length in vring.areas(self.features)
                 )

@@ -239,6 +239,25 @@ class Inflight(NamedTuple):
     queue_size: int
 
 
+class IotlbType(enum.IntEnum):
+    """What an IOTLB message is about. vhost-user has no batches (5 and 6 of the kernel's vhost)."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
+
+
+class IotlbEntry(NamedTuple):
+    """A mapping of I/O virtual addresses; `size` is bytes, `access` 1 for read and 2 for write."""
+
+    iova: int
+    size: int
+    uva: int
+    access: int
+    type: IotlbType
+
+
 _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=II")
 _ADDR = struct.Struct("=IIQQQQ")
@@ -247,6 +266,7 @@ _MEM_HEAD = struct.Struct("=II")
 _REGION = struct.Struct("=QQQQ")
 _SINGLE_REGION = struct.Struct("=QQQQQ")
 _INFLIGHT = struct.Struct("=QQHH")
+_IOTLB = struct.Struct("=QQQBB6x")
 
 PAYLOAD_SIZES: dict[Payload, tuple[int, int]] = {
     Payload.NONE: (0, 0),
@@ -319,6 +339,7 @@ REQUESTS: dict[Request, Spec] = {
     Request.SET_STATUS: Spec(Payload.U64, needs=_F.STATUS),
     Request.GET_STATUS: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.STATUS),
     Request.SET_BACKEND_REQ_FD: Spec(Payload.NONE, 1, 1, needs=_F.BACKEND_REQ),
+    Request.IOTLB_MSG: Spec(Payload.IOTLB),
     Request.VRING_KICK: Spec(Payload.VRING_STATE, needs=_F.INBAND_NOTIFICATIONS),
 }
 """Every request the backend understands. What is missing here is refused as unsupported."""
@@ -465,3 +486,18 @@ def encode_mem_region(region: MemRegion) -> bytes:
 
 def decode_mem_region(payload: bytes) -> MemRegion:
     return MemRegion(*_SINGLE_REGION.unpack(payload)[1:])
+
+
+def encode_iotlb(entry: IotlbEntry) -> bytes:
+    return _IOTLB.pack(*entry)
+
+
+def decode_iotlb(payload: bytes) -> IotlbEntry:
+    """An IOTLB message. Raises MalformedError for an unknown type or permission."""
+    iova, size, uva, access, kind = _IOTLB.unpack(payload)
+    if access > 3:
+        raise MalformedError(f"IOTLB_MSG: permissions {access:#x} have unknown bits")
+    try:
+        return IotlbEntry(iova, size, uva, access, IotlbType(kind))
+    except ValueError:
+        raise MalformedError(f"IOTLB_MSG: type {kind} is unknown") from None

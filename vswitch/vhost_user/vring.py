@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vswitch.vhost_user.datapath import RingLog, RingSetup
+from vswitch.vhost_user.datapath import RingLog, RingSetup, ring_areas
 from vswitch.vhost_user.protocol import Feature, MalformedError
 
 SIZE_MAX = 32768
@@ -56,16 +56,9 @@ class Vring:
         return self.wanted or Feature.PROTOCOL_FEATURES not in features
 
     def areas(self, features: Feature) -> list[tuple[int, int]]:
-        """User address and length in bytes of each of its parts (VIRTIO 1.2, 2.7 and 2.8)."""
-        if Feature.RING_PACKED in features:
-            avail_len = used_len = 4
-        else:
-            avail_len, used_len = 6 + 2 * self.size, 6 + 8 * self.size
-        return [
-            (self.desc_uva, 16 * self.size),
-            (self.avail_uva, avail_len),
-            (self.used_uva, used_len),
-        ]
+        """User address and length in bytes of each of its parts."""
+        packed = Feature.RING_PACKED in features
+        return ring_areas(packed, self.size, self.desc_uva, self.avail_uva, self.used_uva)
 
     def setup(self, features: Feature) -> RingSetup:
         return RingSetup(

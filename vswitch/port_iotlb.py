@@ -1,0 +1,339 @@
+"""A port behind a virtual IOMMU: its IOTLB, whom it serves, and what it still has to ask for.
+
+A ring whose own memory is not translated is suspended; a buffer that is not makes its worker stop
+there and say so. Then the frontend is asked, once, for all that the ring holds. Buffers that a
+guest posts to receive into are asked for before a frame comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Protocol
+
+from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, ENTRIES, Iotlb, IotlbTables
+from vswitch.fastpath.mapping import Memory
+from vswitch.fastpath.port import Port
+from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
+from vswitch.vhost_user.protocol import Feature
+
+ASKED_MAX = 512
+"""Misses that may be without an answer; what is left is asked for when those are answered."""
+
+_AHEAD_MIN = 16
+"""Descriptors of a ring that are looked at ahead of the worker, however many rings there are."""
+
+_NOWHERE = "the IOMMU has nothing for it at address {:#x}"
+
+_PAGE = 4096
+"""No IOMMU maps less, so two misses in one page are one."""
+
+log = logging.getLogger("vswitch.port")
+
+
+class Frontend(Protocol):
+    """How a miss is sent: `vhost_user.iotlb_requests`."""
+
+    def ask_translation(self, iova: int, access: int, answered: Callable[[int], None]) -> bool: ...
+
+
+class PortIotlb:
+    """The IOTLB of one port with its present frontend and memory.
+
+    `restart` starts a ring that lies elsewhere now, from where it stopped; `fail` hears why a ring
+    cannot run, and None when it can again.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        engine: Engine,
+        memory: Memory,
+        frontend: Callable[[], Frontend | None],
+        settle: Callable[[], Awaitable[None]],
+        restart: Callable[[int, RingSetup], None],
+        fail: Callable[[int, str | None], None],
+    ) -> None:
+        self._iotlb = Iotlb(memory)
+        self._port = port
+        self._engine = engine
+        self._frontend = frontend
+        self._settle = settle
+        self._restart = restart
+        self._fail = fail
+        self._setups: dict[int, RingSetup] = {}
+        """Rings that run, with I/O virtual addresses ..."""
+        self._places: dict[int, RingSetup] = {}
+        """... and with those that they stand for."""
+        self._suspended: set[int] = set()
+        self._asked: set[tuple[int, int]] = set()
+        self._in_vain: set[tuple[int, int]] = set()
+        """What was refused and no worker needs yet: not asked again at once."""
+        self._complaints: dict[int, str] = {}
+        self._generation = 0
+        self._old: list[tuple[int, list[IotlbTables]]] = []
+        self._lost = False
+
+    @property
+    def tables(self) -> IotlbTables:
+        return self._iotlb.tables()
+
+    # Rings
+
+    def place(self, index: int, setup: RingSetup) -> RingSetup:
+        """The same ring with addresses of the frontend's. Raises TranslationPending."""
+        packed = Feature.RING_PACKED in setup.features
+        missing: list[tuple[int, int]] = []
+        found = []
+        # The device writes the used ring, of a packed ring all but the driver's event suppression.
+        for (address, length), written in zip(setup.areas(), (packed, False, True), strict=True):
+            access = ACCESS_READ | ACCESS_WRITE if written else ACCESS_READ
+            found.append(self._locate(index, address, length, access, missing))
+        for iova, access in missing:
+            self._ask(iova, access, index)
+        desc, avail, used = found
+        if missing or desc is None or avail is None or used is None:
+            raise TranslationPending
+        if self._complaints.pop(index, None):
+            self._fail(index, None)
+        return replace(setup, desc_uva=desc, avail_uva=avail, used_uva=used)
+
+    def _locate(
+        self, index: int, iova: int, length: int, access: int, missing: list[tuple[int, int]]
+    ) -> int | None:
+        """The user address of a part of a ring, None if it has none (yet)."""
+        start: int | None = None
+        done = 0
+        complete = True
+        while done < length:
+            at = iova + done
+            if at >= 1 << 64:
+                self._complain(index, f"its address {iova:#x} plus its length wraps past 2^64")
+                return None
+            entry = self._iotlb.find(at)
+            if entry is None:
+                missing.append((at, access))
+                done += _PAGE - at % _PAGE
+                complete = False
+                continue
+            allowed, uva, left = entry
+            if access & ~allowed:
+                self._complain(index, _NOWHERE.format(at))
+                return None
+            if start is None:
+                start = uva - done
+            if uva - done != start:
+                self._complain(
+                    index,
+                    f"its part at I/O virtual address {iova:#x} ({length} bytes) is not in one "
+                    f"piece of memory, at {at:#x} another one begins; give the guest smaller rings",
+                )
+                return None
+            done += left
+        return start if complete else None
+
+    def started(self, index: int, setup: RingSetup, place: RingSetup) -> None:
+        """A ring runs, and workers know it."""
+        self._setups[index] = setup
+        self._places[index] = place
+        self._iotlb.forget_denials()
+        self._changed()
+        self.scan(index)
+
+    @property
+    def serves_rings(self) -> bool:
+        return bool(self._setups)
+
+    def stopped(self, index: int) -> None:
+        """A ring has stopped. After the last one frontends tell no more: all is forgotten."""
+        self._setups.pop(index, None)
+        self._places.pop(index, None)
+        self._suspended.discard(index)
+        if not self._setups:
+            self._iotlb.clear()
+            self._asked.clear()
+            self._old.clear()
+            # An answer that is on its way is one to questions of earlier.
+            self._generation += 1
+
+    def memory_lost(self) -> None:
+        """The guest's memory was taken away: rings that are suspended stay so."""
+        self._lost = True
+
+    # What the frontend says
+
+    def update(self, iova: int, size: int, uva: int, access: int) -> None:
+        """Map a range and let go on who waited for it. Raises DatapathError."""
+        try:
+            self._iotlb.update(iova, size, uva, access)
+        except ValueError as exc:
+            raise DatapathError(f"update: {exc}") from exc
+        self._asked = {
+            (page, how) for page, how in self._asked if page >= iova + size or page + _PAGE <= iova
+        }
+        self._changed()
+
+    async def invalidate(self, iova: int, size: int) -> None:
+        """Forget a range; no worker uses it when this returns."""
+        self._iotlb.invalidate(iova, size)
+        for index, setup in self._setups.items():
+            if any(_overlap(area, iova, size) for area in setup.areas()):
+                self._suspend(index)
+        await self._hand_over()
+        self._changed()
+
+    async def use_memory(self, memory: Memory) -> None:
+        """Go on with another memory table, in which mappings may lie elsewhere or nowhere."""
+        self._iotlb.use_memory(memory)
+        for index, setup in self._setups.items():
+            try:
+                here = self.place(index, setup) == self._places[index]
+            except TranslationPending:
+                here = False
+            if here and index not in self._suspended:
+                self._port.rings[index].use_memory(memory)
+            else:
+                self._suspend(index)
+        await self._hand_over()
+        self._changed()
+
+    async def _hand_over(self) -> None:
+        """Return when no worker uses what the IOTLB had before."""
+        old = self._give_tables()
+        await self._settle()
+        old.clear()
+        self._old.clear()
+
+    def _suspend(self, index: int) -> None:
+        self._suspended.add(index)
+        self._port.rings[index].suspend()
+
+    def _resume(self) -> bool:
+        """Let those go on whose own memory is translated; whether there were any."""
+        resumed = False
+        for index in sorted(self._suspended):
+            if self._lost or self._port.rings[index].fault is not None:
+                continue
+            setup = self._setups[index]
+            try:
+                place = self.place(index, setup)
+            except TranslationPending:
+                continue
+            resumed = True
+            self._suspended.discard(index)
+            if place == self._places[index] and self._port.rings[index].memory is self.memory:
+                self._port.rings[index].resume()
+            else:
+                self._places[index] = place
+                self._restart(index, place)
+        return resumed
+
+    @property
+    def memory(self) -> Memory:
+        return self._iotlb.memory
+
+    def _changed(self) -> None:
+        """Show workers what the IOTLB has now, and ask for what is still missing."""
+        resumed = self._resume()
+        old = self._give_tables()
+        if old or resumed:
+            # Nobody waits for the workers: they may use the old ones for a moment, which are kept.
+            # Publishing also wakes those that sleep.
+            ticket = self._engine.publish()
+            passed = self._engine.passed
+            self._old = [(since, kept) for since, kept in self._old if not passed(since)]
+            self._old.append((ticket, old))
+        if not self._asked:
+            self.scan()
+
+    def _give_tables(self) -> list[IotlbTables]:
+        """Have all rings translate by the present tables; those that they used before."""
+        tables = self._iotlb.tables()
+        old = []
+        for index in self._setups:
+            ring = self._port.rings[index]
+            if ring.iotlb is not tables:
+                old.append(ring.iotlb)
+                ring.use_iotlb(tables)
+        return old
+
+    # What is asked of it
+
+    def scan(self, index: int | None = None) -> None:
+        """Ask for all buffers that rings hold and that are not translated."""
+        if self._lost:
+            return
+        for number in list(self._setups) if index is None else [index]:
+            ring = self._port.rings.get(number)
+            if ring is None or number not in self._setups:
+                continue
+            # Not more than there is room for, or one would put out the other for ever.
+            ahead = max(_AHEAD_MIN, ENTRIES // 2 // len(self._setups))
+            for iova, written in ring.untranslated(ASKED_MAX - len(self._asked), ahead):
+                access = ACCESS_WRITE if written else ACCESS_READ
+                if iova == ring.missed or (iova - iova % _PAGE, access) not in self._in_vain:
+                    self._ask(iova, access)
+
+    def check(self) -> None:
+        """Once a second: nobody may wait for a question that was never asked."""
+        self._in_vain.clear()
+        if not self._asked:
+            self._changed()
+
+    def ask_again(self) -> None:
+        """All that is missing, whether it was asked for or not: there is another way to ask."""
+        self._asked.clear()
+        self._generation += 1
+        self._changed()
+
+    def _ask(self, iova: int, access: int, ring: int | None = None) -> None:
+        """Send a miss, if it was not sent yet; `ring` if its own memory is there, not a buffer."""
+        question = (iova - iova % _PAGE, access)
+        frontend = self._frontend()
+        if question in self._asked or len(self._asked) >= ASKED_MAX or frontend is None:
+            return
+        generation = self._generation
+
+        def answered(status: int) -> None:
+            if generation != self._generation:
+                return
+            self._asked.discard(question)
+            if status:
+                if not self._refused(question, None if ring is None else iova):
+                    self._in_vain.add(question)
+                if ring is not None and ring not in self._setups:
+                    self._complain(ring, _NOWHERE.format(iova))
+            self._changed()
+
+        if frontend.ask_translation(iova, access, answered):
+            self._asked.add(question)
+
+    def _refused(self, question: tuple[int, int], own: int | None) -> bool:
+        """Note that nothing is there, so that who waits for it learns that; False if nobody does.
+
+        Buffers are asked for ahead, and a guest that is being reset has none any more.
+        """
+        page, access = question
+        denied = False
+        waiting = {self._port.rings[index].missed for index in self._setups} | {own}
+        for iova in waiting:
+            if iova is None or iova - iova % _PAGE != page:
+                continue
+            entry = self._iotlb.find(iova)
+            if entry is None or access & ~entry[0]:
+                self._iotlb.deny(iova)
+                denied = True
+        return denied
+
+    def _complain(self, index: int, text: str) -> None:
+        if self._complaints.get(index) != text:
+            self._complaints[index] = text
+            self._fail(index, text)
+
+
+def _overlap(area: tuple[int, int], iova: int, size: int) -> bool:
+    """Whether an invalidation touches an area; size 0 is all."""
+    address, length = area
+    return size == 0 or (address < iova + size and iova < address + length)
