@@ -75,6 +75,29 @@ static inline void vs_prefetch_write(const void *p) {
 #endif
 }
 
+/* For 16 to 128 bytes, which is most frames by number: a call of memcpy and its choice among many
+ * sizes costs more than the copy. Two halves overlap where the length is not a power of two. */
+static inline void vs_copy_short(char *to, const char *from, uint32_t len) {
+    typedef uint64_t pair __attribute__((vector_size(16), aligned(1), may_alias));
+#define VS_PAIR(p, at) (*(pair *)((char *)(p) + (at)))
+    if (len > 64) {
+        pair a = VS_PAIR(from, 0), b = VS_PAIR(from, 16), c = VS_PAIR(from, 32), d = VS_PAIR(from, 48);
+        pair e = VS_PAIR(from, len - 64), f = VS_PAIR(from, len - 48);
+        pair g = VS_PAIR(from, len - 32), h = VS_PAIR(from, len - 16);
+        VS_PAIR(to, 0) = a, VS_PAIR(to, 16) = b, VS_PAIR(to, 32) = c, VS_PAIR(to, 48) = d;
+        VS_PAIR(to, len - 64) = e, VS_PAIR(to, len - 48) = f;
+        VS_PAIR(to, len - 32) = g, VS_PAIR(to, len - 16) = h;
+    } else if (len >= 32) {
+        pair a = VS_PAIR(from, 0), b = VS_PAIR(from, 16);
+        pair c = VS_PAIR(from, len - 32), d = VS_PAIR(from, len - 16);
+        VS_PAIR(to, 0) = a, VS_PAIR(to, 16) = b, VS_PAIR(to, len - 32) = c, VS_PAIR(to, len - 16) = d;
+    } else {
+        pair a = VS_PAIR(from, 0), b = VS_PAIR(from, len - 16);
+        VS_PAIR(to, 0) = a, VS_PAIR(to, len - 16) = b;
+    }
+#undef VS_PAIR
+}
+
 #define vs_likely(x) __builtin_expect(!!(x), 1)
 #define vs_unlikely(x) __builtin_expect(!!(x), 0)
 
@@ -82,6 +105,9 @@ static inline void vs_prefetch_write(const void *p) {
 static inline uint64_t vs_get64(const void *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 static inline uint32_t vs_get32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 static inline uint16_t vs_get16(const void *p) { uint16_t v; memcpy(&v, p, 2); return v; }
+
+/* An unaligned store; torn or not is all the same before an index or flag makes it count. */
+static inline void vs_put64(void *p, uint64_t v) { memcpy(p, &v, 8); }
 
 /* Keeps the compiler from reading a private copy's source again. */
 static inline void vs_compiler_barrier(void) { __asm__ __volatile__("" ::: "memory"); }

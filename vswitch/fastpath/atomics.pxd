@@ -36,5 +36,7 @@ cdef extern from "atomics.h" nogil:
     uint64_t vs_get64(const void *p)
     uint32_t vs_get32(const void *p)
     uint16_t vs_get16(const void *p)
+    void vs_put64(void *p, uint64_t v)
+    void vs_copy_short(char *to, const char *source, uint32_t length)
     void vs_compiler_barrier()
     uint64_t vs_now_ns()

@@ -13,6 +13,8 @@ from vswitch.fastpath.atomics cimport (
     vs_load16,
     vs_load_acquire16,
     vs_load_int,
+    vs_prefetch_write,
+    vs_put64,
     vs_store16,
     vs_store_release16,
     vs_store_release64,
@@ -38,6 +40,10 @@ from vswitch.fastpath.types cimport (
     UsedChain,
     WorkerC,
 )
+
+
+cdef enum:
+    USED_A_LINE = 8        # used elements in a cache line
 
 
 cdef inline uint16_t ring_room(RingC *ring, uint16_t wanted) noexcept nogil:
@@ -136,6 +142,20 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
         log_packed(ring, first, ring.last_used)
 
 
+cdef inline void write_used_elem(
+    RingC *ring, uint16_t index, uint16_t id, uint32_t length
+) noexcept nogil:
+    vs_put64(&ring.used[index & ring.mask], id | <uint64_t>length << 32)
+
+
+cdef inline void prefetch_used(RingC *ring, uint16_t n) noexcept nogil:
+    """Fetch the lines for the next `n` used elements of a split ring, which the driver has read."""
+    cdef uint32_t i = 0
+    while i < <uint32_t>n + USED_A_LINE - 1:
+        vs_prefetch_write(&ring.used[<uint16_t>(ring.last_used + i) & ring.mask])
+        i += USED_A_LINE
+
+
 cdef inline void put_used(
     WorkerC *w, RingC *ring, uint16_t id, uint16_t count, uint32_t length
 ) noexcept nogil:
@@ -149,8 +169,7 @@ cdef inline void put_used(
         w.used[w.n_used].len = length
         w.n_used += 1
         return
-    ring.used[ring.last_used & ring.mask].id = id
-    ring.used[ring.last_used & ring.mask].len = length
+    write_used_elem(ring, ring.last_used, id, length)
     ring.last_used += 1
 
 

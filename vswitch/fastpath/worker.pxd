@@ -52,6 +52,7 @@ from vswitch.fastpath.virtqueue cimport (
     notify_driver,
     packed_ready,
     packed_step,
+    prefetch_used,
     publish_used,
     put_used,
     refuse_kicks,
@@ -102,6 +103,7 @@ cdef inline uint16_t take_split(WorkerC *w, RingC *ring) noexcept nogil:
             n = i
             break
         vs_prefetch(&ring.desc[w.heads[i]])
+    prefetch_used(ring, n)
     for i in range(n):
         if vs_unlikely(w.n_segs + MAX_CHAIN + 1 > SEG_POOL):
             break
