@@ -17,12 +17,12 @@ from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
 from benchmarks.guests import TSO_FRAME_LEN
 from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
+from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
 from benchmarks.samples import UNITS, Case, Kind, RingFormat, Sample, Setup
 from benchmarks.switches import (
     BusyVswitch,
     CrowdedVswitch,
-    NullSwitch,
     Switch,
     TestpmdIo,
     Vswitch,

@@ -1,4 +1,4 @@
-"""The switches that are measured: vswitch, testpmd's io mode, and no switch at all.
+"""The switches that are measured: vswitch in several dresses, and testpmd's io mode.
 
 Each has two ports and is confined to one CPU with all its threads.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from benchmarks.samples import Case, Kind, Setup
 from benchmarks.testpmd import Testpmd
 from vswitch._version import __version__
 from vswitch.guest import SoftwareGuest
-from vswitch.guest.null_backend import NullBackend
 from vswitch.lab.switch_process import SwitchProcess
 
 
@@ -185,70 +183,3 @@ class TestpmdIo(Switch):
 
     def version(self) -> str:
         return testpmd.version()
-
-
-class NullSwitch(Switch):
-    """No switch: indices and lengths go from ring to ring, no frame is looked at or copied.
-
-    What the software generator reaches when nobody looks at a frame. Not a ceiling: it moves ring
-    entries in another rhythm than a switch does, and may come out behind one.
-    """
-
-    name = "null"
-    title = "no switch"
-    kinds = frozenset({"rate", "latency", "wakeup"})
-    software_guests_only = True
-    max_frame_len = 2000
-
-    _guests: tuple[SoftwareGuest, SoftwareGuest] | None = None
-    _case = Case("rate", "software", 64)
-    _backend: NullBackend | None = None
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """There is nothing to start before there are guests."""
-
-    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
-        for guest in guests:
-            guest.build_offline(guest.wanted_features)
-        self._guests = guests
-        self.resume()
-
-    def forget(self) -> None:
-        self.pause()
-        self._guests = None
-
-    def prepare(self, case: Case) -> None:
-        self.pause()
-        self._case = case
-        self.resume()
-
-    @property
-    def pid(self) -> int:
-        return os.getpid()
-
-    def resume(self) -> None:
-        if self._guests is None or self._thread is not None:
-            return
-        sender, receiver = self._guests
-        backend = NullBackend(sender.transmitqs[0], receiver.receiveqs[0], self._case.frame_len)
-
-        def run() -> None:
-            os.sched_setaffinity(0, {self.cpu})
-            backend.run()
-
-        self._backend = backend
-        self._thread = threading.Thread(target=run, name="null backend", daemon=True)
-        self._thread.start()
-
-    def pause(self) -> None:
-        if self._backend is not None and self._thread is not None:
-            self._backend.stop()
-            self._thread.join()
-            self._backend = self._thread = None
-
-    def close(self) -> None:
-        self.forget()
-
-    def version(self) -> str:
-        return __version__

@@ -13,14 +13,17 @@ from click.testing import CliRunner
 from benchmarks import __main__ as program
 from benchmarks import fairness, machine, report
 from benchmarks.errors import BenchmarkError, MissingError
+from benchmarks.generators import SoftwareGenerator
 from benchmarks.guests import TSO_FRAME_LEN, frames_under_way, tso_frame
 from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, running_on
+from benchmarks.null import EAGER, RHYTHMS, NullSwitch
 from benchmarks.ovs import OvsDpdk
 from benchmarks.runner import GENERATORS, SWITCHES, Results, Runner, Settings, cases_of, setup_of
 from benchmarks.samples import (
     Case,
     Reading,
+    RingFormat,
     Sample,
     Setup,
     dropped,
@@ -31,7 +34,7 @@ from benchmarks.samples import (
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.latency import MAX_FRAMES, latencies
 from vswitch.guest.limits import copies, wakeups
-from vswitch.guest.load import Flow
+from vswitch.guest.load import Flow, Load
 from vswitch.guest.null_backend import NullBackend
 from vswitch.guest.packets import checksum
 from vswitch.guest.probe import round_trip_ns
@@ -419,3 +422,42 @@ def test_segments_that_stay_whole() -> None:
     assert frames_under_way(TSO_FRAME_LEN, 4096, 256) == 16
     assert frames_under_way(64, 2048, 256) == 128
     assert frames_under_way(9000, 2048, 256) == 51
+
+
+def test_no_switch_in_every_rhythm() -> None:
+    """A patient backend moves what there is in the end, and single frames whatever its rhythm."""
+    for burst, patience in ((1, 0), (128, 50), (256, 5000)):
+        with SoftwareGuest("52:54:00:00:00:01") as a, SoftwareGuest("52:54:00:00:00:02") as b:
+            for guest in (a, b):
+                guest.build_offline(DEFAULT_FEATURES)
+            backend = NullBackend(
+                a.transmitqs[0], b.receiveqs[0], 64, burst=burst, patience=patience
+            )
+            thread = threading.Thread(target=backend.run)
+            thread.start()
+            try:
+                flow = Flow(a.transmitqs[0], b.receiveqs[0], [bytes(64)], window=128)
+                (result,) = Load([flow]).run(30.0, frames=1001, settle_s=30.0, quiet_s=0.5)
+                assert (result.sent, result.received) == (1001, 1001)
+            finally:
+                backend.stop()
+                thread.join()
+            with pytest.raises(ValueError, match="bursts of 257, must be 1 to 256"):
+                NullBackend(a.transmitqs[0], b.receiveqs[0], 64, burst=257)
+
+
+@pytest.mark.parametrize("ring", ["split", "packed"])
+def test_no_switch_chooses_its_rhythm(ring: RingFormat, tmp_path: Path) -> None:
+    null = NullSwitch(tmp_path, sorted(os.sched_getaffinity(0))[1], Setup(1514))
+    case = Case("rate", "software", 64, ring)
+    generator = SoftwareGenerator(null, 0)
+    null.prepare(case)
+    try:
+        assert null.rhythm in RHYTHMS
+        generator.arrange(case)
+        assert generator.measure(case, 0.02).lost == 0
+        null.prepare(Case("latency", "software", 64))
+        assert null.rhythm == EAGER
+    finally:
+        generator.close()
+        null.close()

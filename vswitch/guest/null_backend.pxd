@@ -15,6 +15,8 @@ cdef class NullBackend:
     cdef TransmitQueue tx
     cdef ReceiveQueue rx
     cdef uint32_t used_len
+    cdef uint16_t burst
+    cdef uint32_t patience
     cdef int stopping
     cdef readonly uint64_t forwarded
 

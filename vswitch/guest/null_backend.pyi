@@ -4,7 +4,13 @@ from vswitch.guest.queues import GuestQueue
 class NullBackend:
     forwarded: int
     def __init__(
-        self, tx: GuestQueue[TransmitQueue], rx: GuestQueue[ReceiveQueue], frame_len: int
+        self,
+        tx: GuestQueue[TransmitQueue],
+        rx: GuestQueue[ReceiveQueue],
+        frame_len: int,
+        *,
+        burst: int = ...,
+        patience: int = 0,
     ) -> None: ...
     def stop(self) -> None: ...
     def run(self) -> None: ...
