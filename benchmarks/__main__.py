@@ -11,9 +11,11 @@ from pathlib import Path
 import click
 
 from benchmarks import report
+from benchmarks.alone import ALONE
+from benchmarks.cases import GENERATORS
 from benchmarks.errors import BenchmarkError
 from benchmarks.generators import SoftwareGenerator
-from benchmarks.runner import GENERATORS, TITLES, Runner, Settings
+from benchmarks.runner import TITLES, Runner, Settings
 from vswitch.errors import VswitchError
 from vswitch.lab.process import sigterm_unwinds
 
@@ -24,6 +26,7 @@ DOCUMENT_RESULTS = ROOT / "docs" / "performance.json"
 _DEFAULTS = Settings()
 _QUICK = replace(_DEFAULTS, samples=2, seconds=0.1, frames=(64, 1500))
 _MIN_FRAME_LEN = 64
+_GENERATORS = (*GENERATORS, ALONE)
 
 
 def _names(
@@ -55,7 +58,7 @@ def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[i
 @click.option("--seconds", type=click.FloatRange(min=0.01), help="Length of a sample.")
 @click.option("--frames", callback=_numbers, help="Frame sizes in bytes, like 64,1500.")
 @click.option("--switches", callback=_names(TITLES), help=f"Of {','.join(TITLES)}.")
-@click.option("--generators", callback=_names(GENERATORS), help=f"Of {','.join(GENERATORS)}.")
+@click.option("--generators", callback=_names(_GENERATORS), help=f"Of {','.join(_GENERATORS)}.")
 @click.option("--cpus", callback=_numbers, help="The switch's CPU and the generator's, like 1,0.")
 @click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
 @click.option(

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from benchmarks.guests import (
+    FLOOD_PORTS,
     IN_FLIGHT,
     MACS,
     QUEUE_SIZE,
@@ -20,6 +21,7 @@ from benchmarks.guests import (
     guest,
     tso_frame,
 )
+from benchmarks.machine import cpu_time_ns, resident_bytes
 from benchmarks.samples import Case, Kind, Reading, RingFormat, percentile
 from benchmarks.switches import Switch
 from benchmarks.testpmd import Testpmd
@@ -33,6 +35,8 @@ WARM_UP = 0.2
 """
 GAP_S = 0.001
 """Pause before each frame of a "wakeup" case."""
+_IDLE_LEAST_S = 1.0
+_FALL_ASLEEP_S = 0.2
 _QUIET_S = 0.01
 """When nothing has arrived for so long, nothing is under way."""
 
@@ -89,62 +93,90 @@ class SoftwareGenerator(Generator):
 
     name = "software"
     title = "software guests, one direction"
-    kinds = frozenset({"rate", "latency", "wakeup", "tso"})
+    kinds = frozenset({"rate", "latency", "wakeup", "tso", "flood", "spread", "idle", "memory"})
 
     _guests: tuple[SoftwareGuest, ...] = ()
-    _flow: Flow
+    _flows: list[Flow]
 
     def connect(self) -> None:
         """See whether the switch takes such guests at all."""
-        self._connect(Case("rate", self.name, 64, self.ring))
+        if len(self.switch.sockets) == len(MACS):
+            self._connect(Case("rate", self.name, 64, self.ring))
 
     def _connect(self, case: Case) -> None:
         self.close()
-        self._guests = tuple(guest(mac, case, self.max_frame_len) for mac in MACS)
-        self.switch.connect((self._guests[0], self._guests[1]))
+        macs = [f"52:54:00:00:00:{i + 1:02x}" for i in range(len(self.switch.sockets))]
+        longest = self.max_frame_len if len(macs) == len(MACS) else case.frame_len
+        self._guests = tuple(guest(mac, case, longest) for mac in macs)
+        self.switch.connect(self._guests)
 
     def arrange(self, case: Case) -> None:
         self._connect(case)
-        sender, receiver = self._guests
+        sender, receiver, *others = self._guests
         self._settle()
+        transmitq, receiveq = sender.transmitqs[0], receiver.receiveqs[0]
+        if case.kind in ("flood", "spread"):
+            to = [BROADCAST] if case.kind == "flood" else [one.mac for one in self._guests[1:]]
+            frames = [ethernet(dst, sender.mac, case.frame_len) for dst in to]
+            # A window needs every frame to come to one receiver; the others are emptied as often.
+            # Of what is spread, no receiver can have more than the transmitq holds.
+            window = IN_FLIGHT if case.kind == "flood" else 0
+            first = receiveq if window else None
+            self._flows = [Flow(transmitq, first, frames, window=window)]
+            rest = others if window else self._guests[1:]
+            self._flows += [Flow(None, one.receiveqs[0], frames) for one in rest]
+            return
         if case.kind == "tso":
             frame, header = tso_frame(receiver.mac, sender.mac)
             window = frames_under_way(case.frame_len, TSO_BUF_LEN, TSO_RX_QUEUE_SIZE)
         else:
             frame, header = ethernet(receiver.mac, sender.mac, case.frame_len), b""
             window = frames_under_way(case.frame_len, RX_BUF_LEN, QUEUE_SIZE)
-        self._flow = Flow(
-            sender.transmitqs[0],
-            receiver.receiveqs[0],
-            [frame],
-            window=window,
-            header=header,
-            rewrite=case.kind == "tso",
-        )
+        rewrite = case.kind == "tso"
+        self._flows = [
+            Flow(transmitq, receiveq, [frame], window=window, header=header, rewrite=rewrite)
+        ]
 
     def measure(self, case: Case, seconds: float) -> Reading:
-        flow = self._flow
-        if case.kind in ("rate", "tso"):
-            load = Load([flow])
+        if case.kind == "idle":
+            return self._idle(max(seconds, _IDLE_LEAST_S))
+        if case.kind == "memory":
+            return Reading(resident_bytes(self.switch.pid))
+        if case.kind not in ("latency", "wakeup"):
+            load = Load(self._flows)
             load.run(seconds * WARM_UP, settle_s=1.0)
-            (result,) = load.run(seconds, settle_s=1.0)
+            results = load.run(seconds, settle_s=1.0)
             # More received than sent: frames of the warm-up that somebody held up.
-            return Reading(result.frames_per_s, lost=abs(result.sent - result.received))
+            copies = FLOOD_PORTS if case.kind == "flood" else 1
+            lost = abs(copies * results[0].sent - sum(one.received for one in results))
+            arrived = sum(one.received_in_time for one in results[case.kind == "spread" :])
+            return Reading(arrived / results[0].seconds, lost=lost)
+        (flow,) = self._flows
         gap_s = GAP_S if case.kind == "wakeup" else 0.0
         latencies(flow, seconds * WARM_UP, gap_s=gap_s)
         return reading_of_times(latencies(flow, seconds, gap_s=gap_s))
+
+    def _idle(self, seconds: float) -> Reading:
+        """CPU time of a switch that has had time to fall asleep, in percent of one CPU."""
+        time.sleep(_FALL_ASLEEP_S)
+        before, start = cpu_time_ns(self.switch.pid), time.monotonic_ns()
+        time.sleep(seconds)
+        spent, length = cpu_time_ns(self.switch.pid) - before, time.monotonic_ns() - start
+        return Reading(100 * spent / length)
 
     def _settle(self) -> None:
         """Take what is still under way, and have the switch know where the receiver is.
 
         Without a frame now and then, a switch forgets whoever sends nothing.
         """
-        sender, receiver = self._guests
+        sender, *receivers = self._guests
         if not self.switch.software_guests_only:
-            receiver.send([ethernet(BROADCAST, receiver.mac, 64)])
-            sender.recv(1)
-        quiet = Load([Flow(None, receiver.receiveqs[0], [ethernet(BROADCAST, BROADCAST, 64)])])
-        while quiet.run(_QUIET_S)[0].received:
+            for receiver in receivers:
+                receiver.send([ethernet(BROADCAST, receiver.mac, 64)])
+            sender.recv(len(receivers))
+        frames = [ethernet(BROADCAST, BROADCAST, 64)]
+        quiet = Load([Flow(None, one.receiveqs[0], frames) for one in receivers])
+        while any(one.received for one in quiet.run(_QUIET_S)):
             pass
 
     def close(self) -> None:

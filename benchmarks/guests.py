@@ -12,6 +12,8 @@ from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
 from vswitch.vhost_user.protocol import Feature
 
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
+FLOOD_PORTS = 32
+"""Receivers of a "flood" or "spread" case."""
 QUEUE_SIZE = 256
 RX_BUF_LEN = 2048
 IN_FLIGHT = 128

@@ -168,6 +168,23 @@ class CpuWait:
         return worst / length
 
 
+def cpu_time_ns(pid: int) -> int:
+    """Nanoseconds that the threads of a process, those that live, have run so far."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        # A thread may end meanwhile.
+        with contextlib.suppress(OSError):
+            total += int((task / "schedstat").read_text().split()[0])
+    return total
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM, hugepages included."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = re.findall(r"^(?:VmRSS|HugetlbPages):\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * sum(map(int, found))
+
+
 def program(name: str, *places: str) -> str:
     """Where a program is, on PATH or in `places`; MissingError if it is not installed."""
     for folder in [*os.environ.get("PATH", os.defpath).split(os.pathsep), *places]:

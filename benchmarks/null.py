@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.guests import MACS, QUEUE_SIZE, RX_BUF_LEN, ethernet, frames_under_way, guest
@@ -41,7 +42,7 @@ class NullSwitch(Switch):
     software_guests_only = True
     max_frame_len = 2000
 
-    _guests: tuple[SoftwareGuest, SoftwareGuest] | None = None
+    _guests: Sequence[SoftwareGuest] | None = None
     _case = Case("rate", "software", 64)
     rhythm = EAGER
     _backend: NullBackend | None = None
@@ -50,7 +51,7 @@ class NullSwitch(Switch):
     def start(self) -> None:
         """There is nothing to start before there are guests."""
 
-    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+    def connect(self, guests: Sequence[SoftwareGuest]) -> None:
         for each in guests:
             each.build_offline(each.wanted_features)
         self._guests = guests

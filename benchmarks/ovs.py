@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
@@ -18,7 +19,6 @@ from vswitch.lab import process
 # Debian keeps the build with DPDK where only its alternatives system points to it.
 _PLACES = ("/usr/sbin", "/usr/lib/openvswitch-switch-dpdk")
 _BRIDGE = "br0"
-_PORTS = ("a", "b")
 _STANDARD_LEN = 1514
 _SOCKET_MEM_MIB = 512
 _RECONNECT_TIMEOUT_S = 10.0
@@ -35,7 +35,7 @@ class OvsDpdk(Switch):
     def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
         super().__init__(folder, cpu, setup)
         # OVS puts the sockets of dpdkvhostuser ports into its run directory, named as the ports.
-        self.sockets = (folder / "a", folder / "b")
+        self.sockets = tuple(folder / f"p{i}" for i in range(setup.ports))
         self._children: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -65,7 +65,8 @@ class OvsDpdk(Switch):
                 f"--unixctl={self.folder / 'vswitchd.ctl'}",
             )  # fmt: skip
             add = ["add-br", _BRIDGE, "--", "set", "bridge", _BRIDGE, "datapath_type=netdev"]
-            for port, socket in zip(_PORTS, self.sockets, strict=True):
+            for socket in self.sockets:
+                port = socket.name
                 add += ["--", "add-port", _BRIDGE, port, "--", "set", "Interface", port]
                 if self._client:
                     add += ["type=dpdkvhostuserclient", f"options:vhost-server-path={socket}"]
@@ -76,7 +77,7 @@ class OvsDpdk(Switch):
                 if self.setup.longest > _STANDARD_LEN:
                     add.append(f"mtu_request={self.setup.longest}")
             self._vsctl(*add)
-        for port in _PORTS:
+        for port in (socket.name for socket in self.sockets):
             if error := self._interface(port, "error"):
                 raise BenchmarkError(f"OVS refuses port {port}: {error}")
 
@@ -85,7 +86,7 @@ class OvsDpdk(Switch):
         """Whether OVS is to connect to the guests' sockets: only then it offers segmentation."""
         return self.setup.tso
 
-    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+    def connect(self, guests: Sequence[SoftwareGuest]) -> None:
         if not self._client:
             super().connect(guests)
             return

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import GENERATORS
 from benchmarks.errors import BenchmarkError
+from benchmarks.goals import PEERS, Found, goals
 from benchmarks.guests import TSO_FRAME_LEN
-from benchmarks.runner import GENERATORS, TITLES, Results
+from benchmarks.runner import TITLES, Results
 from benchmarks.samples import (
     MAX_WAIT,
     Case,
+    Kind,
     Reading,
     Sample,
     Summary,
@@ -25,7 +28,15 @@ from benchmarks.samples import (
 FORMAT = 1
 BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
-PEERS = ("testpmd", "ovs")
+_OTHERS: dict[Kind, tuple[str, str, float]] = {
+    "flood": ("broadcast to 32 ports", "M copies/s", 1e6),
+    "spread": ("unicast to 32 ports by turns", "M frames/s", 1e6),
+    "idle": ("CPU of an idle switch", "% of a CPU", 1),
+    "startup": ("start to first listening socket", "s", 1e9),
+    "memory": ("resident memory with 2 ports", "MB", 1e6),
+    "fdb": ("a lookup", "ns", 1),
+}
+"""What has no table of its own: a name, the unit and what it is in those of samples.UNITS."""
 
 
 def to_json(results: Results) -> str:
@@ -109,6 +120,8 @@ def markdown(results: Results) -> str:
     """Every table of a run, with the machine and what did not count."""
     summaries = summarise(results.samples)
     parts = [_machine(results), _counts(results)]
+    if summaries:
+        parts += ["### What is to be reached", _goals(summaries)]
     for name, generator in GENERATORS.items():
         of_generator = [one for one in summaries if one.case.generator == name]
         for place in ("near", "far"):
@@ -122,7 +135,33 @@ def markdown(results: Results) -> str:
             if segments := [one for one in here if one.case.kind == "tso"]:
                 title = f"### TCP segments of {TSO_FRAME_LEN} bytes, {place} ({generator.title})"
                 parts += [title, _segments(segments)]
+    if others := [one for one in summaries if one.case.kind in _OTHERS]:
+        parts += ["### Everything else", _others(others, results)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _goals(summaries: Sequence[Summary]) -> str:
+    found = Found(summaries)
+    rows = []
+    for goal in goals(TSO_FRAME_LEN):
+        outcome = goal.judge(found)
+        rows.append([goal.row, goal.wanted, outcome.text, outcome.verdict])
+    lines = [("case", "to reach", "measured", "verdict"), ("---",) * 4, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _others(summaries: Sequence[Summary], results: Results) -> str:
+    """What is measured once or for our own switch alone, a line each."""
+    rows = []
+    for one in sorted(summaries, key=lambda one: list(_OTHERS).index(one.case.kind)):
+        what, unit, scale = _OTHERS[one.case.kind]
+        if one.case.entries:
+            size = results.settings.get("fdb_bytes", {}).get(str(one.case.entries))
+            what += f", {one.case.entries:,} addresses"
+            what += f" in {size / (1 << 20):.1f} MiB" if size else ""
+        value = f"{one.median / scale:.2f} {unit}"
+        rows.append([what, TITLES[one.switch], one.place, value, str(one.count)])
+    return _table(["", "", "", "median", "samples"], rows)
 
 
 def _machine(results: Results) -> str:

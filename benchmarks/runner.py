@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.alone import ALONE, ENTRIES, Starter, Table, table_bytes
+from benchmarks.cases import GENERATORS, can, cases_of, setup_of
 from benchmarks.contestants import Bound, Contestant, Pair
 from benchmarks.errors import BenchmarkError, MissingError
-from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
-from benchmarks.guests import TSO_FRAME_LEN
+from benchmarks.generators import Generator
 from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
-from benchmarks.samples import UNITS, Case, Kind, RingFormat, Sample, Setup
+from benchmarks.samples import UNITS, Case, Sample, Setup
 from benchmarks.switches import (
     BusyVswitch,
     CrowdedVswitch,
     Switch,
     TestpmdIo,
+    TwoWorkers,
     Vswitch,
 )
 from vswitch.errors import VswitchError
@@ -33,19 +35,13 @@ from vswitch.guest.probe import round_trip_ns
 from vswitch.lab.errors import LabError
 
 SWITCHES: dict[str, type[Switch]] = {
-    one.name: one for one in (Vswitch, BusyVswitch, CrowdedVswitch, TestpmdIo, OvsDpdk, NullSwitch)
-}
-GENERATORS: dict[str, type[Generator]] = {
-    one.name: one for one in (SoftwareGenerator, TestpmdGenerator)
+    one.name: one
+    for one in (Vswitch, BusyVswitch, CrowdedVswitch, TwoWorkers, TestpmdIo, OvsDpdk, NullSwitch)
 }
 TITLES = {one.name: one.title for one in SWITCHES.values()} | {
     one.name: one.title for one in LIMITS.values()
 }
 """Of everything that can be measured, by name."""
-LATENCY_FRAME_LEN = 64
-PACKED_LENS = (64, 1500)
-"""Frame lengths that are measured in packed rings too."""
-STANDARD_LEN = 1514
 MAX_ROUNDS = 3
 """Times the wanted number of samples that are taken at most to make up for those that drop out."""
 _PROBES = 5
@@ -62,7 +58,7 @@ class Settings:
     seconds: float = 0.5
     frames: tuple[int, ...] = (64, 512, 1500, 9000)
     switches: tuple[str, ...] = tuple(TITLES)
-    generators: tuple[str, ...] = tuple(GENERATORS)
+    generators: tuple[str, ...] = (*GENERATORS, ALONE)
     cpus: tuple[int, ...] = ()
 
 
@@ -80,40 +76,6 @@ class Results:
     seconds: float = 0.0
 
 
-def can(switch: type[Switch], generator: type[Generator], case: Case) -> bool:
-    """Whether this case can be measured with these two."""
-    if switch.software_guests_only and generator is not SoftwareGenerator:
-        return False
-    if case.kind != "tso" and case.frame_len > generator.max_frame_len:
-        return False
-    return case.kind in generator.kinds and switch.can(case)
-
-
-def cases_of(generator: str, frames: Sequence[int]) -> list[Case]:
-    """What this generator measures: rates for every frame length, the rest for one each."""
-    kinds = GENERATORS[generator].kinds
-    cases = [Case("rate", generator, length) for length in frames]
-    cases += [
-        Case("rate", generator, length, "packed") for length in frames if length in PACKED_LENS
-    ]
-    late: tuple[Kind, ...] = ("latency", "wakeup")
-    cases += [Case(kind, generator, LATENCY_FRAME_LEN) for kind in late if kind in kinds]
-    return cases + ([Case("tso", generator, TSO_FRAME_LEN)] if "tso" in kinds else [])
-
-
-def setup_of(case: Case) -> Setup:
-    """What has to be started for a case; cases with equal setups are measured with one start.
-
-    Apart from each other: buffers for long frames would slow the short ones down, and so may
-    offloads. The software guests choose their rings' format anew for every sample.
-    """
-    longest = STANDARD_LEN
-    if case.kind != "tso" and case.frame_len > STANDARD_LEN:
-        longest = case.frame_len
-    ring: RingFormat = "split" if case.generator == SoftwareGenerator.name else case.ring
-    return Setup(longest, tso=case.kind == "tso", ring=ring)
-
-
 class Runner:
     """One run: `run` may be called once."""
 
@@ -129,6 +91,7 @@ class Runner:
                 "seconds": settings.seconds,
                 "switch_cpu": self.cpus.switch,
                 "generator_cpu": self.cpus.generator,
+                "fdb_bytes": {str(entries): table_bytes(entries) for entries in ENTRIES},
             },
         )
 
@@ -141,7 +104,10 @@ class Runner:
                 for case in cases_of(name, self.settings.frames):
                     groups.setdefault(setup_of(case), []).append(case)
                 for setup, cases in groups.items():
-                    self._run_group(GENERATORS[name], setup, cases)
+                    if name == ALONE:
+                        self._run_alone(cases)
+                    else:
+                        self._run_group(GENERATORS[name], setup, cases)
         self.results.seconds = round(time.monotonic() - start, 1)
         if not self.results.samples:
             raise BenchmarkError(
@@ -184,6 +150,24 @@ class Runner:
                 if able:
                     self._run_case(case, able)
 
+    def _run_alone(self, cases: list[Case]) -> None:
+        """Cases without a generator, in which nothing is running but what is being measured."""
+        chosen = [SWITCHES[name] for name in self.settings.switches if name in SWITCHES]
+        for case in cases:
+            if case.kind == "fdb":
+                if Vswitch in chosen:
+                    self._run_case(case, [Table(self.cpus.switch)])
+                continue
+            able = [one for one in chosen if one.can(case)]
+            mib = max((one.hugepages_mib for one in able), default=0)
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(hugepages(mib) if mib else contextlib.nullcontext())
+                except MissingError as error:
+                    self._skip("starting what needs hugepages", error)
+                    able = [one for one in able if not one.hugepages_mib]
+                self._run_case(case, [Starter(one, self.cpus.switch) for one in able])
+
     def _skip(self, what: str, error: VswitchError) -> None:
         self.results.skipped.append(f"{what}: {error.message}")
         self.progress(f"skipping {what}: {error.message}")
@@ -217,6 +201,8 @@ class Runner:
         for one in contestants:
             with one.running():
                 one.prepare(case)
+        if not contestants:
+            return
         kept = dict.fromkeys((one.name for one in contestants), 0)
         failures = dict.fromkeys(kept, 0)
         for turn in range(MAX_ROUNDS * self.settings.samples):
@@ -229,6 +215,10 @@ class Runner:
                     continue
                 try:
                     sample = self._sample(case, one)
+                except MissingError as error:
+                    failures[one.name] = _MAX_FAILURES
+                    self._skip(f"{case.kind} of {one.title}", error)
+                    continue
                 except (BenchmarkError, GuestError, LabError) as error:
                     failures[one.name] += 1
                     self.results.failures.append(f"{case}, {one.title}: {error}")

@@ -12,12 +12,25 @@ NEAR_BELOW_NS = 200.0
 MAX_WAIT = 0.03
 """Share of a sample that its threads may have waited for their CPU because of other programs."""
 
-Kind = Literal["rate", "latency", "wakeup", "tso"]
+Kind = Literal[
+    "rate", "latency", "wakeup", "tso", "flood", "spread", "idle", "memory", "startup", "fdb"
+]
 RingFormat = Literal["split", "packed"]
 Place = Literal["near", "far"]
 Verdict = Literal["kept", "moved", "disturbed", "lossy"]
 
-UNITS: dict[Kind, str] = {"rate": "frames/s", "latency": "ns", "wakeup": "ns", "tso": "frames/s"}
+UNITS: dict[Kind, str] = {
+    "rate": "frames/s",
+    "latency": "ns",
+    "wakeup": "ns",
+    "tso": "frames/s",
+    "flood": "copies/s",
+    "spread": "frames/s",
+    "idle": "% of a CPU",
+    "memory": "bytes",
+    "startup": "ns",
+    "fdb": "ns",
+}
 
 
 def place_of(round_trip_ns: float) -> Place:
@@ -30,17 +43,24 @@ class Case:
 
     "rate" is frames a second in a closed loop. "latency" is the time of one frame in flight, from
     before it is sent until it has arrived; "wakeup" is the same after a pause. "tso" is the rate of
-    frames that nobody segments on the way, each of them written anew by the sender.
+    frames that nobody segments on the way, each of them written anew by the sender. "flood" is
+    copies of broadcasts to FLOOD_PORTS other ports, "spread" unicast frames to them by turns.
+
+    "idle" is the CPU time of a switch whose guests send nothing, "memory" its resident memory with
+    two ports, "startup" the time until a socket listens. "fdb" is a lookup among `entries`
+    addresses.
     """
 
     kind: Kind
     generator: str
     frame_len: int
     ring: RingFormat = "split"
+    entries: int = 0
 
     def __str__(self) -> str:
         ring = " in packed rings" if self.ring == "packed" else ""
-        return f"{self.kind} of {self.frame_len} B{ring} by {self.generator}"
+        entries = f" among {self.entries} addresses" if self.entries else ""
+        return f"{self.kind} of {self.frame_len} B{ring}{entries} by {self.generator}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +69,13 @@ class Setup:
 
     `longest` is the length of the longest frame in bytes. With `tso` there are frames that are not
     to be segmented. `ring` is the format of the rings where a generator fixes it at its start.
+    `ports` is the number of ports with a guest that takes part.
     """
 
     longest: int
     tso: bool = False
     ring: RingFormat = "split"
+    ports: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import testpmd
@@ -21,7 +22,7 @@ from vswitch.lab.switch_process import SwitchProcess
 
 
 class Switch(ABC):
-    """A switch with two ports. Made and started once, resumed for each sample.
+    """A switch with `setup.ports` ports. Made and started once, resumed for each sample.
 
     `kinds` and `max_frame_len` say what it can be measured with. A paused switch uses no CPU.
     """
@@ -29,7 +30,9 @@ class Switch(ABC):
     name: str
     title: str
     hugepages_mib = 0
-    kinds: frozenset[Kind] = frozenset({"rate", "latency", "wakeup", "tso"})
+    kinds: frozenset[Kind] = frozenset(
+        {"rate", "latency", "wakeup", "tso", "flood", "spread", "idle", "memory", "startup"}
+    )
     max_frame_len = TSO_FRAME_LEN
     software_guests_only = False
 
@@ -38,7 +41,7 @@ class Switch(ABC):
         self.folder = folder
         self.cpu = cpu
         self.setup = setup
-        self.sockets = (folder / "a.sock", folder / "b.sock")
+        self.sockets = tuple(folder / f"p{i}.sock" for i in range(setup.ports))
 
     @classmethod
     def can(cls, case: Case) -> bool:
@@ -61,7 +64,7 @@ class Switch(ABC):
     def pid(self) -> int:
         """The process in which the frames are moved."""
 
-    def connect(self, guests: tuple[SoftwareGuest, SoftwareGuest]) -> None:
+    def connect(self, guests: Sequence[SoftwareGuest]) -> None:
         """Connect a guest to each port."""
         for guest, socket in zip(guests, self.sockets, strict=True):
             guest.connect(socket)
@@ -86,12 +89,13 @@ class Vswitch(Switch):
     name = "vswitch"
     title = "vswitch"
     polling = "adaptive"
+    workers = 1
 
     def start(self) -> None:
         control = self.folder / "control.sock"
         config = self.folder / "ports.toml"
-        lines = ["[switch]", f'control = "{control}"', f"cpus = [{self.cpu}]"]
-        lines += [f'polling = "{self.polling}"']
+        lines = ["[switch]", f'control = "{control}"', f'polling = "{self.polling}"']
+        lines += [f"workers = {self.workers}", f"cpus = {[self.cpu] * self.workers}"]
         for name, socket in self.ports().items():
             lines += ["[[port]]", f'name = "{name}"', f'socket = "{socket}"']
         config.write_text("\n".join(lines) + "\n")
@@ -101,7 +105,7 @@ class Vswitch(Switch):
 
     def ports(self) -> dict[str, Path]:
         """Ports and their sockets."""
-        return dict(zip(("a", "b"), self.sockets, strict=True))
+        return {socket.stem: socket for socket in self.sockets}
 
     @property
     def pid(self) -> int:
@@ -130,7 +134,7 @@ class CrowdedVswitch(Vswitch):
 
     name = "vswitch-64"
     title = "vswitch, 62 idle ports"
-    kinds = frozenset({"rate"})
+    kinds = frozenset({"rate", "idle"})
     _IDLE = 62
 
     def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
@@ -139,7 +143,7 @@ class CrowdedVswitch(Vswitch):
 
     @classmethod
     def can(cls, case: Case) -> bool:
-        return super().can(case) and (case.generator, case.frame_len) == ("software", 64)
+        return super().can(case) and case == Case(case.kind, "software", 64)
 
     def ports(self) -> dict[str, Path]:
         idle = {f"idle{i}": self.folder / f"idle{i}.sock" for i in range(self._IDLE)}
@@ -159,12 +163,37 @@ class CrowdedVswitch(Vswitch):
         self._idle.clear()
 
 
+class TwoWorkers(Vswitch):
+    """vswitch with two workers on its CPU, one of which has nothing to do.
+
+    Shows what sharing costs where two workers may write one receiveq, and no more: a second CPU for
+    the second worker is not there.
+    """
+
+    name = "vswitch-2w"
+    title = "vswitch, two workers"
+    kinds = frozenset({"rate"})
+    workers = 2
+
+    @classmethod
+    def can(cls, case: Case) -> bool:
+        plain = [Case("rate", "software", length) for length in (64, 1500)]
+        return super().can(case) and case in plain
+
+    def start(self) -> None:
+        super().start()
+        with self._process.client() as client:
+            for name in self.ports():
+                client.worker_pin(name, 0)
+
+
 class TestpmdIo(Switch):
     """testpmd between two vhost ports: every frame goes to the other port, unseen."""
 
     name = "testpmd"
     title = "testpmd io"
     hugepages_mib = 256
+    kinds = frozenset({"rate", "latency", "wakeup", "tso", "idle", "memory", "startup"})
 
     def start(self) -> None:
         tso = int(self.setup.tso)

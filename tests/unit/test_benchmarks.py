@@ -12,14 +12,24 @@ from click.testing import CliRunner
 
 from benchmarks import __main__ as program
 from benchmarks import fairness, machine, report
+from benchmarks.alone import ENTRIES, table_bytes
+from benchmarks.cases import GENERATORS, cases_of, setup_of
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import SoftwareGenerator
-from benchmarks.guests import TSO_FRAME_LEN, frames_under_way, tso_frame
+from benchmarks.goals import Found, goals
+from benchmarks.guests import FLOOD_PORTS, TSO_FRAME_LEN, frames_under_way, tso_frame
 from benchmarks.limits import LIMITS
-from benchmarks.machine import Cpus, CpuWait, choose_cpus, running_on
+from benchmarks.machine import (
+    Cpus,
+    CpuWait,
+    choose_cpus,
+    cpu_time_ns,
+    resident_bytes,
+    running_on,
+)
 from benchmarks.null import EAGER, RHYTHMS, NullSwitch
 from benchmarks.ovs import OvsDpdk
-from benchmarks.runner import GENERATORS, SWITCHES, Results, Runner, Settings, cases_of, setup_of
+from benchmarks.runner import SWITCHES, Results, Runner, Settings
 from benchmarks.samples import (
     Case,
     Reading,
@@ -136,12 +146,11 @@ def test_cases() -> None:
         ("rate", 1500),
         ("rate", 64),
         ("rate", 1500),
-        ("latency", 64),
-        ("wakeup", 64),
+        *[(kind, 64) for kind in ("latency", "wakeup", "idle", "memory", "flood", "spread")],
         ("tso", TSO_FRAME_LEN),
     ]
     assert [case.ring for case in cases].count("packed") == 2
-    assert len({setup_of(case) for case in cases}) == 2
+    assert len({setup_of(case) for case in cases}) == 3
     of_testpmd = {setup_of(case) for case in cases_of("testpmd", (64, 9000))}
     assert of_testpmd == {Setup(1514), Setup(1514, ring="packed"), Setup(9000)}
 
@@ -343,14 +352,12 @@ def test_a_run(tmp_path: Path) -> None:
     assert data["machine"]["cpus"] == os.cpu_count()
     assert data["versions"].keys() == {"vswitch"}
     found = {(one["case"]["kind"], one["case"]["frame_len"]) for one in data["samples"]}
-    assert found == {
-        ("rate", 64), ("rate", 1500), ("latency", 64), ("wakeup", 64), ("tso", TSO_FRAME_LEN),
-    }  # fmt: skip
+    assert found == {(case.kind, case.frame_len) for case in cases_of("software", (64, 1500))}
     for one in data["samples"]:
         # On a machine that is busy with other things, no frame may get through in so short a time.
-        assert one["reading"]["value"] > 0 or one["case"]["kind"] in ("rate", "tso")
+        assert one["reading"]["value"] > 0 or one["case"]["kind"] not in ("latency", "wakeup")
         assert one["before_ns"] > 0
-        assert (one["reading"]["p99"] is None) == (one["case"]["kind"] in ("rate", "tso"))
+        assert (one["reading"]["p99"] is None) == (one["case"]["kind"] not in ("latency", "wakeup"))
     assert report.newest(tmp_path) == path
     assert "# A benchmark run" in path.with_suffix(".md").read_text()
 
@@ -461,3 +468,99 @@ def test_no_switch_chooses_its_rhythm(ring: RingFormat, tmp_path: Path) -> None:
     finally:
         generator.close()
         null.close()
+
+
+def test_what_is_measured_without_a_generator(tmp_path: Path) -> None:
+    settings = Settings(samples=1, seconds=0.01, switches=("vswitch",), generators=("alone",))
+    run = Runner(settings, lambda _line: None).run()
+    assert run.failures == run.skipped == []
+    # More than one of each where the machine has other things to do.
+    assert {one.case.entries for one in run.samples if one.case.kind == "fdb"} == set(ENTRIES)
+    assert all(one.reading.lost == 0 for one in run.samples)
+    starts = [one.reading.value for one in run.samples if one.case.kind == "startup"]
+    assert starts
+    assert all(0 < value < 60e9 for value in starts)
+    assert table_bytes(1_000_000) > table_bytes(10) > 0
+
+
+def test_frames_to_many_ports() -> None:
+    """Floods and unicast to as many ports, in a switch that loses none of them."""
+    setup = setup_of(Case("flood", "software", 64))
+    assert setup.ports == 1 + FLOOD_PORTS
+    settings = Settings(samples=1, seconds=0.02, switches=("vswitch",), generators=("software",))
+    runner = Runner(settings, lambda _line: None)
+    cases = [Case(kind, "software", 64) for kind in ("flood", "spread")]
+    runner._run_group(SoftwareGenerator, setup, cases)
+    assert runner.results.failures == []
+    for one in runner.results.samples:
+        assert one.reading.lost == 0
+        assert one.reading.value > 0
+
+
+def test_time_and_memory_of_a_process() -> None:
+    before = cpu_time_ns(os.getpid())
+    sum(range(100_000))
+    assert cpu_time_ns(os.getpid()) > before
+    assert resident_bytes(os.getpid()) > 1 << 20
+
+
+def _case_samples(switch: str, case: Case, value: float, p99: float | None = None) -> list[Sample]:
+    return [sample(value, switch=switch, case=case, p99=p99)] * 7
+
+
+def test_goals() -> None:
+    """The table says what was reached, missed and not measured, with what it was compared to."""
+    rate, packed = Case("rate", "software", 64), Case("rate", "software", 64, "packed")
+    tso = Case("tso", "software", TSO_FRAME_LEN)
+    samples = [
+        *_case_samples("vswitch", rate, 20e6),
+        *_case_samples("vswitch-64", rate, 18e6),
+        *_case_samples("testpmd", rate, 12e6),
+        *_case_samples("ovs", rate, 9e6),
+        *_case_samples("null", rate, 40e6),
+        *_case_samples("vswitch", packed, 11e6)[:3],
+        *_case_samples("ovs", packed, 10e6),
+        *_case_samples("vswitch-busy", Case("latency", "software", 64), 400.0, 500.0),
+        *_case_samples("testpmd", Case("latency", "software", 64), 420.0, 600.0),
+        *_case_samples("ovs", Case("latency", "software", 64), 480.0, 600.0),
+        *_case_samples("vswitch", Case("wakeup", "software", 64), 30e3, 45e3),
+        *_case_samples("eventfd", Case("wakeup", "software", 64), 24e3, 35e3),
+        *_case_samples("vswitch-64", Case("idle", "software", 64), 0.2),
+        *_case_samples("ovs", Case("idle", "software", 64), 100.0),
+        *_case_samples("vswitch", tso, 200e3),
+        *_case_samples("memcpy", tso, 240e3),
+        *_case_samples("vswitch", Case("flood", "software", 64), 40e6),
+        *_case_samples("vswitch", Case("spread", "software", 64), 20e6),
+        *_case_samples("vswitch", Case("fdb", "alone", 64, entries=10), 4.0),
+        *_case_samples("vswitch", Case("fdb", "alone", 64, entries=1_000_000), 10.0),
+        *_case_samples("vswitch", Case("startup", "alone", 1514), 0.4e9),
+        *_case_samples("vswitch", Case("memory", "software", 64), 50e6),
+    ]
+    found = Found(summarise(samples))
+    by_row = {goal.row: goal.judge(found) for goal in goals(TSO_FRAME_LEN)}
+    assert by_row["64 B, split ring, near"].text == (
+        "1.67 x: 20.00 M/s (vswitch, 7) against 12.00 M/s (testpmd, 7); "
+        "the generator's ceiling is 40.00"
+    )
+    assert {row: outcome.verdict for row, outcome in by_row.items()} == {
+        "64 B, split ring, near": "reached",
+        "64 B, split ring, far": "not measured",
+        "1500 B, split ring, near": "not measured",
+        "1500 B, split ring, far": "not measured",
+        "64 B, packed ring, near": "missed (only 3 samples)",
+        "1500 B, packed ring, near": "not measured",
+        "one frame in flight, busy polling": "reached",
+        "first frame after idle": "missed",
+        "CPU of an idle switch, 64 ports": "reached",
+        "62 idle ports beside two busy ones": "missed",
+        "flood to 32 ports": "reached",
+        "64 KiB segments between guests": "reached",
+        "1 million addresses learned": "missed",
+        "two workers configured, one with work": "not measured",
+        "start to first listening socket": "reached",
+        "memory with 2 ports": "reached",
+    }
+    text = report.markdown(results(samples))
+    assert "| first frame after idle | p99 <= 30 µs | p99 45.0 µs, median 30.0 µs; " in text
+    assert "| a lookup, 1,000,000 addresses | vswitch | near | 10.00 ns | 7 |" in text
+    assert "| vswitch | 200.0 | 104.4 (7) | 83% |" in text

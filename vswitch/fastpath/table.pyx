@@ -129,6 +129,20 @@ cdef class Fdb:
         cdef int32_t port = fdb_lookup(self.c, key)
         return None if port < 0 else port
 
+    def count_known(self, const uint64_t[::1] keys):
+        """How many of these keys are there; looks them up as a worker does, without the GIL."""
+        cdef Py_ssize_t i
+        cdef uint32_t found = 0
+        with nogil:
+            for i in range(keys.shape[0]):
+                found += fdb_lookup(self.c, keys[i]) >= 0
+        return found
+
+    @property
+    def memory_len(self):
+        """Bytes of the table, whatever is in it."""
+        return (self.c.mask + 1) * sizeof(FdbBucket)
+
     def learn(self, uint64_t key, uint16_t port):
         """What a worker does with a source address; False when table or port had no room."""
         cdef int32_t old = -1
