@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vswitch.control.api import WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
-from vswitch.fastpath.engine import Engine, Worker
+from vswitch.fastpath.engine import Engine, Worker, cycles
 from vswitch.placement import Placement
 from vswitch.privileges import limit_capabilities
 
@@ -38,6 +38,7 @@ class WorkerThreads:
         self._stopping = False
         self._threads: list[threading.Thread] = []
         self._progress: list[tuple[int, int]] = []
+        self._cycles, self._ns = cycles()
 
     def start(self) -> None:
         """Start them all. Raises ConfigError for a CPU that this process may not use."""
@@ -92,9 +93,13 @@ class WorkerThreads:
 
     def info(self) -> list[WorkerInfo]:
         found = []
+        now_cycles, now_ns = cycles()
+        cycles_per_ns = (now_cycles - self._cycles) / max(1, now_ns - self._ns)
         for number, worker in enumerate(self._engine.workers):
             stats = worker.stats()
             queues = self._placement.queues(number)
+            frames, busy_ns = stats["frames"], stats["busy_ns"]
+            per_frame = round(cycles_per_ns * busy_ns / frames, 1) if frames else None
             found.append(
                 WorkerInfo(
                     id=number,
@@ -103,12 +108,13 @@ class WorkerThreads:
                     state=stats["state"],
                     loops=stats["loops"],
                     bursts=stats["bursts"],
-                    frames=stats["frames"],
+                    frames=frames,
                     sleeps=stats["sleeps"],
                     wakeups=stats["wakeups"],
                     notify=stats["notify"],
-                    busy_ns=stats["busy_ns"],
+                    busy_ns=busy_ns,
                     idle_ns=stats["idle_ns"],
+                    cycles_per_frame=per_frame or None,
                     queues=queues,
                 )
             )

@@ -242,6 +242,7 @@ class FakeSwitch:
                 "notify": "aio",
                 "busy_ns": 5_000_000,
                 "idle_ns": 95_000_000,
+                "cycles_per_frame": 130.5,
                 "queues": [
                     {
                         "port": "vm1",

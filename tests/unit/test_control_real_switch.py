@@ -54,6 +54,7 @@ def test_results_have_the_keys_they_are_said_to_have(client: Client) -> None:
         assert set(stats) == PortStats.__required_keys__
     for worker in client.workers():
         assert set(worker) == WorkerInfo.__required_keys__
+        assert (worker["cycles_per_frame"] is not None) <= (worker["frames"] > 0)
     client.fdb_add("52:54:00:00:00:01", "vm1", vlan=12)
     [entry] = client.fdb()
     assert set(entry) == FdbEntry.__required_keys__

@@ -1,4 +1,4 @@
-"""The `vswitch` command: starts a switch in the foreground, and the demo."""
+"""The `vswitch` command: starts a switch in the foreground, the demo, and a load generator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ _LEVELS = click.Choice(["debug", "info", "warning", "error"])
 @click.group(
     cls=LazyGroup,
     lazy={
+        "bench": LazyCommand(
+            "vswitch.lab.bench:bench", "Send frames through any vhost-user switch and count them."
+        ),
         "demo": LazyCommand(
             "vswitch.lab.demo:demo", "Boot three guests on a switch and let them ping each other."
         ),

@@ -143,6 +143,9 @@ class QueueInfo(TypedDict):
 class WorkerInfo(TypedDict):
     """A poll thread and what it did since the start; `*_ns` are nanoseconds.
 
+    `frames` were taken in `bursts` by `loops` looks at all rings, in `busy_ns` altogether.
+    `cycles_per_frame` are cycles of the machine's time-stamp counter in which the worker was busy,
+    for each frame; None before the first one, and where the machine has no such counter.
     `notify` is how it signals eventfds: "write" where the kernel has no AIO.
     """
 
@@ -158,6 +161,7 @@ class WorkerInfo(TypedDict):
     notify: Literal["aio", "write"]
     busy_ns: int
     idle_ns: int
+    cycles_per_frame: float | None
     queues: list[QueueInfo]
 
 

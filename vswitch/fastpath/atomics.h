@@ -112,6 +112,16 @@ static inline void vs_put64(void *p, uint64_t v) { memcpy(p, &v, 8); }
 /* Keeps the compiler from reading a private copy's source again. */
 static inline void vs_compiler_barrier(void) { __asm__ __volatile__("" ::: "memory"); }
 
+/* The time-stamp counter, which runs at one rate whatever the core's clock does; 0 where a program
+ * cannot read one. */
+static inline uint64_t vs_cycles(void) {
+#if defined(__x86_64__)
+    return __builtin_ia32_rdtsc();
+#else
+    return 0;
+#endif
+}
+
 static inline uint64_t vs_now_ns(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);

@@ -40,3 +40,4 @@ cdef extern from "atomics.h" nogil:
     void vs_copy_short(char *to, const char *source, uint32_t length)
     void vs_compiler_barrier()
     uint64_t vs_now_ns()
+    uint64_t vs_cycles()

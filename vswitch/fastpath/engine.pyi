@@ -5,6 +5,8 @@ from vswitch.fastpath.table import Fdb
 
 DROP_REASONS: tuple[tuple[str, str], ...]
 
+def cycles() -> tuple[int, int]: ...
+
 class WorkerStats(TypedDict):
     id: int
     state: Literal["busy", "sleeping"]

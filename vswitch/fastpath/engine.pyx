@@ -16,6 +16,7 @@ from vswitch.fastpath.table import NO_LIMIT
 
 from vswitch.fastpath.atomics cimport (
     vs_cas_ptr,
+    vs_cycles,
     vs_fence,
     vs_load32,
     vs_load64,
@@ -102,6 +103,14 @@ DROP_REASONS = (
 )
 
 FOREVER = (1 << 64) - 1
+
+
+def cycles():
+    """The machine's time-stamp counter, and nanoseconds of CLOCK_MONOTONIC at the same moment.
+
+    The counter is 0 where there is none that a program can read.
+    """
+    return vs_cycles(), vs_now_ns()
 
 
 cdef class Worker:
