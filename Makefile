@@ -16,7 +16,7 @@ help:
 	@echo 'make test      run the tests (unit, conformance, end to end with QEMU guests)'
 	@echo 'make test-all  the same and the longer matrices'
 	@echo 'make check     ruff, mypy, and which package may import which'
-	@echo 'make bench     measure throughput with software guests and testpmd'
+	@echo 'make bench     measure this switch beside others, with tables and a plot'
 	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
 	@echo 'make format    let ruff format the code'
 	@echo 'make clean     remove what was built, the virtual environment too'
@@ -39,7 +39,10 @@ check: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
+# Without matplotlib there is no plot, and the rest is the same.
 bench: setup
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+		$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8' || true
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(VENV)/.built

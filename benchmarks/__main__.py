@@ -13,9 +13,10 @@ import click
 from benchmarks import report
 from benchmarks.alone import ALONE
 from benchmarks.cases import GENERATORS
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import SoftwareGenerator
 from benchmarks.runner import TITLES, Runner, Settings
+from benchmarks.samples import UNITS, Kind
 from vswitch.errors import VswitchError
 from vswitch.lab.process import sigterm_unwinds
 
@@ -23,8 +24,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 DOCUMENT_RESULTS = ROOT / "docs" / "performance.json"
+DOCUMENT_PICTURE = ROOT / "docs" / "performance.svg"
 _DEFAULTS = Settings()
-_QUICK = replace(_DEFAULTS, samples=2, seconds=0.1, frames=(64, 1500))
+_QUICK = replace(
+    _DEFAULTS, samples=1, seconds=0.1, frames=(64, 1500), kinds=("rate", "latency", "wakeup")
+)
 _MIN_FRAME_LEN = 64
 _GENERATORS = (*GENERATORS, ALONE)
 
@@ -60,6 +64,7 @@ def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[i
 @click.option("--switches", callback=_names(TITLES), help=f"Of {','.join(TITLES)}.")
 @click.option("--generators", callback=_names(_GENERATORS), help=f"Of {','.join(_GENERATORS)}.")
 @click.option("--cpus", callback=_numbers, help="The switch's CPU and the generator's, like 1,0.")
+@click.option("--kinds", callback=_names(UNITS), help=f"Of {','.join(UNITS)}.")
 @click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS,
@@ -76,6 +81,7 @@ def main(
     switches: tuple[str, ...] | None,
     generators: tuple[str, ...] | None,
     cpus: tuple[int, ...] | None,
+    kinds: tuple[Kind, ...] | None,
     quick: bool,
     out: Path,
     write_docs: bool,
@@ -89,6 +95,7 @@ def main(
         switches=switches or base.switches,
         generators=generators or base.generators,
         cpus=cpus or (),
+        kinds=kinds or base.kinds,
     )
     try:
         if write_docs:
@@ -108,12 +115,18 @@ def _measure(settings: Settings, out: Path) -> None:
         results = Runner(settings, lambda line: click.echo(line, err=True)).run()
     as_json, as_table = report.write(results, out)
     click.echo(report.markdown(results))
+    try:
+        report.picture(results, as_json.with_suffix(".svg"))
+    except MissingError as error:
+        click.echo(f"no plot: {error}", err=True)
     click.echo(f"written to {as_json} and {as_table}", err=True)
 
 
 def _write_docs(source: Path) -> None:
     """The document and, beside it, the results that it shows."""
     results = report.from_json(source.read_text())
+    if not report.picture(results, DOCUMENT_PICTURE):
+        click.echo(f"{DOCUMENT_PICTURE.name} stays as it is: too few frame sizes", err=True)
     DOCUMENT.write_text(report.between_markers(DOCUMENT.read_text(), report.markdown(results)))
     shutil.copyfile(source, DOCUMENT_RESULTS)
     click.echo(f"{DOCUMENT.name} shows {source.name} now", err=True)

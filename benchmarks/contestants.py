@@ -56,6 +56,11 @@ class Pair:
     def pids(self) -> set[int]:
         return {self.switch.pid, self.generator.pid}
 
+    @property
+    def counted(self) -> bool:
+        """Whether the switch has a process of its own, with nobody else's work in it."""
+        return self.switch.pid != os.getpid()
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         self.switch.resume()

@@ -15,10 +15,12 @@ from typing import Any
 
 from benchmarks.errors import BenchmarkError, MissingError
 from vswitch._version import __version__
+from vswitch.fastpath.engine import cycles
 
 HUGEPAGE_MIB = 2
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _BUSY_SHARE = 0.3
+_CYCLE_TRIAL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,16 @@ def describe() -> dict[str, Any]:
         "vswitch": __version__,
         "commit": _commit(),
         "load_before": os.getloadavg()[0],
+        "cycle_hz": cycle_hz(),
     }
+
+
+def cycle_hz() -> float | None:
+    """How fast the time-stamp counter runs; None where a program cannot read one."""
+    first, start = cycles()
+    time.sleep(_CYCLE_TRIAL_S)
+    last, end = cycles()
+    return round((last - first) / (end - start) * 1e9) if first else None
 
 
 def _commit() -> str | None:

@@ -13,6 +13,7 @@ from benchmarks.cases import GENERATORS
 from benchmarks.errors import BenchmarkError
 from benchmarks.goals import PEERS, Found, goals
 from benchmarks.guests import TSO_FRAME_LEN
+from benchmarks.plot import draw
 from benchmarks.runner import TITLES, Results
 from benchmarks.samples import (
     MAX_WAIT,
@@ -28,6 +29,7 @@ from benchmarks.samples import (
 FORMAT = 1
 BEGIN = "<!-- results: begin -->"
 END = "<!-- results: end -->"
+_COSTS = ("vswitch", *PEERS)
 _OTHERS: dict[Kind, tuple[str, str, float]] = {
     "flood": ("broadcast to 32 ports", "M copies/s", 1e6),
     "spread": ("unicast to 32 ports by turns", "M frames/s", 1e6),
@@ -84,6 +86,7 @@ def _sample(data: dict[str, Any]) -> Sample:
         before_ns=data["before_ns"],
         after_ns=data["after_ns"],
         waited=data["waited"],
+        counters=data.get("counters", {}),
     )
 
 
@@ -95,6 +98,11 @@ def write(results: Results, folder: Path) -> tuple[Path, Path]:
     as_json.write_text(to_json(results))
     as_table.write_text("# A benchmark run\n\n" + markdown(results))
     return as_json, as_table
+
+
+def picture(results: Results, path: Path) -> bool:
+    """Draw the rates; False where there is not enough of them."""
+    return draw(summarise(results.samples), TITLES, path)
 
 
 def newest(folder: Path) -> Path:
@@ -128,7 +136,7 @@ def markdown(results: Results) -> str:
             here = [one for one in of_generator if one.place == place]
             if rates := [one for one in here if one.case.kind == "rate"]:
                 title = f"### Million frames a second, {place} ({generator.title})"
-                parts += [title, _rates(rates)]
+                parts += [title, _rates(rates), _cycles(rates, results.machine)]
             if latencies := [one for one in here if one.case.kind in ("latency", "wakeup")]:
                 title = f"### One frame in flight, {place} ({generator.title})"
                 parts += [title, _latencies(latencies)]
@@ -222,6 +230,28 @@ def _rates(summaries: Sequence[Summary]) -> str:
         rows.append([frame, *cells, _ratio(found)])
     rows.sort(key=lambda row: "packed" in row[0])
     return _table(["frame", *titles.values(), "vswitch / best peer"], rows)
+
+
+def _cycles(summaries: Sequence[Summary], machine: dict[str, Any]) -> str:
+    """What a frame costs each switch in cycles of its CPU, which is busy all the time."""
+    plain = [one for one in summaries if one.case.ring == "split" and one.switch in _COSTS]
+    lines = []
+    for name, title in _titles(plain).items():
+        costs = []
+        for one in sorted(plain, key=lambda one: one.case.frame_len):
+            if one.switch != name:
+                continue
+            if one.counters:
+                counts = ", ".join(f"{n:.0f} {event}" for event, n in one.counters.items())
+                costs.append(f"{one.case.frame_len} B {counts}")
+            elif machine.get("cycle_hz"):
+                costs.append(f"{one.case.frame_len} B {machine['cycle_hz'] / one.median:.0f}")
+        if costs:
+            lines.append(f"{title}: {'; '.join(costs)}.")
+    if not lines:
+        return ""
+    how = "by perf" if any(one.counters for one in plain) else "of the time-stamp counter"
+    return "\n".join([f"Cycles a frame ({how}), split rings:", *[f"- {line}" for line in lines]])
 
 
 def _segments(summaries: Sequence[Summary]) -> str:

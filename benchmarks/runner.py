@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import counters
 from benchmarks.alone import ALONE, ENTRIES, Starter, Table, table_bytes
 from benchmarks.cases import GENERATORS, can, cases_of, setup_of
 from benchmarks.contestants import Bound, Contestant, Pair
@@ -20,7 +21,7 @@ from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
-from benchmarks.samples import UNITS, Case, Sample, Setup
+from benchmarks.samples import UNITS, Case, Kind, Sample, Setup
 from benchmarks.switches import (
     BusyVswitch,
     CrowdedVswitch,
@@ -60,6 +61,7 @@ class Settings:
     switches: tuple[str, ...] = tuple(TITLES)
     generators: tuple[str, ...] = (*GENERATORS, ALONE)
     cpus: tuple[int, ...] = ()
+    kinds: tuple[Kind, ...] = tuple(UNITS)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Runner:
     def __init__(self, settings: Settings, progress: Progress) -> None:
         self.settings = settings
         self.progress = progress
+        self._counted = False
         self.cpus: Cpus = choose_cpus(settings.cpus)
         self.results = Results(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -97,11 +100,18 @@ class Runner:
 
     def run(self) -> Results:
         start = time.monotonic()
+        try:
+            counters.check()
+            self._counted = True
+        except MissingError as error:
+            self._skip("cycles, instructions and cache misses by perf", error)
         # Also keeps what Python does besides away from the switch's CPU.
         with running_on({self.cpus.generator}):
             for name in self.settings.generators:
                 groups: dict[Setup, list[Case]] = {}
                 for case in cases_of(name, self.settings.frames):
+                    if case.kind not in self.settings.kinds:
+                        continue
                     groups.setdefault(setup_of(case), []).append(case)
                 for setup, cases in groups.items():
                     if name == ALONE:
@@ -236,9 +246,20 @@ class Runner:
         with one.running():
             # Connecting keeps a switch's other threads busy, on the same CPU: not before here.
             wait = CpuWait(one.pids)
-            reading = one.measure(case, self.settings.seconds)
+            with self._counting(case, one) as counts:
+                reading = one.measure(case, self.settings.seconds)
             waited = wait.share()
-        return Sample(case, one.name, reading, before, self._probe(), round(waited, 4))
+        per_frame = {event: round(n / reading.value, 2) for event, n in counts.items()}
+        after = self._probe()
+        return Sample(case, one.name, reading, before, after, round(waited, 4), per_frame)
+
+    def _counting(
+        self, case: Case, one: Contestant
+    ) -> contextlib.AbstractContextManager[dict[str, float]]:
+        """Count events a second in a switch that does nothing but forward."""
+        if self._counted and isinstance(one, Pair) and case.kind == "rate" and one.counted:
+            return counters.counting(one.switch.pid)
+        return contextlib.nullcontext({})
 
     def _probe(self) -> float:
         """Core-to-core round trip in nanoseconds, while everything else of ours is paused."""

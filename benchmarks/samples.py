@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 NEAR_BELOW_NS = 200.0
@@ -95,7 +95,8 @@ class Sample:
     """One reading, and what the machine was like around it.
 
     `before_ns`, `after_ns`: core-to-core round trips. `waited`: the largest share of the sample
-    that one of the polling threads spent runnable without running.
+    that one of the polling threads spent runnable without running. `counters`: what the switch did
+    for each frame, of benchmarks.counters.EVENTS, where the machine counts it.
     """
 
     case: Case
@@ -104,6 +105,7 @@ class Sample:
     before_ns: float
     after_ns: float
     waited: float
+    counters: dict[str, float] = field(default_factory=dict)
 
     @property
     def place(self) -> Place | None:
@@ -139,6 +141,7 @@ class Summary:
     high: float
     p99: float | None
     round_trip_ns: float
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 def summarise(samples: Iterable[Sample]) -> list[Summary]:
@@ -163,6 +166,10 @@ def _summary(case: Case, place: Place, switch: str, group: Sequence[Sample]) -> 
         high=max(values),
         p99=statistics.median(p99s) if p99s else None,
         round_trip_ns=statistics.median((s.before_ns + s.after_ns) / 2 for s in group),
+        counters={
+            event: statistics.median(s.counters[event] for s in group if event in s.counters)
+            for event in {event: None for s in group for event in s.counters}
+        },
     )
 
 

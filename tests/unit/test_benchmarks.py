@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from benchmarks import __main__ as program
-from benchmarks import fairness, machine, report
+from benchmarks import counters, fairness, machine, plot, report
 from benchmarks.alone import ENTRIES, table_bytes
 from benchmarks.cases import GENERATORS, cases_of, setup_of
 from benchmarks.errors import BenchmarkError, MissingError
@@ -29,7 +32,7 @@ from benchmarks.machine import (
 )
 from benchmarks.null import EAGER, RHYTHMS, NullSwitch
 from benchmarks.ovs import OvsDpdk
-from benchmarks.runner import SWITCHES, Results, Runner, Settings
+from benchmarks.runner import SWITCHES, TITLES, Results, Runner, Settings
 from benchmarks.samples import (
     Case,
     Reading,
@@ -563,3 +566,81 @@ def test_goals() -> None:
     assert "| first frame after idle | p99 <= 30 µs | p99 45.0 µs, median 30.0 µs; " in text
     assert "| a lookup, 1,000,000 addresses | vswitch | near | 10.00 ns | 7 |" in text
     assert "| vswitch | 200.0 | 104.4 (7) | 83% |" in text
+
+
+def test_counters_of_perf() -> None:
+    text = (
+        "# started on Wed\n\n"
+        "2600000000,,cycles:u,1000000000,100.00,,\n"
+        "5200000000,,instructions,2000000000,100.00,2.0,insn per cycle\n"
+        "<not counted>,,cache-misses,0,100.00,,\n"
+        "17,,page-faults,1000000000,100.00,,\n"
+    )
+    assert counters.parse(text) == {"cycles": 2.6e9, "instructions": 2.6e9}
+    assert counters.parse("<not supported>,,cycles,0,100.00,,\n") == {}
+    counted = {"cycles": 130.0, "instructions": 260.0}
+    samples = [replace(sample(20e6), counters=counted) for _ in range(3)]
+    text = report.markdown(results(samples))
+    assert "- vswitch: 64 B 130 cycles, 260 instructions." in text
+    assert report.from_json(report.to_json(results(samples))).samples == samples
+
+
+def test_cycles_without_perf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The time-stamp counter tells them too: a switch under load has no time for anything else."""
+    run = results([sample(20e6), sample(5e6, switch="ovs"), sample(40e6, switch="null")])
+    run.machine["cycle_hz"] = 2_600_000_000
+    text = report.markdown(run)
+    assert "- vswitch: 64 B 130." in text
+    assert "- OVS-DPDK: 64 B 520." in text
+    assert "- no switch" not in text
+    perf = tmp_path / "perf"
+    perf.write_text("#!/bin/sh\necho '<not supported>,,cycles,0,100.00,,' >&2\n")
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(MissingError, match="perf counts no cycles on this machine"):
+        counters.check()
+    perf.write_text("#!/bin/sh\necho 'No permission' >&2; exit 1\n")
+    with pytest.raises(MissingError, match="perf failed: No permission"):
+        counters.check()
+
+
+def test_counting_beside_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What stands for perf writes when it is interrupted, as perf does."""
+    perf = tmp_path / "perf"
+    perf.write_text(
+        "#!/bin/sh\nout=$4\n"
+        "trap 'echo 3000,,cycles,1000000000,100.00,, >$out; exit' INT\n"
+        "touch $out.ready\nwhile :; do sleep 0.01; done\n"
+    )
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(counters.tempfile, "TemporaryDirectory", lambda **_: nullcontext(tmp_path))
+    with counters.counting(os.getpid()) as counts:
+        while not (tmp_path / "perf.ready").exists():
+            time.sleep(0.001)
+    assert counts == {"cycles": 3000.0}
+
+
+def test_lines_of_the_plot() -> None:
+    long = Case("rate", "software", 1500)
+    samples = [
+        sample(20e6), sample(10e6, case=long), sample(30e6, case=long, switch="null"),
+        sample(4e6, probes=(400, 400)), sample(9e6, case=Case("rate", "testpmd", 64)),
+        sample(9e6, case=Case("rate", "software", 64, "packed")),
+    ]  # fmt: skip
+    assert plot.lines(summarise(samples)) == ("near", {"vswitch": [(64, 20.0), (1500, 10.0)]})
+    assert plot.lines(summarise(samples[:1])) == (None, {})
+    assert plot.lines([]) == (None, {})
+
+
+def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summaries = summarise([sample(20e6), sample(10e6, case=Case("rate", "software", 1500))])
+    assert not plot.draw([], TITLES, tmp_path / "none.svg")
+    with monkeypatch.context() as patch:
+        patch.setattr(plot.importlib.util, "find_spec", lambda _name: None)
+        with pytest.raises(MissingError, match="matplotlib is not installed"):
+            plot.draw(summaries, TITLES, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    pytest.importorskip("matplotlib")
+    assert plot.draw(summaries, TITLES, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()

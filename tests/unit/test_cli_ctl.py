@@ -192,7 +192,20 @@ def test_uplinks_and_workers(run: Run) -> None:
     assert run("uplink", "del", "tap7", "--json").json == {"removed": ["tap7"]}
     row = run("worker", "show").out.splitlines()[1].split()
     shares = ["5.0", "%", "95.0", "%"]
-    assert row == ["0", "any", "sleeping", "3", *shares, "1007", "251.8", "130", "10", "2", "2", "aio"]
+    assert row == [
+        "0",
+        "any",
+        "sleeping",
+        "3",
+        *shares,
+        "1007",
+        "251.8",
+        "130",
+        "10",
+        "2",
+        "2",
+        "aio",
+    ]
     assert run("worker", "show", "--json").json[0]["busy_ns"] == 5_000_000
 
 
