@@ -46,6 +46,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),
     extension("vswitch.guest.driver"),
+    extension("vswitch.guest.host_load"),
     extension("vswitch.guest.latency"),
     extension("vswitch.guest.limits"),
     extension("vswitch.guest.load"),

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from benchmarks.alone import ALONE, ENTRIES
 from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
 from benchmarks.guests import FLOOD_PORTS, TSO_FRAME_LEN
+from benchmarks.host import HostGenerator
 from benchmarks.samples import Case, Kind, RingFormat, Setup
 from benchmarks.switches import Switch
 
 GENERATORS: dict[str, type[Generator]] = {
-    one.name: one for one in (SoftwareGenerator, TestpmdGenerator)
+    one.name: one for one in (SoftwareGenerator, TestpmdGenerator, HostGenerator)
 }
 SHORT_LEN = 64
 """Frame length of what is measured with one length only."""
@@ -26,6 +27,9 @@ def cases_of(generator: str, frames: Sequence[int]) -> list[Case]:
     if generator == ALONE:
         tables = [Case("fdb", ALONE, SHORT_LEN, entries=entries) for entries in ENTRIES]
         return [Case("startup", ALONE, STANDARD_LEN), *tables]
+    if generator == HostGenerator.name:
+        ways: tuple[Kind, ...] = ("tap-out", "tap-in")
+        return [Case(way, generator, size) for size in (SHORT_LEN, TSO_FRAME_LEN) for way in ways]
     kinds = GENERATORS[generator].kinds
     cases = [Case("rate", generator, length) for length in frames]
     cases += [
@@ -41,18 +45,18 @@ def setup_of(case: Case) -> Setup:
     Apart from each other: buffers for long frames would slow the short ones down, and so may
     offloads. The software guests choose their rings' format anew for every sample.
     """
-    longest = STANDARD_LEN
-    if case.kind != "tso" and case.frame_len > STANDARD_LEN:
-        longest = case.frame_len
+    longest = STANDARD_LEN if case.whole else max(STANDARD_LEN, case.frame_len)
+    if case.generator == HostGenerator.name:
+        return Setup(longest, tso=case.whole, ports=1, uplink=True)
     ring: RingFormat = "split" if case.generator == SoftwareGenerator.name else case.ring
     ports = 1 + FLOOD_PORTS if case.kind in ("flood", "spread") else 2
-    return Setup(longest, tso=case.kind == "tso", ring=ring, ports=ports)
+    return Setup(longest, tso=case.whole, ring=ring, ports=ports)
 
 
 def can(switch: type[Switch], generator: type[Generator], case: Case) -> bool:
     """Whether this case can be measured with these two."""
     if switch.software_guests_only and generator is not SoftwareGenerator:
         return False
-    if case.kind != "tso" and case.frame_len > generator.max_frame_len:
+    if not case.whole and case.frame_len > generator.max_frame_len:
         return False
     return case.kind in generator.kinds and switch.can(case)

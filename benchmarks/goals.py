@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from benchmarks.samples import Case, Kind, Place, RingFormat, Summary
 
 PEERS = ("testpmd", "ovs")
+UPLINK_PEERS = ("ovs-tap", "ovs-afp")
 _LEAST_SAMPLES = 7
 """With fewer samples of one that is compared, a verdict is a guess and says so."""
 
@@ -52,6 +53,8 @@ class Goal:
     judge: Callable[[Found], Outcome]
 
 
+_OUT: Kind = "tap-out"
+_IN: Kind = "tap-in"
 NOTHING = Outcome("-", None)
 
 
@@ -198,6 +201,23 @@ def _of_peers(found: Found, case: Case, scale: float, unit: str) -> str:
     return "".join(f"; {one.switch} {one.median / scale:.2f} {unit}" for one in there)
 
 
+def _tap(kind: Kind, length: int) -> Goal:
+    def judge(found: Found) -> Outcome:
+        case = Case(kind, "host", length)
+        ours = found.get("vswitch", case, None)
+        there = [found.get(name, case, ours.place) for name in UPLINK_PEERS] if ours else []
+        peer = max((one for one in there if one), key=lambda one: one.median, default=None)
+        return _beside(ours, peer, 1.0, _kframes)
+
+    what = "64 KiB segments" if length > 9000 else f"{length} B"
+    way = "to the host" if kind == "tap-out" else "from the host"
+    return Goal(f"TAP, {what}, {way}", "> OVS-DPDK's TAP and AF_PACKET ports", judge)
+
+
+def _kframes(one: Summary) -> str:
+    return f"{one.median / 1e3:.0f} k/s ({one.switch}, {one.count})"
+
+
 def goals(tso_frame_len: int) -> list[Goal]:
     """All rows, in the order of the table."""
     short = Case("rate", "software", 64)
@@ -219,6 +239,11 @@ def goals(tso_frame_len: int) -> list[Goal]:
         Goal(
             "64 KiB segments between guests", ">= 80 % of memcpy",
             _tso(Case("tso", "software", tso_frame_len)),
+        ),
+        *(
+            _tap(kind, length)
+            for length in (64, tso_frame_len)
+            for kind in (_OUT, _IN)
         ),
         Goal("1 million addresses learned", "lookup <= 1.5 x that with 10", _fdb),
         _ours(

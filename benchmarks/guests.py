@@ -36,7 +36,7 @@ def guest(mac: str, case: Case, max_frame_len: int) -> SoftwareGuest:
     One descriptor a frame, as Linux has it for frames in one piece. Not strict: DPDK is lax about
     num_buffers.
     """
-    tso = case.kind == "tso"
+    tso = case.whole
     needed = Feature.RING_PACKED if case.ring == "packed" else Feature(0)
     if tso:
         needed |= _TSO_FEATURES

@@ -18,7 +18,6 @@ from vswitch.lab import process
 
 # Debian keeps the build with DPDK where only its alternatives system points to it.
 _PLACES = ("/usr/sbin", "/usr/lib/openvswitch-switch-dpdk")
-_BRIDGE = "br0"
 _STANDARD_LEN = 1514
 _SOCKET_MEM_MIB = 512
 _RECONNECT_TIMEOUT_S = 10.0
@@ -31,6 +30,7 @@ class OvsDpdk(Switch):
     title = "OVS-DPDK"
     # It allocates more than it is told to begin with.
     hugepages_mib = 768
+    bridge = "br0"
 
     def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
         super().__init__(folder, cpu, setup)
@@ -64,10 +64,18 @@ class OvsDpdk(Switch):
                 daemon, f"unix:{self._remote}", "--no-chdir",
                 f"--unixctl={self.folder / 'vswitchd.ctl'}",
             )  # fmt: skip
-            add = ["add-br", _BRIDGE, "--", "set", "bridge", _BRIDGE, "datapath_type=netdev"]
+            add = [
+                "add-br",
+                self.bridge,
+                "--",
+                "set",
+                "bridge",
+                self.bridge,
+                "datapath_type=netdev",
+            ]
             for socket in self.sockets:
                 port = socket.name
-                add += ["--", "add-port", _BRIDGE, port, "--", "set", "Interface", port]
+                add += ["--", "add-port", self.bridge, port, "--", "set", "Interface", port]
                 if self._client:
                     add += ["type=dpdkvhostuserclient", f"options:vhost-server-path={socket}"]
                 else:
@@ -76,10 +84,14 @@ class OvsDpdk(Switch):
                 # memory for old and new buffers at once is more than there is.
                 if self.setup.longest > _STANDARD_LEN:
                     add.append(f"mtu_request={self.setup.longest}")
-            self._vsctl(*add)
+            self._vsctl(*add, *self.more_ports())
         for port in (socket.name for socket in self.sockets):
             if error := self._interface(port, "error"):
                 raise BenchmarkError(f"OVS refuses port {port}: {error}")
+
+    def more_ports(self) -> list[str]:
+        """Arguments of ovs-vsctl for ports besides those of guests."""
+        return []
 
     @property
     def _client(self) -> bool:

@@ -33,6 +33,8 @@ _COSTS = ("vswitch", *PEERS)
 _OTHERS: dict[Kind, tuple[str, str, float]] = {
     "flood": ("broadcast to 32 ports", "M copies/s", 1e6),
     "spread": ("unicast to 32 ports by turns", "M frames/s", 1e6),
+    "tap-out": ("to the host", "k frames/s", 1e3),
+    "tap-in": ("from the host", "k frames/s", 1e3),
     "idle": ("CPU of an idle switch", "% of a CPU", 1),
     "startup": ("start to first listening socket", "s", 1e9),
     "memory": ("resident memory with 2 ports", "MB", 1e6),
@@ -163,6 +165,8 @@ def _others(summaries: Sequence[Summary], results: Results) -> str:
     rows = []
     for one in sorted(summaries, key=lambda one: list(_OTHERS).index(one.case.kind)):
         what, unit, scale = _OTHERS[one.case.kind]
+        if one.case.kind in ("tap-out", "tap-in"):
+            what += f", {one.case.frame_len} B"
         if one.case.entries:
             size = results.settings.get("fdb_bytes", {}).get(str(one.case.entries))
             what += f", {one.case.entries:,} addresses"
@@ -198,6 +202,8 @@ def _counts(results: Results) -> str:
         lines.append(f"{count} do not count because {reasons[verdict]}.")
     if not any(sample.verdict == "kept" for sample in results.samples):
         lines.append("So there are no numbers: measure again when nothing else runs.")
+    if reason := results.machine.get("no_counters"):
+        lines.append(f"Instructions and cache misses were not counted: {reason}.")
     lines += [f"Not measured: {text}." for text in results.skipped]
     lines += [f"Failed ({n} times): {text}." for text, n in Counter(results.failures).items()]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from benchmarks.cases import GENERATORS, can, cases_of, setup_of
 from benchmarks.contestants import Bound, Contestant, Pair
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import Generator
+from benchmarks.host import OvsAfPacket, OvsTap
 from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.null import NullSwitch
@@ -37,7 +38,17 @@ from vswitch.lab.errors import LabError
 
 SWITCHES: dict[str, type[Switch]] = {
     one.name: one
-    for one in (Vswitch, BusyVswitch, CrowdedVswitch, TwoWorkers, TestpmdIo, OvsDpdk, NullSwitch)
+    for one in (
+        Vswitch,
+        BusyVswitch,
+        CrowdedVswitch,
+        TwoWorkers,
+        TestpmdIo,
+        OvsDpdk,
+        OvsTap,
+        OvsAfPacket,
+        NullSwitch,
+    )
 }
 TITLES = {one.name: one.title for one in SWITCHES.values()} | {
     one.name: one.title for one in LIMITS.values()
@@ -104,7 +115,7 @@ class Runner:
             counters.check()
             self._counted = True
         except MissingError as error:
-            self._skip("cycles, instructions and cache misses by perf", error)
+            self.results.machine["no_counters"] = error.message
         # Also keeps what Python does besides away from the switch's CPU.
         with running_on({self.cpus.generator}):
             for name in self.settings.generators:

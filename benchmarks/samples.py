@@ -13,11 +13,25 @@ MAX_WAIT = 0.03
 """Share of a sample that its threads may have waited for their CPU because of other programs."""
 
 Kind = Literal[
-    "rate", "latency", "wakeup", "tso", "flood", "spread", "idle", "memory", "startup", "fdb"
+    "rate",
+    "latency",
+    "wakeup",
+    "tso",
+    "flood",
+    "spread",
+    "idle",
+    "memory",
+    "startup",
+    "fdb",
+    "tap-out",
+    "tap-in",
 ]
 RingFormat = Literal["split", "packed"]
 Place = Literal["near", "far"]
 Verdict = Literal["kept", "moved", "disturbed", "lossy"]
+
+LONGEST_FRAME_LEN = 9000
+"""Longest frame in bytes that is no segment to be cut."""
 
 UNITS: dict[Kind, str] = {
     "rate": "frames/s",
@@ -30,6 +44,8 @@ UNITS: dict[Kind, str] = {
     "memory": "bytes",
     "startup": "ns",
     "fdb": "ns",
+    "tap-out": "frames/s",
+    "tap-in": "frames/s",
 }
 
 
@@ -46,6 +62,8 @@ class Case:
     frames that nobody segments on the way, each of them written anew by the sender. "flood" is
     copies of broadcasts to FLOOD_PORTS other ports, "spread" unicast frames to them by turns.
 
+    "tap-out" is frames a second from a guest to the host, "tap-in" the other way.
+
     "idle" is the CPU time of a switch whose guests send nothing, "memory" its resident memory with
     two ports, "startup" the time until a socket listens. "fdb" is a lookup among `entries`
     addresses.
@@ -56,6 +74,11 @@ class Case:
     frame_len: int
     ring: RingFormat = "split"
     entries: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether frames are TCP segments that nobody is to cut."""
+        return self.frame_len > LONGEST_FRAME_LEN
 
     def __str__(self) -> str:
         ring = " in packed rings" if self.ring == "packed" else ""
@@ -69,13 +92,15 @@ class Setup:
 
     `longest` is the length of the longest frame in bytes. With `tso` there are frames that are not
     to be segmented. `ring` is the format of the rings where a generator fixes it at its start.
-    `ports` is the number of ports with a guest that takes part.
+    `ports` is the number of ports with a guest that takes part. `uplink`: the switch has a port to
+    the host, Switch.host_interface.
     """
 
     longest: int
     tso: bool = False
     ring: RingFormat = "split"
     ports: int = 2
+    uplink: bool = False
 
 
 @dataclass(frozen=True, slots=True)

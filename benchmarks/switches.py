@@ -35,6 +35,8 @@ class Switch(ABC):
     )
     max_frame_len = TSO_FRAME_LEN
     software_guests_only = False
+    host_interface = ""
+    """The host's interface of the uplink, where `setup.uplink` asks for one."""
 
     def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
         """`folder` exists and is this switch's own."""
@@ -88,6 +90,8 @@ class Vswitch(Switch):
 
     name = "vswitch"
     title = "vswitch"
+    kinds = Switch.kinds | {"tap-out", "tap-in"}
+    host_interface = "vsb-vswitch"
     polling = "adaptive"
     workers = 1
 
@@ -98,6 +102,8 @@ class Vswitch(Switch):
         lines += [f"workers = {self.workers}", f"cpus = {[self.cpu] * self.workers}"]
         for name, socket in self.ports().items():
             lines += ["[[port]]", f'name = "{name}"', f'socket = "{socket}"']
+        if self.setup.uplink:
+            lines += ["[uplink]", 'type = "tap"', f'name = "{self.host_interface}"']
         config.write_text("\n".join(lines) + "\n")
         self._process = SwitchProcess(config, control, self.folder / "log")
         with running_on({self.cpu}):
