@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from benchmarks.alone import ALONE, ENTRIES
 from benchmarks.generators import Generator, SoftwareGenerator, TestpmdGenerator
 from benchmarks.guests import FLOOD_PORTS, TSO_FRAME_LEN
-from benchmarks.host import HostGenerator
+from benchmarks.host import HostBesideAfPacket, HostGenerator
 from benchmarks.samples import Case, Kind, RingFormat, Setup
 from benchmarks.switches import Switch
 
 GENERATORS: dict[str, type[Generator]] = {
-    one.name: one for one in (SoftwareGenerator, TestpmdGenerator, HostGenerator)
+    one.name: one
+    for one in (SoftwareGenerator, TestpmdGenerator, HostGenerator, HostBesideAfPacket)
 }
 SHORT_LEN = 64
 """Frame length of what is measured with one length only."""
@@ -27,9 +28,10 @@ def cases_of(generator: str, frames: Sequence[int]) -> list[Case]:
     if generator == ALONE:
         tables = [Case("fdb", ALONE, SHORT_LEN, entries=entries) for entries in ENTRIES]
         return [Case("startup", ALONE, STANDARD_LEN), *tables]
-    if generator == HostGenerator.name:
+    if issubclass(GENERATORS[generator], HostGenerator):
         ways: tuple[Kind, ...] = ("tap-out", "tap-in")
-        return [Case(way, generator, size) for size in (SHORT_LEN, TSO_FRAME_LEN) for way in ways]
+        sizes = (SHORT_LEN, TSO_FRAME_LEN) if generator == HostGenerator.name else (SHORT_LEN,)
+        return [Case(way, generator, size) for size in sizes for way in ways]
     kinds = GENERATORS[generator].kinds
     cases = [Case("rate", generator, length) for length in frames]
     cases += [
@@ -46,7 +48,7 @@ def setup_of(case: Case) -> Setup:
     offloads. The software guests choose their rings' format anew for every sample.
     """
     longest = STANDARD_LEN if case.whole else max(STANDARD_LEN, case.frame_len)
-    if case.generator == HostGenerator.name:
+    if case.kind in ("tap-out", "tap-in"):
         return Setup(longest, tso=case.whole, ports=1, uplink=True)
     ring: RingFormat = "split" if case.generator == SoftwareGenerator.name else case.ring
     ports = 1 + FLOOD_PORTS if case.kind in ("flood", "spread") else 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.samples import Case, Kind, Place, RingFormat, Summary
+from benchmarks.samples import LONGEST_FRAME_LEN, Case, Kind, Place, RingFormat, Summary
 
 PEERS = ("testpmd", "ovs")
-UPLINK_PEERS = ("ovs-tap", "ovs-afp")
+UPLINK_PEERS = {"host": "ovs-tap", "host-afp": "ovs-afp"}
 _LEAST_SAMPLES = 7
 """With fewer samples of one that is compared, a verdict is a guess and says so."""
 
@@ -203,13 +203,20 @@ def _of_peers(found: Found, case: Case, scale: float, unit: str) -> str:
 
 def _tap(kind: Kind, length: int) -> Goal:
     def judge(found: Found) -> Outcome:
-        case = Case(kind, "host", length)
-        ours = found.get("vswitch", case, None)
-        there = [found.get(name, case, ours.place) for name in UPLINK_PEERS] if ours else []
-        peer = max((one for one in there if one), key=lambda one: one.median, default=None)
+        beside = []
+        for generator, name in UPLINK_PEERS.items():
+            case = Case(kind, generator, length)
+            ours = found.get("vswitch", case, None)
+            peer = found.get(name, case, ours.place) if ours else None
+            if ours is not None and peer is not None:
+                beside.append((ours, peer))
+        if not beside:
+            return NOTHING
+        # Each of them has its own samples of ours beside it.
+        ours, peer = min(beside, key=lambda pair: pair[0].median / pair[1].median)
         return _beside(ours, peer, 1.0, _kframes)
 
-    what = "64 KiB segments" if length > 9000 else f"{length} B"
+    what = "64 KiB segments" if length > LONGEST_FRAME_LEN else f"{length} B"
     way = "to the host" if kind == "tap-out" else "from the host"
     return Goal(f"TAP, {what}, {way}", "> OVS-DPDK's TAP and AF_PACKET ports", judge)
 

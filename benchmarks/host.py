@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import subprocess
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
@@ -20,29 +18,20 @@ from benchmarks.guests import (
     guest,
     tso_frame,
 )
+from benchmarks.interfaces import interface_up, ip, remove_interface
 from benchmarks.ovs import OvsDpdk
 from benchmarks.samples import Case, Reading
 from vswitch.guest.host_load import from_host
 from vswitch.guest.load import Flow, Load
 from vswitch.guest.packets import BROADCAST, parse_mac
+from vswitch.lab.process import Deadline
 
 HOST_MAC = "52:54:00:00:00:99"
+_FIRST_FRAME_S = 5.0
+_AGAIN_S = 0.05
 _VNET_HDR_LEN = 10
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_QDISC_BYPASS = 263, 15, 20
 _ETH_P_ALL = 3
-
-
-def interface_up(name: str) -> None:
-    """Bring an interface up, quietly: the kernel must not send anything of its own through it."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
-    _ip("link", "set", name, "up")
-
-
-def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 class HostGenerator(SoftwareGenerator):
@@ -68,10 +57,15 @@ class HostGenerator(SoftwareGenerator):
         receiveq = one.receiveqs[0]
         # Both ends are known from the first frame on.
         one.send([ethernet(BROADCAST, one.mac, 64)])
+        deadline = Deadline(_FIRST_FRAME_S)
         with self._socket() as sender:
-            sender.send(ethernet(BROADCAST, host, 64))
-        if not one.recv(1):
-            raise BenchmarkError(f"no frame comes from {self.switch.host_interface}")
+            # A switch may take a moment until it sends to a guest that has just come.
+            while True:
+                sender.send(ethernet(BROADCAST, host, 64))
+                if one.recv(1, _AGAIN_S):
+                    break
+                if deadline.passed():
+                    raise BenchmarkError(f"no frame comes from {self.switch.host_interface}")
         make = tso_frame if case.whole else lambda dst, src: (
             ethernet(dst, src, case.frame_len), bytes(_VNET_HDR_LEN)
         )  # fmt: skip
@@ -115,6 +109,13 @@ class HostGenerator(SoftwareGenerator):
         return packets
 
 
+class HostBesideAfPacket(HostGenerator):
+    """The same again: only one OVS with a userspace datapath can run at a time."""
+
+    name = "host-afp"
+    title = "a software guest and the host, beside AF_PACKET"
+
+
 class OvsTap(OvsDpdk):
     """OVS-DPDK with a TAP, which its main thread serves."""
 
@@ -123,9 +124,18 @@ class OvsTap(OvsDpdk):
     kinds = frozenset({"tap-out", "tap-in"})
     host_interface = "vsb-ovs"
 
+    @classmethod
+    def can(cls, case: Case) -> bool:
+        return super().can(case) and case.generator == HostGenerator.name
+
     def more_ports(self) -> list[str]:
         name = self.host_interface
         return ["--", "add-port", self.bridge, name, "--", "set", "Interface", name, "type=tap"]
+
+    def close(self) -> None:
+        super().close()
+        # OVS with DPDK makes its TAPs stay.
+        remove_interface(self.host_interface)
 
 
 class OvsAfPacket(OvsDpdk):
@@ -140,10 +150,10 @@ class OvsAfPacket(OvsDpdk):
     @classmethod
     def can(cls, case: Case) -> bool:
         """Not with whole segments: this port does not take them."""
-        return super().can(case) and not case.whole
+        return super().can(case) and case.generator == HostBesideAfPacket.name and not case.whole
 
     def start(self) -> None:
-        _ip("link", "add", self._near_end, "type", "veth", "peer", "name", self.host_interface)
+        ip("link", "add", self._near_end, "type", "veth", "peer", "name", self.host_interface)
         interface_up(self._near_end)
         interface_up(self.host_interface)
         super().start()
@@ -154,5 +164,4 @@ class OvsAfPacket(OvsDpdk):
 
     def close(self) -> None:
         super().close()
-        with contextlib.suppress(BenchmarkError):
-            _ip("link", "del", self._near_end)
+        remove_interface(self._near_end)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.interfaces import remove_interface
 from benchmarks.machine import program, running_on, version_of
 from benchmarks.samples import Setup
 from benchmarks.switches import Switch
@@ -30,7 +31,7 @@ class OvsDpdk(Switch):
     title = "OVS-DPDK"
     # It allocates more than it is told to begin with.
     hugepages_mib = 768
-    bridge = "br0"
+    bridge = "vsb-br0"
 
     def __init__(self, folder: Path, cpu: int, setup: Setup) -> None:
         super().__init__(folder, cpu, setup)
@@ -54,7 +55,7 @@ class OvsDpdk(Switch):
             settings = {
                 "dpdk-init": "true",
                 "dpdk-socket-mem": str(_SOCKET_MEM_MIB),
-                "dpdk-extra": f"--no-pci --file-prefix=vswitch-bench-ovs-{os.getpid()}",
+                "dpdk-extra": f"--no-pci --file-prefix=vswitch-bench-{self.name}-{os.getpid()}",
                 "pmd-cpu-mask": hex(1 << self.cpu),
                 "userspace-tso-enable": str(self.setup.tso).lower(),
             }
@@ -124,6 +125,8 @@ class OvsDpdk(Switch):
         for child in reversed(self._children):
             # It may be paused, and has nothing to tidy up that is not in our folder.
             process.kill(child)
+        if self._children:
+            remove_interface(self.bridge)
         self._children.clear()
 
     def _environment(self) -> dict[str, str]:

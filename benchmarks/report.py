@@ -167,6 +167,7 @@ def _others(summaries: Sequence[Summary], results: Results) -> str:
         what, unit, scale = _OTHERS[one.case.kind]
         if one.case.kind in ("tap-out", "tap-in"):
             what += f", {one.case.frame_len} B"
+            what += ", beside AF_PACKET" if one.case.generator == "host-afp" else ""
         if one.case.entries:
             size = results.settings.get("fdb_bytes", {}).get(str(one.case.entries))
             what += f", {one.case.entries:,} addresses"

@@ -99,7 +99,8 @@ class Vswitch(Switch):
         control = self.folder / "control.sock"
         config = self.folder / "ports.toml"
         lines = ["[switch]", f'control = "{control}"', f'polling = "{self.polling}"']
-        lines += [f"workers = {self.workers}", f"cpus = {[self.cpu] * self.workers}"]
+        # Several of them share the CPU to which the process is confined.
+        lines += [f"cpus = [{self.cpu}]"] if self.workers == 1 else [f"workers = {self.workers}"]
         for name, socket in self.ports().items():
             lines += ["[[port]]", f'name = "{name}"', f'socket = "{socket}"']
         if self.setup.uplink:
