@@ -146,12 +146,18 @@ def _ours(row: str, wanted: str, name: str, base: str, case: Case, least: float)
 
 
 def _flood(found: Found) -> Outcome:
-    kinds: tuple[Kind, ...] = ("flood", "spread")
-    flood, spread = (found.get("vswitch", Case(kind, "software", 64), None) for kind in kinds)
-    if flood is None or spread is None:
+    """A copy of a broadcast against a frame to one port: both come in bursts of up to 32 a port."""
+    flood = found.get("vswitch", Case("flood", "software", 64), None)
+    rate = found.get("vswitch", Case("rate", "software", 64), flood.place if flood else None)
+    if flood is None or rate is None:
         return NOTHING
-    text = f"{1e9 / flood.median:.1f} ns a copy against {1e9 / spread.median:.1f} ns a frame"
-    return Outcome(text, flood.median >= spread.median, min(flood.count, spread.count))
+    text = f"{1e9 / flood.median:.1f} ns a copy against {1e9 / rate.median:.1f} ns a frame"
+    spread = found.get("vswitch", Case("spread", "software", 64), flood.place)
+    if spread is not None:
+        text += (
+            f"; {1e9 / spread.median:.1f} ns where each frame goes to another port than the last"
+        )
+    return Outcome(text, flood.median >= rate.median, min(flood.count, rate.count))
 
 
 def _tso(tso: Case) -> Callable[[Found], Outcome]:
@@ -242,7 +248,7 @@ def goals(tso_frame_len: int) -> list[Goal]:
             "62 idle ports beside two busy ones", ">= 0.95 x without them",
             "vswitch-64", "vswitch", short, 0.95,
         ),
-        Goal("flood to 32 ports", "a copy <= a unicast frame to those ports", _flood),
+        Goal("flood to 32 ports", "a copy <= a unicast frame", _flood),
         Goal(
             "64 KiB segments between guests", ">= 80 % of memcpy",
             _tso(Case("tso", "software", tso_frame_len)),
