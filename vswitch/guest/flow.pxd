@@ -149,6 +149,9 @@ cdef inline uint32_t send_burst(FlowC *flow) noexcept nogil:
             n = left
     if n > flow.free_count:
         n = flow.free_count
+    if flow.rewrite and n > 1:
+        # As a driver does with long frames: the device has work while the next one is written.
+        n = 1
     if n > flow.limit - flow.sent:
         n = <uint32_t>(flow.limit - flow.sent)
     for i in range(n):
