@@ -231,12 +231,10 @@ cdef inline void send_injected(WorkerC *w, const View *view) noexcept nogil:
         oldest = following
 
 
-cdef inline void set_busy(WorkerC *w, bint busy) noexcept nogil:
-    """Keep the account of busy and idle time; reads the clock at changes only."""
-    cdef uint64_t now
+cdef inline void set_busy(WorkerC *w, bint busy, uint64_t now) noexcept nogil:
+    """Keep the account of busy and idle time: `busy` since `now`."""
     if w.busy == busy:
         return
-    now = vs_now_ns()
     if w.busy:
         w.busy_ns += now - w.mark_ns
     else:
@@ -316,7 +314,7 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
     cdef uint64_t idle_since = 0, tap_due = 0, now
     cdef uint64_t idle_limit = w.shared.idle_ns
     cdef bint tap_hot = True
-    w.mark_ns = vs_now_ns()
+    now = w.mark_ns = vs_now_ns()
     w.busy = 0
     vs_store32(&w.state, STATE_RUNNING)
     while True:
@@ -363,11 +361,12 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
         w.loops += 1
         if work:
             idle_since = 0
-            set_busy(w, True)
+            # Since the last look in vain: the first burst is work, too.
+            set_busy(w, True, now)
             continue
         vs_pause()
-        set_busy(w, False)
         now = vs_now_ns()
+        set_busy(w, False, now)
         if idle_since == 0:
             idle_since = now
         if now - idle_since < idle_limit:
@@ -375,8 +374,9 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
         if arm_rings(mine):
             sleep_until_event(w, view)
             tap_hot = True
+            now = vs_now_ns()
         idle_since = 0
         # What was cold may be what woke us.
         loops = COLD_EVERY - 1
-    set_busy(w, not w.busy)
+    set_busy(w, not w.busy, vs_now_ns())
     vs_store32(&w.state, STATE_STOPPED)
