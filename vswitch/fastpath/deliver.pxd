@@ -55,6 +55,7 @@ from vswitch.fastpath.virtqueue cimport (
     notify_driver,
     packed_ready,
     packed_step,
+    prefetch_packed,
     prefetch_used,
     publish_used,
     put_used,
@@ -207,6 +208,8 @@ cdef inline uint16_t prepare_packed(WorkerC *w, RingC *ring, uint16_t n) noexcep
     """As prepare_buffers. Ends at the first chain, whose length only its end tells."""
     cdef uint16_t i, position = ring.last_avail
     cdef uint8_t wrap = ring.avail_wrap
+    # Drivers keep receiveqs full, so these are available already but for few.
+    prefetch_packed(ring, position, n)
     for i in range(n):
         if not packed_ready(ring, position, wrap):
             return i

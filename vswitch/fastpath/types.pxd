@@ -231,6 +231,7 @@ cdef struct RingC:
     uint16_t walk_id       # of the chain walked last: head or buffer id ...
     uint16_t walk_count    # ... and ring entries
     uint16_t region_hint
+    uint16_t burst         # packed: chains taken when there were any last
     uint32_t empty_polls
     uint32_t debt          # copies made beyond those of a turn, to be waited for
     uint64_t taken         # chains of a transmitq since it was made

@@ -52,6 +52,7 @@ from vswitch.fastpath.virtqueue cimport (
     notify_driver,
     packed_ready,
     packed_step,
+    prefetch_packed,
     prefetch_used,
     publish_used,
     put_used,
@@ -125,6 +126,9 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
     cdef UsedChain chains[BURST]
     cdef VringDesc desc
     cdef Frame *frame
+    # As long as the last burst was: more would take lines from a driver that is about to write them.
+    if ring.burst >= BURST // 2 and packed_ready(ring, position, wrap):
+        prefetch_packed(ring, position, ring.burst)
     while taken < BURST and packed_ready(ring, ring.last_avail, ring.avail_wrap):
         if vs_unlikely(w.n_segs + MAX_CHAIN + 1 > SEG_POOL):
             break
@@ -143,6 +147,7 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
         packed_step(ring, &ring.last_avail, &ring.avail_wrap, frame.count)
         taken += 1
     if taken:
+        ring.burst = taken
         note_batch(ring, position, wrap, chains, taken)
     return taken
 
