@@ -9,7 +9,11 @@ SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-all check bench format clean
+# The sanitizers' build of `make fuzz`, besides the one that is installed.
+SANITIZED := build/sanitized
+SECONDS ?= 60
+
+.PHONY: help setup demo test test-all check bench fuzz format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -17,6 +21,9 @@ help:
 	@echo 'make test-all  the same and the longer matrices'
 	@echo 'make check     ruff, mypy, and which package may import which'
 	@echo 'make bench     measure this switch beside others, with tables and a plot'
+	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
+	@echo '               CASE=file runs a case that it wrote again'
+	@echo 'make bench     measure throughput with software guests and testpmd'
 	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
 	@echo 'make format    let ruff format the code'
 	@echo 'make clean     remove what was built, the virtual environment too'
@@ -44,6 +51,16 @@ bench: setup
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
 		$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8' || true
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+fuzz: setup $(SANITIZED)/.built
+	@$(BIN)/python tests/fuzz/fuzz.py --sanitized $(SANITIZED) \
+		$(if $(CASE),--case $(CASE),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+$(SANITIZED)/.built: $(VENV)/.built
+	@echo 'building the Cython extensions with AddressSanitizer and UBSan (some minutes)'
+	@VSWITCH_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
+		--build-base build/sanitized-objects --build-lib $(SANITIZED)
+	@touch $@
 
 format: $(VENV)/.built
 	$(BIN)/ruff format .

@@ -60,7 +60,16 @@ from vswitch.fastpath.types cimport (
     WorkerView,
 )
 from vswitch.fastpath.tap cimport STAGING_LEN
-from vswitch.fastpath.worker cimport TAP_INDEX, WAKE_TOKEN, epoll_event, worker_loop
+from vswitch.fastpath.worker cimport (
+    TAP_INDEX,
+    WAKE_TOKEN,
+    arm_rings,
+    epoll_event,
+    poll_tap,
+    poll_transmitq,
+    send_injected,
+    worker_loop,
+)
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -172,6 +181,26 @@ cdef class Worker:
         """Poll and forward until `stop`; call it in a thread of its own."""
         with nogil:
             worker_loop(self.c)
+
+    def turn(self, bint arm=False):
+        """Look once at every ring and TAP, in the calling thread; returns how many chains came.
+
+        For tests that go step by step, and never while `run` does. `arm` asks the drivers for kicks
+        afterwards, as before a sleep.
+        """
+        cdef const View *view = <const View *>self.c.shared.view
+        cdef const WorkerView *mine = &view.workers[self.c.id]
+        cdef uint32_t i, got = 0
+        with nogil:
+            for i in range(mine.n_transmitqs):
+                got += poll_transmitq(self.c, view, mine.transmitqs[i])
+            for i in range(mine.n_taps):
+                got += poll_tap(self.c, view, mine.taps[i])
+            if self.c.shared.inject != NULL:
+                send_injected(self.c, view)
+            if arm:
+                arm_rings(mine)
+        return got
 
     def stop(self):
         vs_store32(&self.c.stop, 1)

@@ -21,6 +21,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 import os
 
 from vswitch.fastpath.atomics cimport (
+    vs_compiler_barrier,
     vs_load16,
     vs_load_acquire16,
     vs_store_release16,
@@ -149,12 +150,13 @@ cdef bint recover_packed(RingC *ring, uint16_t base) noexcept:
     `base` is what the frontend tells now: a position, and its wrap counter in bit 15. The journal may
     come from a frontend: what it says is checked like a message.
     """
-    cdef JournalBatch journal = ring.journal.batches[ring.journal.current & 1]  # read once
+    cdef JournalBatch journal = ring.journal.batches[ring.journal.current & 1]  # read once ...
     cdef uint16_t n = journal.n, last = journal.last, position = journal.position, i
     cdef uint8_t wrap = journal.wrap & 1, last_wrap = journal.last_wrap & 1
     cdef uint16_t told = ring.journal.told
     cdef uint32_t entries = 0, dropped = 0
     cdef bint finished, interrupted
+    vs_compiler_barrier()  # ... and not again: a frontend may be rewriting it
     if n > USED_BATCH or position >= ring.size or (last >= ring.size and last != LAST_NONE):
         return False
     for i in range(n):

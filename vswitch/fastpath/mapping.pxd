@@ -4,7 +4,9 @@ from vswitch.fastpath.types cimport LogC, MemTable, Region
 
 
 cdef class SharedFile:
-    cdef void *map_base       # what munmap() gets
+    cdef void *guard_base     # what munmap() gets: the mapping, and address space around it
+    cdef uint64_t guard_len
+    cdef void *map_base
     cdef uint64_t map_len
     cdef uint32_t lost        # atomic; its file was truncated under us
     cdef int slot             # in the table of sigbus.h

@@ -19,7 +19,8 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
     int madvise(void *addr, size_t length, int advice)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_DONTDUMP
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MADV_DONTDUMP
     void *MAP_FAILED
 
 cdef extern from "<sys/vfs.h>" nogil:
@@ -42,6 +43,7 @@ FILESYSTEMS = frozenset({
     0x794C7630,  # overlayfs
 })
 U64_END = 1 << 64
+cdef uint64_t HUGE_PAGE = 2 << 20
 SLOTS = MAX_REGIONS  # the most regions at a time
 
 
@@ -104,18 +106,32 @@ cdef class SharedFile:
     cdef char *_map(self, what, int fd, info, size, offset) except NULL:
         """Map `size` bytes from `offset`, with `info` the file's fstat(); returns the first of them.
 
-        Raises OSError. Unmapped with the object, of which nobody may have a pointer any more.
+        Raises OSError. Unmapped with the object, of which nobody may have a pointer any more. Address
+        space that nobody can use lies on both sides: an access that runs out of the mapping, which
+        no guest should be able to cause, ends the process and reaches nobody else's memory.
         """
         cdef uint64_t page = max(PAGE, info.st_blksize)
         # hugetlbfs wants file offset and length in whole huge pages; st_blksize tells their size.
         cdef uint64_t start = offset - offset % page
         cdef uint64_t length = (offset - start + size + page - 1) // page * page
+        # Huge pages of other files, too, need addresses that agree with offsets in the file.
+        cdef uint64_t align = max(page, HUGE_PAGE) if length >= HUGE_PAGE else page
+        cdef void *reserved
         cdef void *base
         with nogil:
-            base = mmap(
-                NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, <long>start
+            self.guard_len = length + align + 2 * page
+            reserved = mmap(
+                NULL, self.guard_len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
             )
-        if base == MAP_FAILED:
+            if reserved != MAP_FAILED:
+                self.guard_base = reserved
+                base = <char *>reserved + page
+                base = <char *>base + (start - <uint64_t>base) % align
+                base = mmap(
+                    base, length, PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, <long>start,
+                )
+        if reserved == MAP_FAILED or base == MAP_FAILED:
             raise OSError(errno, f"{what}: mmap of {size:#x} bytes: {os.strerror(errno)}")
         self.map_base = base
         self.map_len = length
@@ -127,7 +143,8 @@ cdef class SharedFile:
     def __dealloc__(self):
         if self.map_base != NULL:
             vs_remove_region(self.slot)
-            munmap(self.map_base, self.map_len)
+        if self.guard_base != NULL:
+            munmap(self.guard_base, self.guard_len)
 
 
 cdef class Mapped(SharedFile):
