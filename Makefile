@@ -12,8 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # The sanitizers' build of `make fuzz`, besides the one that is installed.
 SANITIZED := build/sanitized
 SECONDS ?= 60
+MINUTES ?= 10
 
-.PHONY: help setup demo test test-all check bench fuzz format clean
+.PHONY: help setup demo test test-all check bench fuzz soak model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -23,7 +24,8 @@ help:
 	@echo 'make bench     measure this switch beside others, with tables and a plot'
 	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
 	@echo '               CASE=file runs a case that it wrote again'
-	@echo 'make bench     measure throughput with software guests and testpmd'
+	@echo 'make soak      MINUTES=10: everything that happens in months, and every frame accounted for'
+	@echo 'make model     check the hand-over between threads with spin'
 	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
 	@echo 'make format    let ruff format the code'
 	@echo 'make clean     remove what was built, the virtual environment too'
@@ -61,6 +63,12 @@ $(SANITIZED)/.built: $(VENV)/.built
 	@VSWITCH_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 		--build-base build/sanitized-objects --build-lib $(SANITIZED)
 	@touch $@
+
+soak: setup
+	@$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+model: setup
+	@$(BIN)/python -m pytest -q tests/model $(ARGS)
 
 format: $(VENV)/.built
 	$(BIN)/ruff format .

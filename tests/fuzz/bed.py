@@ -47,14 +47,14 @@ class Place:
 
 
 def places() -> tuple[list[Place], int]:
-    """Regions that touch, that are apart, that end in the middle of a page and at 2^64."""
+    """Regions that touch, that are apart, that end in the middle of a page and just below 2^64."""
     found = []
     at = PAGE
     for gpa, size in (
         (0, 0x8000),
         (0x8000, 0x2F00),
         (0x20000, 0x1000),
-        ((1 << 64) - 0x1000, 0x1000),
+        ((1 << 64) - 0x2000, 0x1000),
     ):
         found.append(Place(gpa, size, 0x7F00_0000_0000 + (len(found) << 32), at))
         at += (size + PAGE - 1) // PAGE * PAGE + PAGE
@@ -354,11 +354,13 @@ class Bed:
         self.right.rings[0].enabled = case.get("right_up", True)
         self.settle()
         self.hostile.link_down = case.get("link_down", False)
+        # One frame of each kind, and the next one in a second.
+        self.hostile.set_storm((1, 1, 1) if "storm" in case else (None, None, None), burst=1)
         before = {p.id: self.engine.stats(p) for p in self.ports()}
         try:
             self._run(case)
         finally:
-            faults = [ring.fault for ring in self.rings.values() if ring.fault]
+            faults = [r.fault for r in self.rings.values() if r.started and r.fault]
             self.stop()
             self.left.rings[0].enabled = self.right.rings[0].enabled = True
             for port in (self.left.port, self.right.port):

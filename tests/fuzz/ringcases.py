@@ -13,7 +13,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from bed import BROADCAST, HOSTILE_MAC, MACS, PAGE, PLACES, RingSetup, setup_row
+from bed import BROADCAST, HOSTILE_MAC, MACS, PLACES, RingSetup, setup_row
 
 from vswitch.guest.raw import (
     DESC_F_INDIRECT,
@@ -36,7 +36,8 @@ ADDRESSES = [
     *(edge + delta & (1 << 64) - 1 for edge in EDGES for delta in (-17, -16, -13, -8, -1, 0, 1)),
     1 << 40,
     (1 << 63) - 1,
-    (1 << 64) - 2 * PAGE,
+    (1 << 64) - 72,
+    (1 << 64) - 1,
     0x10000,
 ]
 LENGTHS = [0, 1, 9, 10, 11, 12, 13, 14, 25, 26, 27, 60, 600, 4096, 65535, 1 << 31, (1 << 32) - 1]
@@ -291,7 +292,8 @@ def _journal(rng: Random, setup: RingSetup) -> str:
     """Notes about a ring as a frontend that kept them may hand them back (JournalC, types.pxd)."""
     number = [0, 1, 2, 63, 64, 65, setup.size, setup.size - 1, 1023, 1024, 1025, 0x8000, 0xFFFF]
     raw = struct.pack("<QIH", JOURNAL_IDENTITY, rng.choice(number) << 16 | rng.choice(number),
-                      rng.choice([0, 1, 2, 0xFFFF])).ljust(16, b"\0")  # fmt: skip
+                      rng.choice([0, 1, 2, 0xFFFF]))  # fmt: skip
+    raw += struct.pack("<H", rng.choice([0, 0x8000, setup.base & 0xFFFF, *number]) & 0xFFFF)
     for _ in range(2):
         chains = rng.choice([0, 0, 1, 2, 5, 70])
         claimed = chains if rng.random() < 0.7 else rng.choice(number)
@@ -319,6 +321,8 @@ def make(seed: int) -> dict[str, Any]:
     if rng.random() < 0.04:
         case["left_up"] = False
         case["right_up"] = rng.random() < 0.5
+    if seed % 16 == 0:
+        case["storm"] = True
     ops: list[Op] = []
     packed = rng.random() < 0.45
     lies = rng.choice([0, 0, 1, 1, 2, 4])

@@ -68,6 +68,7 @@ def eventually(condition: object, *, within_s: float = 5.0) -> None:
     [
         ([(0, 0, UVA, 0)], "region 0: size is 0"),
         ([(2**64 - PAGE, 2 * PAGE, UVA, 0)], "guest address 0xfffffffffffff000 plus size 0x2000"),
+        ([(2**64 - PAGE, PAGE, UVA, 0)], "guest address 0xfffffffffffff000 plus size 0x1000 reach"),
         ([(0, PAGE, 2**64 - 1, 0)], "user address 0xffffffffffffffff plus size 0x1000 wraps"),
         ([(0, PAGE, UVA, 2**64 - 1)], "mmap offset 0xffffffffffffffff plus size 0x1000 wraps"),
         ([(0, SIZE + 1, UVA, 0)], "is beyond the end of its file"),

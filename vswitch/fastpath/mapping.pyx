@@ -66,8 +66,10 @@ def _check_region(index, region, fd, earlier):
     if size == 0:
         raise ValueError(f"region {index}: size is 0")
     for name, start in (("guest address", gpa), ("user address", uva), ("mmap offset", offset)):
-        if start + size > U64_END:
-            raise ValueError(f"region {index}: {name} {start:#x} plus size {size:#x} wraps past 2^64")
+        # Nor may it end there: an address that runs out of it is 0, which is another region's.
+        if start + size >= U64_END:
+            how = "wraps past" if start + size > U64_END else "reaches"
+            raise ValueError(f"region {index}: {name} {start:#x} plus size {size:#x} {how} 2^64")
     for other, (o_gpa, o_size, o_uva, _) in enumerate(earlier):
         if gpa < o_gpa + o_size and o_gpa < gpa + size:
             raise ValueError(f"region {index}: guest address {gpa:#x} overlaps region {other}")

@@ -249,6 +249,11 @@ class SoftwareGuest:
         """Stop the rings, forget everything in memory, and start anew on the same connection."""
         with self.lock:
             self.stop_rings()
+            self.reboot_stopped()
+
+    def reboot_stopped(self) -> None:
+        """The rest of `reboot` after `stop_rings`; in between one may look at the old rings."""
+        with self.lock:
             self.frontend.set_features(self.features)
             self._build()
             self.start_rings()

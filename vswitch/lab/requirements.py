@@ -88,8 +88,9 @@ TEST = (
     _program("dpdk-testpmd", "dpdk-dev dpdk"),
     _program("ethtool", "ethtool"),
     _program("setpriv", "util-linux"),
+    _program("spin", "spin"),
 )
-"""For `make test`: QEMU guests, and DPDK as a second, independent vhost-user frontend."""
+"""For `make test`: QEMU guests, DPDK as an independent vhost-user frontend, a model checker."""
 
 GROUPS = {"build": BUILD, "demo": DEMO, "test": TEST}
 
