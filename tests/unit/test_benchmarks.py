@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -627,9 +628,14 @@ def test_counting_beside_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     perf.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(counters.tempfile, "TemporaryDirectory", lambda **_: nullcontext(tmp_path))
-    with counters.counting(os.getpid()) as counts:
-        while not (tmp_path / "perf.ready").exists():
-            time.sleep(0.001)
+    # A shell cannot trap what its parent ignores, as a shell's background jobs do.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with counters.counting(os.getpid()) as counts:
+            while not (tmp_path / "perf.ready").exists():
+                time.sleep(0.001)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert counts == {"cycles": 3000.0}
 
 
