@@ -494,10 +494,14 @@ def encode_iotlb(entry: IotlbEntry) -> bytes:
 
 def decode_iotlb(payload: bytes) -> IotlbEntry:
     """An IOTLB message. Raises MalformedError for an unknown type or permission."""
-    iova, size, uva, access, kind = _IOTLB.unpack(payload)
+    iova, size, uva, access, number = _IOTLB.unpack(payload)
+    try:
+        kind = IotlbType(number)
+    except ValueError:
+        raise MalformedError(f"IOTLB_MSG: type {number} is unknown") from None
+    if kind is IotlbType.INVALIDATE:
+        # These mean nothing here: QEMU leaves whatever was on its stack in them.
+        uva = access = 0
     if access > 3:
         raise MalformedError(f"IOTLB_MSG: permissions {access:#x} have unknown bits")
-    try:
-        return IotlbEntry(iova, size, uva, access, IotlbType(kind))
-    except ValueError:
-        raise MalformedError(f"IOTLB_MSG: type {kind} is unknown") from None
+    return IotlbEntry(iova, size, uva, access, kind)
