@@ -66,6 +66,8 @@ class GuestSettings:
     """Do not boot: wait for a guest that moves here, see `Guest.migrate_to`."""
     max_memory_mib: int | None = None
     """With this, `Guest.plug_memory` can add memory up to it."""
+    iommu: bool = False
+    """Put the network card behind a virtual IOMMU (Intel's), which the guest's kernel then uses."""
     device_options: str = ""
     """More properties of virtio-net-pci, as on QEMU's command line: `csum=off,guest_tso4=off`."""
 
@@ -273,12 +275,19 @@ class Guest:
         one = self.settings
         words = [f"lab.name={one.name}"]
         words += [f"lab.ip={one.ip}"] if one.ip else []
+        # Strict: a mapping is taken back with its buffer, not with many others some time later.
+        words += ["intel_iommu=on", "iommu.strict=1"] if one.iommu else []
+        iommu = ["-device", "intel-iommu,intremap=off,device-iotlb=on"] if one.iommu else []
+        # A guest tells the card of what it unmapped by ATS, which is PCI Express's; QEMU's cards on
+        # the root bus are conventional ones.
+        iommu += ["-device", "pcie-root-port,id=root1,chassis=1"] if one.iommu else []
         return [
             QEMU, "-name", one.name, "-accel", accel,
             "-cpu", "host" if accel == "kvm" else "max",
             "-smp", str(one.cpus), "-m", _memory_size(one),
             "-nodefaults", "-no-user-config", "-display", "none",
-            "-object", _memory_object(one), "-machine", "pc,memory-backend=mem",
+            "-object", _memory_object(one),
+            "-machine", f"{'q35' if one.iommu else 'pc'},memory-backend=mem", *iommu,
             "-chardev", f"file,id=console,path={self.console_log}", "-serial", "chardev:console",
             "-chardev", f"socket,id=shell,fd={shell_fd}", "-serial", "chardev:shell",
             "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
@@ -329,8 +338,10 @@ def _network_card(one: GuestSettings, accel: Accelerator) -> str:
         f"virtio-net-pci,netdev=net,mac={one.mac},romfile=,"
         f"rx_queue_size={one.queue_size},mrg_rxbuf={_on_off(one.mrg_rxbuf)},"
         f"packed={_on_off(one.packed)},event_idx={_on_off(one.event_idx)},"
-        f"disable-modern={_on_off(not one.modern)},disable-legacy=off"
+        f"disable-modern={_on_off(not one.modern)},disable-legacy={_on_off(one.iommu)}"
     )
+    if one.iommu:
+        card += ",bus=root1,iommu_platform=on,ats=on"
     if one.tx_queue_size is not None:
         card += f",tx_queue_size={one.tx_queue_size}"
     if one.queues > 1:
