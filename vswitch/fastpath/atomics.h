@@ -101,6 +101,8 @@ static inline void vs_copy_short(char *to, const char *from, uint32_t len) {
 #define vs_likely(x) __builtin_expect(!!(x), 1)
 #define vs_unlikely(x) __builtin_expect(!!(x), 0)
 
+static inline unsigned vs_lowest_bit(unsigned v) { return (unsigned)__builtin_ctz(v); }
+
 /* Unaligned loads from switch-owned or guest memory, one access each. */
 static inline uint64_t vs_get64(const void *p) { uint64_t v; memcpy(&v, p, 8); return v; }
 static inline uint32_t vs_get32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }

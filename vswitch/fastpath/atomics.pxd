@@ -33,6 +33,7 @@ cdef extern from "atomics.h" nogil:
     void vs_prefetch_write(const void *p)
     bint vs_likely(bint x)
     bint vs_unlikely(bint x)
+    uint32_t vs_lowest_bit(uint32_t v)
     uint64_t vs_get64(const void *p)
     uint32_t vs_get32(const void *p)
     uint16_t vs_get16(const void *p)

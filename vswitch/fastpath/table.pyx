@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 import os
 import re
@@ -24,9 +25,20 @@ from vswitch.fastpath.fdb cimport (
     fdb_insert,
     fdb_learn,
     fdb_lookup,
+    fdb_prefetch,
     fdb_remove,
 )
-from vswitch.fastpath.types cimport MAX_PORTS, FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.types cimport BURST, MAX_PORTS, FdbBucket, FdbC, FdbEntryC
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *addr, size_t length, int advice)
+    int MADV_HUGEPAGE
+
+cdef enum:
+    HUGE_PAGE = 2 << 20
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 NO_LIMIT = 0xFFFFFFFF  # entries of a port: as many as the table takes
@@ -62,20 +74,27 @@ cdef uint16_t _port(uint16_t port) except? 0xFFFF:
 cdef class Fdb:
     """(VLAN, MAC) to port number. `size` is the most entries it takes.
 
-    Memory is 21 to 43 bytes an entry, taken at the start and touched as it fills.
+    Memory is 24 to 48 bytes an entry, taken at the start; huge pages if the kernel has some, since a
+    look-up among a million addresses would miss the TLB each time.
     """
 
     def __cinit__(self, size=65536):
         cdef uint64_t buckets = 1
-        # A quarter more places than entries: two choices of four places fill a table that far.
-        while buckets * 4 < <uint64_t>size * 5 // 4:
+        # Half as many places more than entries: two choices of four places fill a table that far.
+        while buckets * 4 < <uint64_t>size * 3 // 2:
             buckets *= 2
         self.c = <FdbC *>calloc(1, sizeof(FdbC))
         if self.c == NULL:
             raise MemoryError
-        self.c.buckets = <FdbBucket *>calloc(buckets, sizeof(FdbBucket))
+        # A bucket is a cache line, and lies in one.
+        cdef size_t length = buckets * sizeof(FdbBucket)
+        cdef bint huge = length >= HUGE_PAGE
+        self.c.buckets = <FdbBucket *>aligned_alloc(HUGE_PAGE if huge else sizeof(FdbBucket), length)
         if self.c.buckets == NULL:
             raise MemoryError
+        if huge:
+            madvise(self.c.buckets, length, MADV_HUGEPAGE)  # without it, it is slower and that is all
+        memset(self.c.buckets, 0, length)
         self.c.mask = buckets - 1
         self.c.limit = size
         for port in range(MAX_PORTS):
@@ -131,11 +150,16 @@ cdef class Fdb:
 
     def count_known(self, const uint64_t[::1] keys):
         """How many of these keys are there; looks them up as a worker does, without the GIL."""
-        cdef Py_ssize_t i
+        cdef Py_ssize_t start = 0, end, i
         cdef uint32_t found = 0
         with nogil:
-            for i in range(keys.shape[0]):
-                found += fdb_lookup(self.c, keys[i]) >= 0
+            while start < keys.shape[0]:
+                end = min(start + BURST, keys.shape[0])
+                for i in range(start, end):
+                    fdb_prefetch(self.c, keys[i])
+                for i in range(start, end):
+                    found += fdb_lookup(self.c, keys[i]) >= 0
+                start = end
         return found
 
     @property

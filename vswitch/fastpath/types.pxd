@@ -239,6 +239,7 @@ cdef struct RingC:
     uint64_t fault_detail
     uint64_t src_key       # last source learned from this ring ...
     uint64_t dst_key       # last destination looked up ...
+    uint16_t lookups       # of the last burst, in the FDB itself
     uint32_t src_tick
     uint32_t src_generation
     uint32_t dst_generation
@@ -374,6 +375,7 @@ cdef struct WorkerC:
     Seg segs[SEG_POOL + FINISH_BATCH]   # ... and their payloads
     uint32_t n_segs
     uint32_t needs         # of all frames of the burst together
+    uint16_t lookups       # of destinations in the FDB, in this burst
     uint16_t touched[MAX_PORTS]
     uint32_t n_touched
     uint16_t egress_n[MAX_PORTS]
