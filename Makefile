@@ -50,8 +50,6 @@ check: $(VENV)/.built
 
 # Without matplotlib there is no plot, and the rest is the same.
 bench: setup
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
-		$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8' || true
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 fuzz: setup $(SANITIZED)/.built

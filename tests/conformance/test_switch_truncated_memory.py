@@ -1,10 +1,13 @@
-"""A frontend that cuts its memory file short after the switch has mapped it.
+"""Memory that is not there when it is touched: a file cut short, huge pages that are used up.
 
-Every access past the new end is a SIGBUS, in whichever thread makes it.
+Every access to it is a SIGBUS, in whichever thread makes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +17,14 @@ from frames import BROADCAST, frame, mac
 from running import RunningSwitch, Wire, teach
 
 from vswitch.guest import SoftwareGuest
+from vswitch.guest.raw import RawDesc
 from vswitch.vhost_user import protocol
-from vswitch.vhost_user.protocol import Request
+from vswitch.vhost_user.protocol import MemRegion, Request
 
 A, B, C = mac(1), mac(2), mac(3)
+HUGE_PAGE = 2 << 20
+FAR = 1 << 40
+"""A guest-physical address at which no guest here has memory."""
 
 
 @pytest.fixture
@@ -94,3 +101,34 @@ def test_start(own_wire: Wire) -> None:
     )
     b.send([frame(C, B)])
     assert c.recv(1) == [frame(C, B)]
+
+
+@contextlib.contextmanager
+def no_huge_pages() -> Iterator[None]:
+    """All huge pages that are free are spoken for meanwhile."""
+    free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+    with contextlib.ExitStack() as stack:
+        if free:
+            taken = os.memfd_create("taken", os.MFD_HUGETLB)
+            stack.callback(os.close, taken)
+            os.ftruncate(taken, free * HUGE_PAGE)
+            stack.enter_context(mmap.mmap(taken, free * HUGE_PAGE))
+        yield
+
+
+def test_huge_pages_that_cannot_be_had(own_wire: Wire) -> None:
+    """A hugetlbfs file takes its pages when they are touched, and there are none left then."""
+    wire = own_wire
+    a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
+    teach(a, b, c)
+    with no_huge_pages():
+        fd = os.memfd_create("guest", os.MFD_HUGETLB)
+        try:
+            os.ftruncate(fd, HUGE_PAGE)
+            a.frontend.add_mem_reg(MemRegion(FAR, HUGE_PAGE, 0x7E00_0000_0000, 0), fd)
+        finally:
+            os.close(fd)
+        # Its frame lies there.
+        a.transmitqs[0].raw.offer(RawDesc(FAR, 72))
+        a.transmitqs[0].kick()
+        check(wire, b, c)
