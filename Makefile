@@ -48,7 +48,6 @@ check: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
-# Without matplotlib there is no plot, and the rest is the same.
 bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)
 
