@@ -238,6 +238,21 @@ class SwitchSettings(_Model):
         return cpus
 
 
+StormBroadcast = Annotated[
+    StormRate | None, Field(description="broadcast frames a second that it may send")
+]
+StormMulticast = Annotated[
+    StormRate | None, Field(description="multicast frames a second that it may send")
+]
+StormUnknown = Annotated[
+    StormRate | None, Field(description="frames a second to unknown addresses that it may send")
+]
+StormBurst = Annotated[
+    StormRate | None,
+    Field(description="frames at once within these rates, those of 0.1 s if not given"),
+]
+
+
 class PortSettings(_Model):
     """One `[[port]]` table: a vhost-user socket that a frontend is connected through."""
 
@@ -260,18 +275,10 @@ class PortSettings(_Model):
         default=None,
         description="most MAC addresses learned from it, an eighth of fdb_size if not given",
     )
-    storm_broadcast: StormRate | None = Field(
-        default=None, description="broadcast frames a second that it may send"
-    )
-    storm_multicast: StormRate | None = Field(
-        default=None, description="multicast frames a second that it may send"
-    )
-    storm_unknown: StormRate | None = Field(
-        default=None, description="frames a second to unknown addresses that it may send"
-    )
-    storm_burst: StormRate | None = Field(
-        default=None, description="frames at once within these rates, those of 0.1 s if not given"
-    )
+    storm_broadcast: StormBroadcast = None
+    storm_multicast: StormMulticast = None
+    storm_unknown: StormUnknown = None
+    storm_burst: StormBurst = None
 
     @field_validator("owner", "group", "permissions")
     @classmethod
@@ -304,18 +311,10 @@ class UplinkSettings(_Model):
         default=None,
         description="most MAC addresses learned from it, half of fdb_size if not given",
     )
-    storm_broadcast: StormRate | None = Field(
-        default=None, description="broadcast frames a second that it may send"
-    )
-    storm_multicast: StormRate | None = Field(
-        default=None, description="multicast frames a second that it may send"
-    )
-    storm_unknown: StormRate | None = Field(
-        default=None, description="frames a second to unknown addresses that it may send"
-    )
-    storm_burst: StormRate | None = Field(
-        default=None, description="frames at once within these rates, those of 0.1 s if not given"
-    )
+    storm_broadcast: StormBroadcast = None
+    storm_multicast: StormMulticast = None
+    storm_unknown: StormUnknown = None
+    storm_burst: StormBurst = None
 
     @field_validator("bridge")
     @classmethod
