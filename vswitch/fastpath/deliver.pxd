@@ -15,7 +15,6 @@ from vswitch.fastpath.atomics cimport (
     vs_pause,
     vs_prefetch,
     vs_prefetch_write,
-    vs_put64,
     vs_trylock,
     vs_unlikely,
     vs_unlock,
@@ -60,6 +59,7 @@ from vswitch.fastpath.virtqueue cimport (
     publish_used,
     put_used,
     ring_room,
+    write_used_elem,
 )
 
 
@@ -277,7 +277,7 @@ cdef inline uint16_t deliver_plain(
             break
         put_header(host, frame, hdr_len, 1)
         copy_piece(host + hdr_len, frame.seg.ptr, frame.len)
-        vs_put64(&used[<uint16_t>(index + i) & mask], w.rx_heads[i] | <uint64_t>need << 32)
+        write_used_elem(&used[<uint16_t>(index + i) & mask], w.rx_heads[i], need)
         bytes += frame.len
     else:
         i = n

@@ -38,6 +38,7 @@ from vswitch.fastpath.types cimport (
     Counters,
     RingC,
     UsedChain,
+    VringUsedElem,
     WorkerC,
 )
 
@@ -144,9 +145,10 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
 
 
 cdef inline void write_used_elem(
-    RingC *ring, uint16_t index, uint16_t id, uint32_t length
+    VringUsedElem *elem, uint16_t id, uint32_t length
 ) noexcept nogil:
-    vs_put64(&ring.used[index & ring.mask], id | <uint64_t>length << 32)
+    """Both fields in one store."""
+    vs_put64(elem, id | <uint64_t>length << 32)
 
 
 cdef inline void prefetch_used(RingC *ring, uint16_t n) noexcept nogil:
@@ -170,7 +172,7 @@ cdef inline void put_used(
         w.used[w.n_used].len = length
         w.n_used += 1
         return
-    write_used_elem(ring, ring.last_used, id, length)
+    write_used_elem(&ring.used[ring.last_used & ring.mask], id, length)
     ring.last_used += 1
 
 
