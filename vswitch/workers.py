@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from vswitch.control.api import WorkerInfo
@@ -41,7 +42,11 @@ class WorkerThreads:
         self._cycles, self._ns = cycles()
 
     def start(self) -> None:
-        """Start them all. Raises ConfigError for a CPU that this process may not use."""
+        """Start them all; each has its name, its CPU and no capabilities when this returns.
+
+        Raises ConfigError for a CPU that this process may not use, VswitchError if one cannot be
+        prepared.
+        """
         allowed = os.sched_getaffinity(0)
         for cpu in self._cpus or ():
             if cpu not in allowed:
@@ -53,13 +58,22 @@ class WorkerThreads:
         # causes itself; of these, SIGBUS is survived (fastpath/sigbus.h).
         own = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - own)
+        prepared: list[Future[None]] = []
         try:
             for worker in self._engine.workers:
-                thread = threading.Thread(target=self._run, args=(worker,), daemon=True)
+                prepared.append(Future())
+                thread = threading.Thread(
+                    target=self._run, args=(worker, prepared[-1]), daemon=True
+                )
                 thread.start()
                 self._threads.append(thread)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        for number, each in enumerate(prepared):
+            try:
+                each.result()
+            except OSError as exc:
+                raise VswitchError(f"worker {number} cannot be started: {exc.strerror}") from exc
 
     def stop(self) -> None:
         """End them all; they need microseconds.
@@ -120,23 +134,29 @@ class WorkerThreads:
             )
         return found
 
-    def _run(self, worker: Worker) -> None:
+    def _run(self, worker: Worker, prepared: Future[None]) -> None:
         try:
-            tid = threading.get_native_id()
-            with contextlib.suppress(OSError):  # the name is for `top -H` only
-                Path(f"/proc/self/task/{tid}/comm").write_text(
-                    f"vs-worker-{worker.id}"[:_COMM_LEN_MAX]
-                )
-            # It reads what guests wrote: it may do nothing that not every process may.
-            limit_capabilities(frozenset())
-            if self._cpus:
-                os.sched_setaffinity(tid, {self._cpus[worker.id]})
+            self._prepare(worker)
+        except BaseException as exc:
+            prepared.set_exception(exc)
+            return
+        prepared.set_result(None)
+        try:
             worker.run()
         except BaseException as exc:
             log.exception("worker %d failed", worker.id)
             self._report(worker, exc)
         else:
             self._report(worker, None)
+
+    def _prepare(self, worker: Worker) -> None:
+        tid = threading.get_native_id()
+        with contextlib.suppress(OSError):  # the name is for `top -H` only
+            Path(f"/proc/self/task/{tid}/comm").write_text(f"vs-worker-{worker.id}"[:_COMM_LEN_MAX])
+        # It reads what guests wrote: it may do nothing that not every process may.
+        limit_capabilities(frozenset())
+        if self._cpus:
+            os.sched_setaffinity(tid, {self._cpus[worker.id]})
 
     def _report(self, worker: Worker, exc: BaseException | None) -> None:
         if self._stopping:

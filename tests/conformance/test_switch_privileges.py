@@ -111,6 +111,47 @@ def test_root_stays_root_and_its_workers_have_no_capabilities(start_switch: Star
     assert [capabilities(thread) for thread in workers] == [{0}]
 
 
+# As on a machine that has other things to do when the workers start.
+LATE = """
+import time
+from vswitch import workers
+from vswitch.cli.main import main
+real = workers.limit_capabilities
+def limit_capabilities(kept):
+    time.sleep(0.3)
+    {ending}
+    return real(kept)
+workers.limit_capabilities = limit_capabilities
+main()
+"""
+
+
+def test_it_is_ready_when_its_workers_are(start_switch: Start) -> None:
+    switch = start_switch(command=(sys.executable, "-c", LATE.format(ending="")), workers=2)
+    assert [
+        (thread["Name"], capabilities(thread))
+        for thread in threads(switch)
+        if thread["Name"].startswith("vs-worker")
+    ] == [("vs-worker-0", {0}), ("vs-worker-1", {0})]
+
+
+def test_it_does_not_start_with_a_worker_that_has_capabilities(directory: Path) -> None:
+    config = directory / "ports.toml"
+    config.write_text(f'[switch]\ncontrol = "{directory}/c"\n')
+    ending = "raise OSError(1, 'Operation not permitted')"
+    done = subprocess.run(
+        [sys.executable, "-c", LATE.format(ending=ending), "start", "--config", str(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "worker 0 cannot be started: Operation not permitted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in directory.iterdir()] == ["ports.toml"]
+
+
 def test_as_many_descriptors_as_it_may_have(start_switch: Start) -> None:
     """One frontend takes 768 of them for 128 queue pairs, and the usual limit is 1024."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048))\n"

@@ -166,7 +166,7 @@ class Ending:
         self._worker.stop()
 
 real = workers.WorkerThreads._run
-workers.WorkerThreads._run = lambda self, worker: real(self, Ending(worker))
+workers.WorkerThreads._run = lambda self, worker, prepared: real(self, Ending(worker), prepared)
 """
 
 
