@@ -22,6 +22,10 @@ from vswitch.vhost_user.protocol import Feature
 ASKED_MAX = 512
 """Misses that may be without an answer; what is left is asked for when those are answered."""
 
+_BATCH = 32
+"""As many of them for buffers. Frontends answer one after the other, QEMU in a third of a
+millisecond, and when all mappings are taken back at once, what rings themselves need comes last."""
+
 _AHEAD_MIN = 16
 """Descriptors of a ring that are looked at ahead of the worker, however many rings there are."""
 
@@ -75,6 +79,8 @@ class PortIotlb:
         self._generation = 0
         self._old: list[tuple[int, list[IotlbTables]]] = []
         self._lost = False
+        self._more = False
+        """Whether there was more to ask for than a batch."""
 
     @property
     def tables(self) -> IotlbTables:
@@ -245,7 +251,7 @@ class PortIotlb:
             passed = self._engine.passed
             self._old = [(since, kept) for since, kept in self._old if not passed(since)]
             self._old.append((ticket, old))
-        if not self._asked:
+        if not self._asked or (self._more and len(self._asked) <= _BATCH // 2):
             self.scan()
 
     def _give_tables(self) -> list[IotlbTables]:
@@ -265,21 +271,35 @@ class PortIotlb:
         """Ask for all buffers that rings hold and that are not translated."""
         if self._lost:
             return
-        for number in list(self._setups) if index is None else [index]:
-            ring = self._port.rings.get(number)
-            if ring is None or number not in self._setups:
-                continue
-            # Not more than there is room for, or one would put out the other for ever.
-            ahead = max(_AHEAD_MIN, ENTRIES // 2 // len(self._setups))
-            for iova, written in ring.untranslated(ASKED_MAX - len(self._asked), ahead):
+        if index is None:
+            self._more = False
+        numbers = list(self._setups) if index is None else [index]
+        rings = [self._port.rings[one] for one in numbers if one in self._setups]
+        # Not more than there is room for, or one would put out the other for ever.
+        ahead = max(_AHEAD_MIN, ENTRIES // 2 // max(1, len(self._setups)))
+        for left, ring in zip(range(len(rings), 0, -1), rings, strict=True):
+            missed = ring.missed
+            share = -(-(_BATCH - len(self._asked)) // left)
+            for iova, written in ring.untranslated(ASKED_MAX, ahead):
                 access = ACCESS_WRITE if written else ACCESS_READ
-                if iova == ring.missed or (iova - iova % _PAGE, access) not in self._in_vain:
+                # A worker waits for this one, whoever else does.
+                if iova == missed:
                     self._ask(iova, access)
+                elif (iova - iova % _PAGE, access) in self._in_vain:
+                    continue
+                elif share > 0:
+                    share -= self._ask(iova, access)
+                else:
+                    self._more = True
+                    break
 
     def check(self) -> None:
         """Once a second: nobody may wait for a question that was never asked."""
         self._in_vain.clear()
-        if not self._asked:
+        if self._asked:
+            # What a worker stopped at is asked for at once, and its event may be lost.
+            self.scan()
+        else:
             self._changed()
 
     def ask_again(self) -> None:
@@ -288,12 +308,12 @@ class PortIotlb:
         self._generation += 1
         self._changed()
 
-    def _ask(self, iova: int, access: int, ring: int | None = None) -> None:
+    def _ask(self, iova: int, access: int, ring: int | None = None) -> bool:
         """Send a miss, if it was not sent yet; `ring` if its own memory is there, not a buffer."""
         question = (iova - iova % _PAGE, access)
         frontend = self._frontend()
         if question in self._asked or len(self._asked) >= ASKED_MAX or frontend is None:
-            return
+            return False
         generation = self._generation
 
         def answered(status: int) -> None:
@@ -307,8 +327,10 @@ class PortIotlb:
                     self._complain(ring, _NOWHERE.format(iova))
             self._changed()
 
-        if frontend.ask_translation(iova, access, answered):
-            self._asked.add(question)
+        if not frontend.ask_translation(iova, access, answered):
+            return False
+        self._asked.add(question)
+        return True
 
     def _refused(self, question: tuple[int, int], own: int | None) -> bool:
         """Note that nothing is there, so that who waits for it learns that; False if nobody does.
