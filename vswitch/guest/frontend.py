@@ -154,11 +154,12 @@ class Frontend:
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes as they are, with file descriptors attached to the first of them."""
-        self.socket.settimeout(self.timeout)
         ancillary = (
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
         )
         try:
+            # Here too it may be closed, by the guest's own thread while its IOMMU's answers.
+            self.socket.settimeout(self.timeout)
             sent = self.socket.sendmsg([data], ancillary)
             if sent < len(data):
                 self.socket.sendall(data[sent:])
@@ -176,8 +177,8 @@ class Frontend:
         deadline = time.monotonic() + self.timeout
         data = b""
         while len(data) < length:
-            self.socket.settimeout(max(0.001, deadline - time.monotonic()))
             try:
+                self.socket.settimeout(max(0.001, deadline - time.monotonic()))
                 part = self.socket.recv(length - len(data))
             except TimeoutError as error:
                 raise BackendTimeoutError(
