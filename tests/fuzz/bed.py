@@ -377,31 +377,35 @@ class Bed:
 
     def _run(self, case: dict[str, Any]) -> None:
         for op, *arguments in case["ops"]:
-            match op:
-                case "write":
-                    self.write(arguments[0], bytes.fromhex(arguments[1]))
-                case "start":
-                    self.start(arguments[0], RingSetup(**arguments[1]))
-                case "stop":
-                    self.halt(arguments[0])
-                case "turn":
-                    self.turn(arguments[0])
-                case "send":
-                    who, to, length = arguments
-                    sender = self.left if who == "left" else self.right
-                    target = {"hostile": HOSTILE_MAC, "all": BROADCAST}[to]
-                    sender.send((target + sender.mac + ETHERTYPE).ljust(length, b"\x11"))
-                    self.turn()
-                case "drain":
-                    self.drain()
-                case "journal":
-                    at, raw = SLOT_LEN * arguments[0], bytes.fromhex(arguments[1])
-                    self.journal_map[at : at + len(raw)] = raw
-                    self.reached["journal"] += 1
-                case "log":
-                    self.log(arguments[0])
-                case "unplug":
-                    self.unplug(arguments[0])
+            self._step(op, *arguments)
+
+    def _step(self, op: str, *arguments: Any) -> None:
+        """Carry out one step; those of other beds are none here."""
+        match op:
+            case "write":
+                self.write(arguments[0], bytes.fromhex(arguments[1]))
+            case "start":
+                self.start(arguments[0], RingSetup(**arguments[1]))
+            case "stop":
+                self.halt(arguments[0])
+            case "turn":
+                self.turn(arguments[0])
+            case "send":
+                who, to, length = arguments
+                sender = self.left if who == "left" else self.right
+                target = {"hostile": HOSTILE_MAC, "all": BROADCAST}[to]
+                sender.send((target + sender.mac + ETHERTYPE).ljust(length, b"\x11"))
+                self.turn()
+            case "drain":
+                self.drain()
+            case "journal":
+                at, raw = SLOT_LEN * arguments[0], bytes.fromhex(arguments[1])
+                self.journal_map[at : at + len(raw)] = raw
+                self.reached["journal"] += 1
+            case "log":
+                self.log(arguments[0])
+            case "unplug":
+                self.unplug(arguments[0])
 
     def turn(self, arm: bool = False) -> None:
         """Let the switch do what there is to do."""

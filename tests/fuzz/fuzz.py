@@ -1,6 +1,6 @@
 """`make fuzz`: random guests, frontends and control clients, for as long as one likes.
 
-    python tests/fuzz/fuzz.py --seconds 600 [--seed N] [--only rings,races,messages,control]
+    python tests/fuzz/fuzz.py --seconds 600 [--seed N] [--only rings,races,iommu,iommu-races,...]
     python tests/fuzz/fuzz.py --case build/fuzz/rings-1234.json
 
 A case that makes the switch do what it may not, or end, is cut down and written to build/fuzz; the
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOUND = ROOT / "build" / "fuzz"
-KINDS = ("rings", "races", "messages", "control")
+KINDS = ("rings", "races", "iommu", "iommu-races", "messages", "control")
 CASE_PATIENCE_S = 120.0
 """A case that takes longer has hung."""
 FRESH_EVERY = 2000
@@ -61,6 +61,7 @@ def sanitized(folder: Path) -> int:
 
 def makers() -> dict[str, Callable[[int], Case]]:
     import control
+    import iommucases
     import messages
     import races
     import ringcases
@@ -68,6 +69,8 @@ def makers() -> dict[str, Callable[[int], Case]]:
     return {
         "rings": ringcases.make,
         "races": races.make,
+        "iommu": iommucases.make,
+        "iommu-races": iommucases.make_race,
         "messages": messages.make,
         "control": control.make,
     }
@@ -83,6 +86,14 @@ def open_bench(kind: str) -> Any:
         from races import RacingBed
 
         return RacingBed()
+    if kind == "iommu":
+        from iommu import IommuBed
+
+        return IommuBed()
+    if kind == "iommu-races":
+        from iommuraces import RacingIommuBed
+
+        return RacingIommuBed()
     if kind == "messages":
         from messages import MessageBench
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import itertools
 import os
 import select
 import socket
@@ -39,6 +40,8 @@ from vswitch.vhost_user.protocol import (
     VRING_NOFD,
     Feature,
     Inflight,
+    IotlbEntry,
+    IotlbType,
     LogArea,
     MemRegion,
     ProtocolFeature,
@@ -46,6 +49,7 @@ from vswitch.vhost_user.protocol import (
     VringAddr,
     VringState,
     encode_inflight,
+    encode_iotlb,
     encode_log,
     encode_mem_region,
     encode_mem_table,
@@ -96,6 +100,17 @@ def _socket() -> int:
     return a.detach()
 
 
+CHANNELS: list[socket.socket] = []
+"""Our ends of the channels for backend requests in this conversation."""
+
+
+def _channel() -> int:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    CHANNELS.append(ours)
+    return theirs.detach()
+
+
 def _epoll() -> int:
     with select.epoll() as one:
         return os.dup(one.fileno())
@@ -120,6 +135,7 @@ FDS: dict[str, Callable[[], int]] = {
     "pipe-read": lambda: _end_of_pipe(0),
     "pipe-write": lambda: _end_of_pipe(1),
     "socket": _socket,
+    "channel": _channel,
     "epoll": _epoll,
     "proc": lambda: os.open("/proc/self/maps", os.O_RDONLY),
     "pidfd": lambda: os.pidfd_open(os.getpid()),
@@ -140,6 +156,10 @@ def usual(rng: Random) -> list[Message]:
     for protocol_feature in PROTOCOL_FEATURES:
         if rng.random() < 0.8:
             protocol |= protocol_feature
+    iommu = rng.random() < 0.35
+    if iommu:
+        features |= Feature.ACCESS_PLATFORM
+        protocol |= ProtocolFeature.BACKEND_REQ
     if not {ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK} <= set(protocol):
         protocol &= ~ProtocolFeature.INBAND_NOTIFICATIONS
     ack = FLAG_NEED_REPLY if rng.random() < 0.3 else 0
@@ -153,6 +173,22 @@ def usual(rng: Random) -> list[Message]:
 
     def one_of(*choices: Callable[[], None]) -> None:
         rng.choice(choices)()
+
+    def map_some(regions: list[MemRegion]) -> None:
+        for region in rng.sample(regions, rng.randrange(len(regions) + 1)):
+            # I/O virtual addresses are those of the frontend, which is what rings are given below.
+            at = rng.choice([0, 0, 0, 0x1000, 0x2000, 0x4000])
+            size = rng.choice([region.size - at, region.size - at, 0x1000, 0x4000])
+            access = rng.choice([3, 3, 3, 1, 2, 0])
+            entry = IotlbEntry(region.uva + at, size, region.uva + at, access, IotlbType.UPDATE)
+            for i in range(rng.choice([1, 1, 1, 20])):
+                more = entry._replace(iova=entry.iova + (i << 36))
+                say(Request.IOTLB_MSG, encode_iotlb(more))
+
+    def unmap_some(regions: list[MemRegion]) -> None:
+        region = rng.choice(regions)
+        iova, size = rng.choice([(region.uva, 0x1000), (region.uva + 0x2000, 0x3000), (0, 0)])
+        say(Request.IOTLB_MSG, encode_iotlb(IotlbEntry(iova, size, 0, 0, IotlbType.INVALIDATE)))
 
     say(Request.GET_FEATURES)
     say(Request.GET_PROTOCOL_FEATURES)
@@ -186,6 +222,10 @@ def usual(rng: Random) -> list[Message]:
             say(Request.ADD_MEM_REG, encode_mem_region(region), "memory") for region in regions
         ] and None,
     )  # fmt: skip
+    if iommu:
+        if rng.random() < 0.9:
+            say(Request.SET_BACKEND_REQ_FD, b"", rng.choice(["channel"] * 8 + ["socket"]))
+        map_some(regions)
     for vring in range(rng.choice([2, 2, 2 * QUEUES])):
         base = UVA + 0x4000 * vring
         size = rng.choice([16, 64, 256])
@@ -200,6 +240,8 @@ def usual(rng: Random) -> list[Message]:
         )
         say(Request.SET_VRING_ERR, encode_u64(vring), "event")
         say(Request.SET_VRING_ENABLE, encode_vring_state(VringState(vring, 1)))
+    for _ in range(rng.choice([1, 2, 4]) if iommu else 0):
+        one_of(lambda: map_some(regions), lambda: map_some(regions), lambda: unmap_some(regions))
     for extra in rng.sample(extras, rng.randrange(4)):
         extra()
     if rng.random() < 0.3:
@@ -209,6 +251,11 @@ def usual(rng: Random) -> list[Message]:
             say(Request.GET_VRING_BASE, encode_vring_state(VringState(vring, 0)))
     return log
 
+
+ANSWERS = [
+    *["success"] * 6, "failure", "failure", "twice", "other", "short", "long", "silent", "end",
+]  # fmt: skip
+"""To requests of the backend, in turn."""
 
 NUMBERS = [0, 1, 2, 3, 255, 256, 257, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 1 << 31, (1 << 32) - 1]
 WIDE = [1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1, UVA, MEMORY_LEN]
@@ -265,7 +312,8 @@ def make(seed: int) -> dict[str, Any]:
     ops = usual(rng)
     for _ in range(rng.choice([0, 1, 1, 2, 3, 6])):
         lie(rng, ops)
-    return {"kind": "messages", "seed": seed, "ops": ops}
+    answers = [rng.choice(ANSWERS) for _ in range(rng.choice([1, 1, 2, 5]))]
+    return {"kind": "messages", "seed": seed, "ops": ops, "answers": answers}
 
 
 class MessageBench:
@@ -282,6 +330,7 @@ class MessageBench:
         teach(*self.guests)
         self.socket = self.wire.port("bad", queues=QUEUES)
         self.count = 0
+        self._answers = itertools.cycle(["success"])
         self.fds = self.open_fds()
 
     def close(self) -> None:
@@ -302,7 +351,12 @@ class MessageBench:
 
     def run(self, case: dict[str, Any]) -> None:
         """Say all of it, hang up, and see that nobody was harmed. Raises Violation."""
-        self.talk(case["ops"])
+        self._answers = itertools.cycle(case.get("answers", ["success"]))
+        try:
+            self.talk(case["ops"])
+        finally:
+            while CHANNELS:
+                CHANNELS.pop().close()
         self.check()
 
     def talk(self, messages: list[Message]) -> None:
@@ -331,14 +385,49 @@ class MessageBench:
                 data = data[peer.sendmsg([data], rights) :]
                 rights = []
 
-    @staticmethod
-    def _wait(peer: socket.socket, events: int) -> int:
-        poll = select.poll()
-        poll.register(peer, events)
-        found = poll.poll(DEADLINE_S * 1000)
-        if not found:
-            raise Violation("the switch neither reads nor answers nor hangs up")
-        return found[0][1]
+    def _wait(self, peer: socket.socket, events: int) -> int:
+        """What of `events` there is; what the switch asks for meanwhile is answered."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            poll = select.poll()
+            poll.register(peer, events)
+            for channel in CHANNELS:
+                poll.register(channel, select.POLLIN)
+            found = dict(poll.poll(DEADLINE_S * 1000))
+            for channel in [one for one in CHANNELS if one.fileno() in found]:
+                try:
+                    self._answer(channel)
+                except ConnectionError:
+                    CHANNELS.remove(channel)
+                    channel.close()
+            if peer.fileno() in found:
+                return found[peer.fileno()]
+        raise Violation("the switch neither reads nor answers nor hangs up")
+
+    def _answer(self, channel: socket.socket) -> None:
+        """Answer one request of the switch, which sends the next one only then."""
+        asked = channel.recv(4096)
+        if len(asked) < HEADER.size:
+            raise ConnectionResetError
+        (request, _, _) = HEADER.unpack_from(asked)
+        how = next(self._answers)
+        self.reached[f"answered: {how}"] += 1
+        status = struct.pack("<Q", how != "success" and how != "twice")
+        reply = HEADER.pack(request, VERSION | FLAG_REPLY, len(status)) + status
+        match how:
+            case "twice":
+                reply *= 2
+            case "other":
+                reply = HEADER.pack(request + 1, VERSION | FLAG_REPLY, len(status)) + status
+            case "short":
+                reply = HEADER.pack(request, VERSION | FLAG_REPLY, 4) + status[:4] + bytes(4)
+            case "long":
+                reply = HEADER.pack(request, VERSION | FLAG_REPLY, 0xFFFFFFFF) + bytes(3000)
+            case "silent":
+                return
+            case "end":
+                raise ConnectionResetError
+        channel.send(reply)
 
     def check(self) -> None:
         self.count += 1

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 import ringcases
-from bed import Bed, RingSetup, Violation
+from bed import Bed, Violation
 
 from vswitch.guest.scribble import scribble
 
@@ -62,12 +62,16 @@ class RacingBed(Bed):
             )
             for op, *arguments in case["ops"]:
                 if op == "start":
-                    self.start(arguments[0], RingSetup(**arguments[1]))
+                    self._step(op, *arguments)
 
 
 def make(seed: int) -> dict[str, Any]:
     """A case of `ringcases`, and where and what to rewrite while its rings run."""
-    case = ringcases.make(seed)
+    return racing(ringcases.make(seed), "races", seed)
+
+
+def racing(case: dict[str, Any], kind: str, seed: int) -> dict[str, Any]:
+    """A case with somebody who rewrites what its rings and frames are made of."""
     rng = Random(seed ^ 0x5EED)
     setups = [op[2] for op in case["ops"] if op[0] == "start"]
     places: list[int] = []
@@ -81,7 +85,7 @@ def make(seed: int) -> dict[str, Any]:
             spots += [gpa + 2 * i for i in range(16)]
         places += rng.sample(spots, min(len(spots), rng.choice([4, 12, 40])))
     offsets = [found[0] & ~1 for gpa in places if (found := Bed.offset(gpa)) and found[1] >= 2]
-    case["kind"] = "races"
+    case["kind"] = kind
     case["race"] = {
         "rounds": ROUNDS,
         "stores": STORES,

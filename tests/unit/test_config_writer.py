@@ -75,6 +75,7 @@ def configurations(draw: st.DrawFn) -> Settings:
 
 
 @given(configurations())
+@settings(deadline=None)
 def test_what_is_written_is_read_back(configuration: Settings) -> None:
     assert parse(render(configuration), file="/etc/ports.toml") == configuration
 
