@@ -49,6 +49,8 @@ class Bench:
         """Address, access and answer of the misses that are open, oldest first."""
         self.asked: Counter[tuple[int, int]] = Counter()
         self.failures: dict[int, str | None] = {}
+        self.settled: list[list[bool]] = []
+        """Whether each ring had the newest tables when workers were waited for."""
         self.iotlb = PortIotlb(
             self.port, self.engine, self.memory, lambda: self, self.settle,
             lambda index, _: pytest.fail(f"ring {index} is somewhere else"),
@@ -64,6 +66,7 @@ class Bench:
         return True
 
     async def settle(self) -> None:
+        self.settled.append([ring.iotlb is self.iotlb.tables for ring in self.port.rings.values()])
         assert self.engine.wait(self.engine.publish(), 5_000_000_000)
 
     def _offer(self, index: int) -> None:
@@ -198,3 +201,20 @@ def test_a_miss_whose_event_was_lost(bench: Bench) -> None:
     assert missed not in bench.open
     bench.iotlb.check()
     assert bench.open[BATCH:] == [missed]
+
+
+@pytest.mark.parametrize("what", ["buffer", "ring", "memory"])
+def test_workers_are_waited_for_when_they_have_the_new_tables(bench: Bench, what: str) -> None:
+    """Before an invalidation is acknowledged, or memory unmapped; an update waits for nobody."""
+    bench.start(RECEIVE, TRANSMIT)
+    while bench.questions:
+        bench.answer()
+    assert bench.settled == []
+    if what == "memory":
+        more = bench.memory.with_region((1 << 40, PAGE, 1 << 40, 0), bench.fd)
+        change = bench.iotlb.use_memory(more)
+    else:
+        change = bench.iotlb.invalidate(bench.buffers(RECEIVE)[3] if what == "buffer" else 0, PAGE)
+    with pytest.raises(StopIteration):
+        change.send(None)
+    assert bench.settled == [[True, True]]
