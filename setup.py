@@ -38,6 +38,7 @@ HEADERS = {
         "vswitch/fastpath/atomics.h",
         "vswitch/fastpath/notify.h",
         "vswitch/fastpath/sigbus.h",
+        "vswitch/fastpath/uring.h",
     ],
     "vswitch/guest": ["vswitch/guest/barriers.h"],
 }

@@ -171,6 +171,13 @@ class Switch:
             self._enter(port)
             await self._settle()
             log.info("uplink %s: %s", settings.name, port.state)
+            if self._engine.uring_error:
+                log.info(
+                    "uplink %s: each frame to it costs a system call, for the kernel gives no "
+                    "io_uring (%s)",
+                    settings.name,
+                    os.strerror(self._engine.uring_error),
+                )
             self._emit("uplink-added", settings.name)
             return port.info()
 

@@ -1,4 +1,7 @@
-"""Software guests and a TAP uplink: the host's side is a packet socket on the interface."""
+"""Software guests and a TAP uplink: the host's side is a packet socket on the interface.
+
+All of it twice: with io_uring, and as on a kernel that gives none.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,41 @@ import itertools
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
-from running import Wire, silent, teach
+from running import RunningSwitch, Wire, silent, teach
 
 A, B = mac(1), mac(2)
 HOST = "52:54:00:00:ff:01"
 ETHERTYPE = 0x88B5
 _numbers = itertools.count()
+
+
+WITHOUT_URING = """
+import functools
+from vswitch import switch
+from vswitch.cli.main import main
+switch.Engine = functools.partial(switch.Engine, uring=False)
+main()
+"""
+
+
+@pytest.fixture(scope="module", params=["io_uring", "write"])
+def switch(run_dir: Path, request: pytest.FixtureRequest) -> Iterator[RunningSwitch]:
+    without = ("-c", WITHOUT_URING)
+    way = ("-m", "vswitch") if request.param == "io_uring" else without
+    running = RunningSwitch(run_dir, command=(sys.executable, *way))
+    try:
+        yield running
+    finally:
+        running.stop()
+    # Had this kernel none, both would test the same.
+    assert "gives no io_uring" not in running.log
 
 
 class Tap:
@@ -31,7 +57,8 @@ class Tap:
         subprocess.run(["ip", "tuntap", "add", self.name, "mode", "tap"], check=True)
         Path(f"/proc/sys/net/ipv6/conf/{self.name}/disable_ipv6").write_text("1")
         wire.client.add_uplink(self.name)
-        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
+        # Bound before it has a protocol, or it would begin with frames of other interfaces.
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self.socket.bind((self.name, ETHERTYPE))
         self.socket.settimeout(5.0)
         self.link("up")
@@ -101,6 +128,26 @@ def test_frames_in_many_pieces(wire: Wire, tap: Tap) -> None:
     out = frames(HOST, A, [14, 60, 701, 1514])
     a.send(out)
     assert tap.recv(4) == out
+
+
+def test_bursts_of_all_kinds(wire: Wire, tap: Tap) -> None:
+    """Short ones, long ones and some that are dropped, in order, and more than a burst of them."""
+    a = wire.guest("a", 1, max_frame_len=9018)
+    for n in range(3):
+        out = frames(HOST, A, [60, 1514, 244, 245, 246, 1519, 61, 700, 9014, 60, 60] * 6, tag=n)
+        a.send(out)
+        passed = [each for each in out if len(each) <= 1518]
+        assert tap.recv(len(passed)) == passed
+    a.drain()
+    assert wire.drops(tap.name) == {"egress-mtu": 2 * 18}
+    assert wire.stats(tap.name)["egress_frames"] == 9 * 18
+
+
+def test_bursts_of_more_pieces_than_are_written_together(wire: Wire, tap: Tap) -> None:
+    a = wire.guest("a", 1, tx_cuts=tuple(range(1, 64)))
+    out = frames(HOST, A, [1200] * 40)
+    a.send(out)
+    assert tap.recv(40) == out
 
 
 def test_interface_down_and_up(wire: Wire, tap: Tap) -> None:

@@ -17,6 +17,8 @@ cdef class Engine:
     cdef list retired          # (ticket, view as an address, per-worker epochs or None)
     cdef vs_notifier notifier  # the main thread's
     cdef readonly int aio_error  # errno, where the kernel gives no AIO
+    cdef bint uring
+    cdef readonly int uring_error  # errno, where there is an uplink and no io_uring for it
     cdef list injected         # addresses of Inject
     cdef unsigned long long tickets
     cdef View *_build(self) except NULL

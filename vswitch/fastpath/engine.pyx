@@ -60,6 +60,7 @@ from vswitch.fastpath.types cimport (
     WorkerView,
 )
 from vswitch.fastpath.tap cimport STAGING_LEN
+from vswitch.fastpath.uring cimport vs_uring_close, vs_uring_open
 from vswitch.fastpath.worker cimport (
     TAP_INDEX,
     WAKE_TOKEN,
@@ -132,7 +133,7 @@ cdef class Worker:
         memset(self.c, 0, sizeof(WorkerC))
         self.id = number
         self.c.id = number
-        self.c.epoll_fd = self.c.wake_fd = self.c.notifier.file = -1
+        self.c.epoll_fd = self.c.wake_fd = self.c.notifier.file = self.c.uring.fd = -1
         self.c.counters = <Counters *>calloc(MAX_PORTS, sizeof(Counters))
         self.c.events = <EventC *>calloc(EVENT_SLOTS, sizeof(EventC))
         self.c.staging = <char *>aligned_alloc(4096, STAGING_LEN)
@@ -159,6 +160,7 @@ cdef class Worker:
             if self.c.wake_fd >= 0:
                 os.close(self.c.wake_fd)
             vs_notifier_close(&self.c.notifier)
+            vs_uring_close(&self.c.uring)
             free(self.c.counters)
             free(self.c.events)
             free(self.c.staging)
@@ -257,11 +259,12 @@ cdef class Engine:
     """Ports, workers and the FDB.
 
     `idle_ns` is how long a worker looks for work in vain before it sleeps; None polls for ever.
-    Without `aio`, frontends are notified as where the kernel has no AIO (notify.h).
+    Without `aio`, frontends are notified as where the kernel has no AIO (notify.h), without `uring`
+    frames are written to TAPs as where it has no io_uring (uring.h).
     Methods are for one thread, the main one.
     """
 
-    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True):
+    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True, bint uring=True):
         self.notifier.file = -1
         if not 1 <= workers <= MAX_WORKERS:
             raise ValueError(f"{workers} workers; between 1 and {MAX_WORKERS} are possible")
@@ -286,6 +289,8 @@ cdef class Engine:
             self.workers.append(worker)
         self.shared.view = self._build()
         self.aio_error = vs_notifier_open(&self.notifier) if aio else 0
+        self.uring = uring
+        self.uring_error = 0
 
     def __dealloc__(self):
         vs_notifier_close(&self.notifier)
@@ -326,6 +331,12 @@ cdef class Engine:
                 break
         else:
             raise OSError(f"all {MAX_PORTS} ports are in use")
+        if tap_fd >= 0 and self.uring:
+            # No worker looks at it before it sees this port.
+            for each in self.workers:
+                worker = each
+                if worker.c.uring.fd < 0 and not self.uring_error:
+                    self.uring_error = vs_uring_open(&worker.c.uring)
         port = Port(name, number, tap_fd >= 0, tap_fd)
         self.fdb.limit(number, NO_LIMIT)
         for worker in self.workers:

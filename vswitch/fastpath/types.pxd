@@ -9,6 +9,7 @@ marked *atomic* may be read by anyone at any time through atomics.h.
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.notify cimport vs_notifier
+from vswitch.fastpath.uring cimport VS_URING_SLOTS, iovec, vs_uring
 
 cdef enum:
     MAX_PORTS = 1024
@@ -28,6 +29,8 @@ cdef enum:
     USED_BATCH = 1024      # used descriptors of a packed ring written in one go; a frame's go together
     LINEAR_LEN = 65664     # MAX_FRAME_LEN, rounded up to a cache line
     FINISH_BATCH = 32      # segments that are made before they are delivered
+    TAP_SHORT_LEN = 256    # frames with their header up to this are written to a TAP in one piece
+    TAP_IOVECS = 2048      # pieces of longer ones that are written together; above MAX_CHAIN
     HEADERS_MAX = 512      # Ethernet, IP and TCP or UDP headers of a frame to be segmented, bytes
 
 # What a frame may leave to its receiver, and a receiver may take. The values are those of TUN_F_*
@@ -391,6 +394,11 @@ cdef struct WorkerC:
     UsedChain used[USED_BATCH]
     uint32_t n_used
     char *staging          # frames read from a TAP
+    vs_uring uring         # writes to a TAP; opened by main
+    uint32_t tap_lens[VS_URING_SLOTS]  # of the frames that are queued in it, without header
+    char tap_short[VS_URING_SLOTS][TAP_SHORT_LEN]
+    iovec tap_iovecs[TAP_IOVECS]
+    uint32_t n_tap_iovecs
     char *linear           # [LINEAR_LEN]; a frame being finished in software
     char headers[FINISH_BATCH][HEADERS_MAX + 64]  # of its segments
     uint32_t fragment_id   # of the next IPv6 datagram to be fragmented
