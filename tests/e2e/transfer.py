@@ -45,7 +45,8 @@ class Transfer:
 
     def finish(self, timeout_s: float = 60.0) -> None:
         """Wait for the end; the receiver's hash must be the sender's."""
-        assert received_sum(self._receiver, self._port, timeout_s) == self.sent_sum
+        received = received_sum(self._receiver, self._port, timeout_s)
+        assert received == self.sent_sum, f"received {received!r}, sent {self.sent_sum!r}"
         sent = f"/tmp/sent-{self._port}"
         said = self._sender.check(f"until [ -s {sent} ]; do usleep 20000; done; cat {sent}")
         assert said.strip() == "0"
@@ -80,7 +81,8 @@ def receive(guest: Guest, port: int) -> None:
     result, program = f"/tmp/sum-{port}", f"/tmp/receive-{port}"
     guest.check(
         f"rm -f {result} /tmp/taken-{port}; echo ': >/tmp/taken-{port}' >{program}\n"
-        f"echo 'md5sum >{result}.part; mv {result}.part {result}' >>{program}\n"
+        f"echo 'dd bs=64k 2>/tmp/dd-{port} | md5sum >{result}.part' >>{program}\n"
+        f"echo 'tail -n 1 /tmp/dd-{port} >>{result}.part; mv {result}.part {result}' >>{program}\n"
         f"chmod +x {program}\n"
         f"nc -l -p {port} -e {program} >/dev/null 2>&1 &\n"
         f"until netstat -ltn | grep -q ':{port} '; do usleep 20000; done"
@@ -88,6 +90,12 @@ def receive(guest: Guest, port: int) -> None:
 
 
 def received_sum(guest: Guest, port: int, timeout_s: float = 60.0) -> str:
-    """Wait for the end of the connection that `receive` waits for; the hash of what came."""
+    """Wait for the end of the connection that `receive` waits for; the hash of what came.
+
+    What dd says of its length is logged: a test that fails shows whether any of it was missing.
+    """
     result = f"/tmp/sum-{port}"
-    return guest.check(f"until [ -s {result} ]; do usleep 20000; done; cat {result}", timeout_s)
+    said = guest.check(f"until [ -s {result} ]; do usleep 20000; done; cat {result}", timeout_s)
+    md5, length = said.splitlines()
+    print(f"port {port} of guest {guest.name} received: {length}")
+    return f"{md5}\n"

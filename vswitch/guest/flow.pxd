@@ -6,6 +6,7 @@ from libc.string cimport memcmp, memcpy
 from vswitch.guest.ring cimport (
     ring_add,
     ring_kick_needed,
+    ring_prefetch,
     ring_publish,
     ring_reap,
     ring_upcoming,
@@ -125,10 +126,15 @@ cdef inline void kick(int fd) noexcept nogil:
 cdef inline int reap_transmitted(FlowC *flow) noexcept nogil:
     cdef uint32_t slot = 0, length = 0, at
     cdef int rc = 0
+    cdef uint16_t n = 0
+    ring_prefetch(flow.tx)
     while True:
         rc = ring_reap(flow.tx, &slot, &length)
         if rc <= 0:
+            if n:
+                flow.tx.burst = n
             return rc
+        n += 1
         at = flow.free_at + flow.free_count
         if at >= flow.n_slots:
             at -= flow.n_slots
@@ -241,7 +247,9 @@ cdef inline void repost(FlowC *flow, uint32_t slot) noexcept nogil:
 cdef inline void prefetch_received(FlowC *flow) noexcept nogil:
     """Fetch the first line of the next buffers, a stage ahead of looking at their headers."""
     cdef uint32_t[BURST] slots
-    cdef uint32_t n = ring_upcoming(flow.rx, slots, BURST), i
+    cdef uint32_t n, i
+    ring_prefetch(flow.rx)
+    n = ring_upcoming(flow.rx, slots, BURST)
     for i in range(n):
         guest_prefetch(flow.rx_pieces[slots[i] * flow.rx_max_pieces].ptr)
 
@@ -296,6 +304,7 @@ cdef inline int receive_burst(FlowC *flow) noexcept nogil:
         flow.received_bytes += gathered
         n += 1
     if n:
+        flow.rx.burst = <uint16_t>n
         flow.in_flight -= n if flow.in_flight > <uint64_t>n else flow.in_flight
         ring_publish(flow.rx)
         if ring_kick_needed(flow.rx):

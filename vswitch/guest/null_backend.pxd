@@ -5,7 +5,7 @@ from vswitch.guest.vring cimport Ring
 
 
 cdef struct Side:              # the device's place in one ring
-    Ring *ring
+    Ring ring                  # a copy of what stays as it is: the driver writes to its own all the time
     uint16_t at                # next chain to take: free-running index, or position
     uint16_t wrap              # packed: wrap counter of the position
     uint16_t avail_idx         # split: avail.idx as last read

@@ -4,14 +4,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.guest.flow cimport BURST, put
 from vswitch.guest.packed cimport (
+    DESCS_A_LINE,
     EVENT_FLAGS_DISABLE,
     packed_advance,
     packed_avail_bits,
     packed_used_bits,
 )
 from vswitch.guest.split cimport (
+    USED_A_LINE,
     USED_F_NO_NOTIFY,
-    UsedElem,
     guest_load_acquire_u16,
     guest_store_relaxed_u16,
     guest_store_release_u16,
@@ -24,6 +25,7 @@ cdef extern from "barriers.h" nogil:
     int guest_load_relaxed_int(const int *p)
     void guest_store_relaxed_int(int *p, int value)
     void guest_pause()
+    void guest_prefetch_write(const void *p)
 
 
 cdef extern from "<sched.h>" nogil:
@@ -49,8 +51,8 @@ cdef inline uint16_t available(Side *side, uint16_t wanted) noexcept nogil:
                 return n
             # What a chain has after its first entry is available with it.
             while side.ring.packed_desc[at].flags & DESC_F_NEXT:
-                packed_advance(side.ring, &at, &wrap, 1)
-            packed_advance(side.ring, &at, &wrap, 1)
+                packed_advance(&side.ring, &at, &wrap, 1)
+            packed_advance(&side.ring, &at, &wrap, 1)
         return wanted
     if <uint16_t>(side.avail_idx - side.at) < wanted:
         # Acquire: pairs with the release store in split_publish.
@@ -59,17 +61,36 @@ cdef inline uint16_t available(Side *side, uint16_t wanted) noexcept nogil:
     return n if n < wanted else wanted
 
 
+cdef inline void prefetch(Side *side, uint16_t n) noexcept nogil:
+    """Ask for the lines that `use` will write: another core has read them."""
+    cdef Ring *ring = &side.ring
+    cdef uint32_t i = 0, at = side.at
+    if not ring.packed:
+        while i < <uint32_t>n + USED_A_LINE - 1:
+            guest_prefetch_write(split_used_elem(ring, <uint16_t>(at + i)))
+            i += USED_A_LINE
+        return
+    while i < <uint32_t>n + DESCS_A_LINE - 1:
+        if at >= ring.size:
+            at = 0
+        guest_prefetch_write(ring.packed_desc + at)
+        at += DESCS_A_LINE
+        i += DESCS_A_LINE
+
+
 cdef inline void use(Side *side, uint16_t n, uint32_t length) noexcept nogil:
     """Give `n` chains back, `length` bytes written into each."""
-    cdef Ring *ring = side.ring
-    cdef UsedElem *elem
+    cdef Ring *ring = &side.ring
+    cdef uint64_t *elem  # id and length in one store
     cdef PackedDesc *first
     cdef uint16_t i, flags
     if not ring.packed:
         for i in range(n):
-            elem = split_used_elem(ring, <uint16_t>(side.at + i))
-            elem.id = ring.avail[2 + (<uint16_t>(side.at + i) & (ring.size - 1))]
-            elem.len = length
+            elem = <uint64_t *>split_used_elem(ring, <uint16_t>(side.at + i))
+            elem[0] = (
+                <uint64_t>length << 32
+                | ring.avail[2 + (<uint16_t>(side.at + i) & (ring.size - 1))]
+            )
         side.at += n
         # Release: pairs with the acquire load in split_more_used.
         guest_store_release_u16(ring.used + 1, side.at)
@@ -125,7 +146,7 @@ cdef class NullBackend:
     cdef Side begin(self, Ring *ring) noexcept nogil:
         """Go on where the driver reaps next, and refuse notifications."""
         cdef Side side
-        side.ring = ring
+        side.ring = ring[0]
         side.wrap = ring.used_wrap
         if ring.packed:
             side.at = side.avail_idx = ring.used_at
@@ -159,6 +180,8 @@ cdef class NullBackend:
                         sched_yield()
                     continue
                 idle = 0
+                prefetch(&rx, n)
+                prefetch(&tx, n)
                 use(&rx, n, self.used_len)
                 use(&tx, n, 0)
                 self.forwarded += n

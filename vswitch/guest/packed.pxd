@@ -26,6 +26,7 @@ cdef extern from "barriers.h" nogil:
     void guest_store_release_u16(uint16_t *p, uint16_t value)
     void guest_store_relaxed_u16(uint16_t *p, uint16_t value)
     void guest_fence_full()
+    void guest_prefetch_write(const void *p)
 
 
 cdef enum:
@@ -34,6 +35,7 @@ cdef enum:
     EVENT_FLAGS_ENABLE = 0
     EVENT_FLAGS_DISABLE = 1
     EVENT_FLAGS_DESC = 2
+    DESCS_A_LINE = 4           # descriptors in a cache line
 
 
 cdef inline uint16_t packed_avail_bits(uint16_t wrap) noexcept nogil:
@@ -204,6 +206,20 @@ cdef inline int packed_reap(Ring *ring, uint32_t *token, uint32_t *length) noexc
     ring.outstanding -= 1
     ring.used_idx += 1
     return 1
+
+
+cdef inline void packed_prefetch(Ring *ring) noexcept nogil:
+    cdef uint32_t i = 0, at = ring.used_at
+    if not packed_is_used(ring, ring.used_at, ring.used_wrap):
+        return
+    # As many as the last time: more would take lines from a device that is about to write them. For
+    # writing, since they are made available again.
+    while i < ring.burst:
+        guest_prefetch_write(ring.packed_desc + at)
+        i += DESCS_A_LINE
+        at += DESCS_A_LINE
+        if at >= ring.size:
+            at = 0
 
 
 cdef inline uint32_t packed_upcoming(Ring *ring, uint32_t *tokens, uint32_t most) noexcept nogil:

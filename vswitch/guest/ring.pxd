@@ -8,6 +8,7 @@ from vswitch.guest.packed cimport (
     packed_calls_on,
     packed_kick_needed,
     packed_more_used,
+    packed_prefetch,
     packed_publish,
     packed_reap,
     packed_upcoming,
@@ -18,6 +19,7 @@ from vswitch.guest.split cimport (
     split_calls_on,
     split_kick_needed,
     split_more_used,
+    split_prefetch,
     split_publish,
     split_reap,
     split_upcoming,
@@ -74,6 +76,14 @@ cdef inline int ring_reap(Ring *ring, uint32_t *token, uint32_t *length) noexcep
     chain is not taken then.
     """
     return packed_reap(ring, token, length) if ring.packed else split_reap(ring, token, length)
+
+
+cdef inline void ring_prefetch(Ring *ring) noexcept nogil:
+    """Fetch what the device has probably written since the last time."""
+    if ring.packed:
+        packed_prefetch(ring)
+    else:
+        split_prefetch(ring)
 
 
 cdef inline uint32_t ring_upcoming(Ring *ring, uint32_t *tokens, uint32_t most) noexcept nogil:

@@ -24,11 +24,14 @@ cdef extern from "barriers.h" nogil:
     void guest_store_release_u16(uint16_t *p, uint16_t value)
     void guest_store_relaxed_u16(uint16_t *p, uint16_t value)
     void guest_fence_full()
+    void guest_prefetch(const void *p)
 
 
 cdef enum:
     AVAIL_F_NO_INTERRUPT = 1
     USED_F_NO_NOTIFY = 1
+    USED_A_LINE = 8            # used elements in a cache line
+    PREFETCH_USED = 64
 
 
 cdef struct UsedElem:
@@ -120,6 +123,17 @@ cdef inline bint split_more_used(Ring *ring) noexcept nogil:
         # wrote are visible after this.
         ring.seen_used_idx = guest_load_acquire_u16(ring.used + 1)
     return ring.seen_used_idx != ring.used_idx
+
+
+cdef inline void split_prefetch(Ring *ring) noexcept nogil:
+    cdef uint16_t n, i = 0
+    if not split_more_used(ring):
+        return
+    # The device has just written these lines: all at once costs little more than the first.
+    n = ring.seen_used_idx - ring.used_idx
+    while i < n and i < PREFETCH_USED:
+        guest_prefetch(split_used_elem(ring, <uint16_t>(ring.used_idx + i)))
+        i += USED_A_LINE
 
 
 cdef inline void split_free(Ring *ring, uint16_t head) noexcept nogil:

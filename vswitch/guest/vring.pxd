@@ -69,6 +69,7 @@ cdef struct Ring:
     uint16_t batch_left        # chains of such a batch, or the one chain, still to be reaped
     uint32_t batch_len         # what was written into its last chain
     uint64_t skipped           # chains that were not named, ever
+    uint16_t burst             # chains reaped the last time that there were some; for prefetching
     # Split rings only.
     uint16_t kicked_idx        # avail.idx at the last decision about a notification
     uint16_t seen_used_idx     # used.idx as last read
