@@ -14,7 +14,7 @@ from vswitch.fastpath.port import RING_FAULTS
 
 CASES = 3000
 RACES = 150
-NOT_FROM_RINGS = {"tap-busy", "tap-down", "tap-error", "iotlb-miss"}
+NOT_FROM_RINGS = {"tap-busy", "tap-down", "tap-error", "iotlb-miss", "page-missing"}
 NOT_WITHOUT_IOMMU = {"iommu-permission"}
 
 

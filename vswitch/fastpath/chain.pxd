@@ -53,6 +53,7 @@ cdef inline void bad_address(
     """Nothing is at `at`, in the buffer that begins at `addr`.
 
     That is a fault, unless the frontend was not asked yet: then the ring waits for its answer.
+    Where pages may be missing only what lies outside of the memory is a fault.
     `reading`: the device was going to read there, whatever it does with this ring's buffers.
     """
     # Loaded once: the main thread may put another one in its place at any time. Pairs with
@@ -60,7 +61,12 @@ cdef inline void bad_address(
     cdef const MemTable *mem = <const MemTable *>vs_load_acquire_ptr(<void **>&ring.mem)
     cdef uint64_t serial = mem.serial
     cdef uint16_t hint
-    if mem.known == NULL:
+    if mem.known == NULL or (
+        # Pairs with Ring.use_memory.
+        mem.physical and find_region(
+            <const MemTable *>vs_load_acquire_ptr(<void **>&ring.guest_mem), at, &hint
+        ) == NULL
+    ):
         ring_fault(ring, FAULT_ADDRESS, addr, length)
         return
     if find_region(mem.read if reading else mem, at, &hint) != NULL:

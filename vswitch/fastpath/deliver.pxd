@@ -12,6 +12,7 @@ from vswitch.fastpath.atomics cimport (
     vs_likely,
     vs_load16,
     vs_load32,
+    vs_load_acquire_ptr,
     vs_pause,
     vs_prefetch,
     vs_prefetch_write,
@@ -31,6 +32,7 @@ from vswitch.fastpath.types cimport (
     DROP_EGRESS_MTU,
     DROP_IOTLB_MISS,
     DROP_NO_BUFFER,
+    DROP_PAGE_MISSING,
     DROP_RING_FAULT,
     FINISH_BATCH,
     FAULT_EMPTY_BUFFER,
@@ -44,6 +46,7 @@ from vswitch.fastpath.types cimport (
     VRING_DESC_F_WRITE,
     Counters,
     Frame,
+    MemTable,
     RingC,
     Seg,
     VringDesc,
@@ -108,7 +111,12 @@ cdef inline void scatter(Seg *to, uint32_t *at, uint32_t *offset, const char *da
 
 cdef inline int fault_drop(const RingC *ring) noexcept nogil:
     """What frames for a ring are dropped for that is not running."""
-    return DROP_IOTLB_MISS if ring.fault == FAULT_IOTLB_MISS else DROP_RING_FAULT
+    cdef const MemTable *mem
+    if ring.fault != FAULT_IOTLB_MISS:
+        return DROP_RING_FAULT
+    # Acquire: pairs with Ring.use_iotlb.
+    mem = <const MemTable *>vs_load_acquire_ptr(<void **>&ring.mem)
+    return DROP_PAGE_MISSING if mem.physical else DROP_IOTLB_MISS
 
 
 cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noexcept nogil:

@@ -110,6 +110,7 @@ DROP_REASONS = (
     ("storm-multicast", "more multicast frames a second than the port may send"),
     ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
     ("iotlb-miss", "the receiving guest's frontend has not yet told where its buffer lies"),
+    ("page-missing", "the receiving guest is in postcopy migration and its buffer has not yet come"),
 )
 
 FOREVER = (1 << 64) - 1

@@ -23,6 +23,7 @@ cdef class IotlbTables:
 
 cdef class Iotlb:
     cdef readonly Memory memory
+    cdef bint physical
     cdef Entry *entries       # sorted by address, none overlaps another
     cdef uint32_t count
     cdef uint32_t room        # entries allocated

@@ -46,10 +46,12 @@ cdef class Iotlb:
     """Mappings of I/O virtual addresses, at most ENTRIES, into `memory`.
 
     Addresses and sizes are bytes, `access` is ACCESS_READ | ACCESS_WRITE. Nothing has to be aligned.
+    With `physical`, addresses are guest-physical, and mappings say which parts of the memory are there.
     """
 
-    def __cinit__(self, Memory memory not None):
+    def __cinit__(self, Memory memory not None, bint physical=False):
         self.memory = memory
+        self.physical = physical
 
     def __dealloc__(self):
         free(self.entries)
@@ -173,6 +175,7 @@ cdef class Iotlb:
         if table == NULL:
             raise MemoryError
         table.is_sorted = True
+        table.physical = self.physical
         table.serial = serial
         for i in range(self.count):
             entry = &self.entries[i]

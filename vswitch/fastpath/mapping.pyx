@@ -26,14 +26,18 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs_t "statfs":
         long f_type
+        long f_bsize
     int fstatfs(int fd, statfs_t *buf)
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-# Magic numbers of linux/magic.h. A page of these is there, or comes from a disk of this machine. On
+# Magic numbers of linux/magic.h.
+TMPFS_MAGIC = 0x01021994
+HUGETLBFS_MAGIC = 0x958458F6
+# A page of these is there, or comes from a disk of this machine. On
 # others (FUSE, NFS, ...) a worker could wait for it for as long as somebody likes.
 FILESYSTEMS = frozenset({
-    0x01021994,  # tmpfs, memfd
-    0x958458F6,  # hugetlbfs
+    TMPFS_MAGIC,  # memfd as well
+    HUGETLBFS_MAGIC,
     0x858458F6,  # ramfs
     0xEF53,      # ext2, ext3, ext4
     0x58465342,  # xfs
@@ -58,6 +62,22 @@ def _check_filesystem(what, int fd):
             f"{what}: its file is on a file system of type {kind:#x}, which may keep its pages back: "
             "use memfd, /dev/shm or hugetlbfs"
         )
+
+
+def page_size(int fd):
+    """Bytes that come to be, or are missing, together in a memory file."""
+    cdef statfs_t info
+    if fstatfs(fd, &info) < 0:
+        raise OSError(errno, os.strerror(errno))
+    return info.f_bsize if info.f_type & 0xFFFFFFFF == HUGETLBFS_MAGIC else PAGE
+
+
+def keeps_holes(int fd):
+    """Whether lseek() tells which parts of a memory file are there: not that of hugetlbfs."""
+    cdef statfs_t info
+    if fstatfs(fd, &info) < 0:
+        raise OSError(errno, os.strerror(errno))
+    return info.f_type & 0xFFFFFFFF == TMPFS_MAGIC
 
 
 def _check_region(index, region, fd, earlier):

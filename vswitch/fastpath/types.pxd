@@ -76,7 +76,8 @@ cdef struct Region:
 
 cdef struct MemTable:      # main; immutable once made
     uint32_t count
-    uint32_t is_sorted     # by address, as those of an IOTLB are
+    uint16_t is_sorted     # by address, as those of an IOTLB are
+    uint16_t physical      # of an IOTLB: its addresses are guest-physical, and pages may be missing
     uint64_t serial        # of an IOTLB's tables: another one for every change
     MemTable *read         # for what the device reads, where this one is for what it writes
     MemTable *known        # of an IOTLB: all there is in it, readable or writable or neither
@@ -106,6 +107,7 @@ cdef enum:
     DROP_STORM_MULTICAST
     DROP_STORM_UNKNOWN
     DROP_IOTLB_MISS
+    DROP_PAGE_MISSING
     N_DROPS
 
 # What storm control tells apart.
