@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, ENTRIES, Iotlb, IotlbTables
+from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
 from vswitch.fastpath.mapping import Memory
 from vswitch.fastpath.port import Port
+from vswitch.port_translation import PortTranslation
 from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import Feature
 
@@ -25,9 +26,6 @@ ASKED_MAX = 512
 _BATCH = 32
 """As many of them for buffers. Frontends answer one after the other, QEMU in a third of a
 millisecond, and when all mappings are taken back at once, what rings themselves need comes last."""
-
-_AHEAD_MIN = 16
-"""Descriptors of a ring that are looked at ahead of the worker, however many rings there are."""
 
 _NOWHERE = "the IOMMU has nothing for it at address {:#x}"
 
@@ -43,11 +41,11 @@ class Frontend(Protocol):
     def ask_translation(self, iova: int, access: int, answered: Callable[[int], None]) -> bool: ...
 
 
-class PortIotlb:
+class PortIotlb(PortTranslation):
     """The IOTLB of one port with its present frontend and memory.
 
-    `restart` starts a ring that lies elsewhere now, from where it stopped, and returns whether it
-    can run there; `fail` hears why a ring cannot run, and None when it can again.
+    `restart` starts a ring that lies elsewhere now, from where it stopped; `fail` hears why a ring
+    cannot run, and None when it can again.
     """
 
     def __init__(
@@ -57,36 +55,23 @@ class PortIotlb:
         memory: Memory,
         frontend: Callable[[], Frontend | None],
         settle: Callable[[], Awaitable[None]],
-        restart: Callable[[int, RingSetup], bool],
+        restart: Callable[[int, RingSetup], None],
         fail: Callable[[int, str | None], None],
     ) -> None:
-        self._iotlb = Iotlb(memory)
-        self._port = port
-        self._engine = engine
+        super().__init__(port, engine, settle, Iotlb(memory))
         self._frontend = frontend
-        self._settle = settle
         self._restart = restart
         self._fail = fail
-        self._setups: dict[int, RingSetup] = {}
-        """Rings that run, with I/O virtual addresses ..."""
         self._places: dict[int, RingSetup] = {}
-        """... and with those that they stand for."""
+        """Rings that run, with the addresses that the frontend's I/O virtual ones stand for."""
         self._suspended: set[int] = set()
-        self._unfit: dict[int, RingSetup] = {}
-        """Where suspended rings were to go on and could not."""
         self._asked: set[tuple[int, int]] = set()
         self._in_vain: set[tuple[int, int]] = set()
         """What was refused and no worker needs yet: not asked again at once."""
         self._complaints: dict[int, str] = {}
         self._generation = 0
-        self._old: list[tuple[int, list[IotlbTables]]] = []
-        self._lost = False
         self._more = False
         """Whether there was more to ask for than a batch."""
-
-    @property
-    def tables(self) -> IotlbTables:
-        return self._iotlb.tables()
 
     # Rings
 
@@ -150,27 +135,17 @@ class PortIotlb:
         self._changed()
         self.scan(index)
 
-    @property
-    def serves_rings(self) -> bool:
-        return bool(self._setups)
-
     def stopped(self, index: int) -> None:
         """A ring has stopped. After the last one frontends tell no more: all is forgotten."""
         self._setups.pop(index, None)
         self._places.pop(index, None)
         self._suspended.discard(index)
-        self._unfit.pop(index, None)
-        self._complaints.pop(index, None)
         if not self._setups:
             self._iotlb.clear()
             self._asked.clear()
             self._old.clear()
             # An answer that is on its way is one to questions of earlier.
             self._generation += 1
-
-    def memory_lost(self) -> None:
-        """The guest's memory was taken away: rings that are suspended stay so."""
-        self._lost = True
 
     # What the frontend says
 
@@ -197,7 +172,6 @@ class PortIotlb:
     async def use_memory(self, memory: Memory) -> None:
         """Go on with another memory table, in which mappings may lie elsewhere or nowhere."""
         self._iotlb.use_memory(memory)
-        self._unfit.clear()
         for index, setup in self._setups.items():
             try:
                 here = self.place(index, setup) == self._places[index]
@@ -210,13 +184,6 @@ class PortIotlb:
         await self._hand_over()
         self._changed()
 
-    async def _hand_over(self) -> None:
-        """Return when no worker uses what the IOTLB had before."""
-        old = self._give_tables()
-        await self._settle()
-        old.clear()
-        self._old.clear()
-
     def _suspend(self, index: int) -> None:
         self._suspended.add(index)
         self._port.rings[index].suspend()
@@ -225,55 +192,27 @@ class PortIotlb:
         """Let those go on whose own memory is translated; whether there were any."""
         resumed = False
         for index in sorted(self._suspended):
-            ring = self._port.rings[index]
-            if self._lost or ring.fault is not None:
+            if self._lost or self._port.rings[index].fault is not None:
                 continue
             setup = self._setups[index]
             try:
                 place = self.place(index, setup)
             except TranslationPending:
                 continue
-            if place == self._places[index] and ring.memory is self.memory:
-                ring.resume()
-            elif place == self._unfit.get(index):
-                continue
-            elif self._restart(index, place):
-                self._places[index] = place
-            else:
-                self._unfit[index] = place
-                continue
             resumed = True
             self._suspended.discard(index)
+            if place == self._places[index] and self._port.rings[index].memory is self.memory:
+                self._port.rings[index].resume()
+            else:
+                self._places[index] = place
+                self._restart(index, place)
         return resumed
-
-    @property
-    def memory(self) -> Memory:
-        return self._iotlb.memory
 
     def _changed(self) -> None:
         """Show workers what the IOTLB has now, and ask for what is still missing."""
-        resumed = self._resume()
-        old = self._give_tables()
-        if old or resumed:
-            # Nobody waits for the workers: they may use the old ones for a moment, which are kept.
-            # Publishing also wakes those that sleep.
-            ticket = self._engine.publish()
-            passed = self._engine.passed
-            self._old = [(since, kept) for since, kept in self._old if not passed(since)]
-            self._old.append((ticket, old))
+        self._show(self._resume())
         if not self._asked or (self._more and len(self._asked) <= _BATCH // 2):
             self.scan()
-
-    def _give_tables(self) -> list[IotlbTables]:
-        """Have all rings translate by the present tables; those that they used before."""
-        tables = self._iotlb.tables()
-        old = []
-        for index in self._setups:
-            ring = self._port.rings[index]
-            if ring.started and ring.iotlb is not tables:
-                old.append(ring.iotlb)
-                ring.use_iotlb(tables)
-        return old
 
     # What is asked of it
 
@@ -283,14 +222,11 @@ class PortIotlb:
             return
         if index is None:
             self._more = False
-        numbers = list(self._setups) if index is None else [index]
-        rings = [self._port.rings[one] for one in numbers if one in self._setups]
-        # Not more than there is room for, or one would put out the other for ever.
-        ahead = max(_AHEAD_MIN, ENTRIES // 2 // max(1, len(self._setups)))
+        rings = self._served(index)
         for left, ring in zip(range(len(rings), 0, -1), rings, strict=True):
             missed = ring.missed
             share = -(-(_BATCH - len(self._asked)) // left)
-            for iova, written in ring.untranslated(ASKED_MAX, ahead):
+            for iova, written in ring.untranslated(ASKED_MAX, self._ahead):
                 access = ACCESS_WRITE if written else ACCESS_READ
                 # A worker waits for this one, whoever else does.
                 if iova == missed:
