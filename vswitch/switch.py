@@ -23,6 +23,7 @@ from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import watch_lost_memory
 from vswitch.fastpath.port import MAX_VRINGS, Port
 from vswitch.fastpath.table import key_mac, mac_key
+from vswitch.fault_process import unavailable
 from vswitch.journals import Journals
 from vswitch.placement import Placement
 from vswitch.settings import PortSettings, Settings, UplinkSettings, find_clashes
@@ -49,6 +50,8 @@ class Switch:
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
         self._say_how_to_notify()
+        if (reason := unavailable()) is not None:
+            log.warning("postcopy migration is not offered: %s", reason)
         self._placement = Placement(self._engine)
         self._lost_fd = watch_lost_memory()
         self._threads = WorkerThreads(self._engine, switch.cpus, self._placement)

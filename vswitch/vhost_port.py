@@ -17,12 +17,14 @@ from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory
 from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
+from vswitch.fault_process import unavailable
 from vswitch.journals import make_shared, open_shared
 from vswitch.port_iotlb import PortIotlb
+from vswitch.port_postcopy import PortPostcopy
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
-from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
+from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup, TranslationPending
 from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
 from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion, ProtocolFeature
 from vswitch.vhost_user.sharing import is_private_copy
@@ -108,6 +110,7 @@ class VhostPort:
         self._memory_lost = False
         self._old_memory: list[Memory] = []
         self._iotlb: PortIotlb | None = None
+        self._postcopy: PortPostcopy | None = None
         self._dirty_log: DirtyLog | None = None
         self._old_logs: list[DirtyLog | None] = []
         self._logs: dict[int, RingLog | None] = {}
@@ -119,8 +122,6 @@ class VhostPort:
         self._last_error: str | None = None
         self._warning: str | None = None
         self._faulted: set[int] = set()
-        self._astray: dict[int, str] = {}
-        """Rings that cannot run where their driver says they are, and why."""
         self._problem_logged: str | None = None
         self._limit_mtu(None)
         limits.apply(settings, port, engine.fdb)
@@ -152,8 +153,8 @@ class VhostPort:
         for index, ring in self.fast.rings.items():
             if ring.started and ring.fault is not None:
                 self.ring_fault(index)
-        if self._iotlb is not None:
-            self._iotlb.check()
+        if self._translation is not None:
+            self._translation.check()
         if self._backend is None:
             self._endpoint.check()
             problem = self._endpoint.problem
@@ -205,7 +206,6 @@ class VhostPort:
             self._was_ready = False
             self._warning = None
             self._faulted.clear()
-            self._astray.clear()
             self.fast.rings.clear()
             self.fast.use_journal(journal)
             self._engine.fdb.flush(self.fast.id)
@@ -234,6 +234,8 @@ class VhostPort:
 
     async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
         self._iotlb = None
+        if self._postcopy is not None:
+            await self._postcopy.use_memory(Memory([], []))
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -253,6 +255,8 @@ class VhostPort:
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
         self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
+        if self._postcopy is not None:
+            await self._postcopy.use_memory(self._memory)
 
     async def add_memory(self, region: MemRegion, fd: int) -> None:
         _check_memory_len([region, *(self._memory.regions if self._memory else ())])
@@ -262,26 +266,28 @@ class VhostPort:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
+        await self._replace_memory(memory)
         status = os.fstat(fd)
-        await self._replace_memory(memory, [*self._file_ids, (status.st_dev, status.st_ino)])
+        self._file_ids.append((status.st_dev, status.st_ino))
 
     async def remove_memory(self, region: MemRegion) -> None:
         assert self._memory is not None
         at = self._memory.regions.index(region)
         memory = self._memory.without_region(region.gpa, region.size, region.uva)
-        await self._replace_memory(memory, self._file_ids[:at] + self._file_ids[at + 1 :])
+        await self._replace_memory(memory)
+        del self._file_ids[at]
 
-    async def _replace_memory(self, memory: Memory, file_ids: list[tuple[int, int]]) -> None:
+    async def _replace_memory(self, memory: Memory) -> None:
         """Go on with another memory; what only the old one had is unmapped."""
         if self._memory is not None:
             # Kept here: workers use it until they are told, whatever happens to this coroutine.
             self._old_memory.append(self._memory)
         self._memory = memory
-        # Rings that lie elsewhere now start again in the midst of this.
-        self._file_ids = file_ids
+        if self._postcopy is not None and self._postcopy.listening:
+            await self._postcopy.use_memory(memory)
         if self._iotlb is not None:
             await self._iotlb.use_memory(memory)
-        else:
+        elif self._translation is None:
             for ring in self.fast.rings.values():
                 if ring.started:
                     ring.use_memory(memory)
@@ -322,23 +328,30 @@ class VhostPort:
         self.check_memory()
         if self._memory_lost:
             raise DatapathError(f"vring {index}: the frontend truncated its memory file")
-        iotlb, place = self._iotlb, setup
-        if iotlb is not None:
-            place = iotlb.place(index, setup)
+        translation, place, runs = self._translation, setup, True
+        if isinstance(translation, PortIotlb):
+            if self._postcopy is not None and self._postcopy.listening:
+                raise TranslationPending
+            place = translation.place(index, setup)
+        elif translation is not None:
+            runs = translation.place(index, setup)
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
         self._look_for_sharing(place)
         self._enabled[index] = setup.enabled
         ring.enabled = setup.enabled and not self.fast.link_down
         ring.set_call(setup.call_fd)
         self._set_ring_log(index, setup.log)
-        base = self._run_ring(ring, place)
+        base = self._run_ring(ring, place) if runs else setup.base
         self._faulted.discard(index)
-        self._astray.pop(index, None)
-        self._forgive()
+        if not self._faulted:
+            self._fault = None
         self._engine.attach(ring, setup.kick_fd, self._place(ring))
         await self._settle()
-        if iotlb is not None and iotlb is self._iotlb:
-            iotlb.started(index, setup, place)
+        if translation is not None and translation is self._translation:
+            if isinstance(translation, PortIotlb):
+                translation.started(index, setup, place)
+            else:
+                translation.started(index, setup)
             if not ring.is_transmitq and setup.kick_fd >= 0:
                 # New receive buffers: no worker waits for those.
                 self._kicks[index] = setup.kick_fd
@@ -365,7 +378,7 @@ class VhostPort:
                 packed=Feature.RING_PACKED in setup.features,
                 identity=self._identity(setup),
                 offloads=_offloads(ring, setup.features),
-                iotlb=None if self._iotlb is None else self._iotlb.tables,
+                iotlb=None if self._translation is None else self._translation.tables,
             )
         except RingError as exc:
             raise DatapathError(f"vring {ring.index}: {exc}") from exc
@@ -378,9 +391,67 @@ class VhostPort:
             self._forget_kicks(ring.index)
         await self._settle()
         bases = [ring.mark_stopped() for ring in rings]
-        for index in indices:
-            self._forget_place(index)
+        if self._iotlb is not None:
+            for index in indices:
+                self._iotlb.stopped(index)
+        if self._postcopy is not None:
+            bases = [self._postcopy.stopped(*one) for one in zip(indices, bases, strict=True)]
         return bases
+
+    @property
+    def _translation(self) -> PortIotlb | PortPostcopy | None:
+        """What finds buffers, where that is not the memory table alone."""
+        if self._iotlb is None and self._postcopy is not None and self._postcopy.listening:
+            return self._postcopy
+        return self._iotlb
+
+    # Datapath: postcopy
+
+    @property
+    def has_postcopy(self) -> bool:
+        return unavailable() is None
+
+    async def advise_postcopy(self) -> int:
+        postcopy = PortPostcopy(self.fast, self._engine, self._settle, self._start_late, self._fail)
+        uffd = await postcopy.advise()
+        self._postcopy = postcopy
+        return uffd
+
+    def listen_postcopy(self) -> None:
+        assert self._postcopy is not None
+        log.info("port %s: postcopy migration: the guest's memory comes while it runs", self.name)
+        self._postcopy.listening = True
+
+    async def fault_base(self, region: MemRegion, fd: int) -> int:
+        assert self._postcopy is not None
+        return await self._postcopy.map(region, fd)
+
+    def allow_faults(self, allowed: bool) -> None:
+        assert self._postcopy is not None
+        self._postcopy.allow_faults(allowed)
+
+    async def end_postcopy(self) -> None:
+        postcopy, self._postcopy = self._postcopy, None
+        if postcopy is not None:
+            if postcopy.listening:
+                log.info(
+                    "port %s: postcopy migration has ended, %d pages were asked for",
+                    self.name, postcopy.touched,
+                )  # fmt: skip
+            await postcopy.close()
+
+    def _start_late(self, index: int, setup: RingSetup) -> None:
+        """Run a ring whose own memory was missing; no worker has seen it yet."""
+        ring = self.fast.rings[index]
+        try:
+            self._run_ring(ring, setup)
+        except DatapathError as exc:
+            self._fail(str(exc))
+            return
+        # The driver may wait for what happened before.
+        if ring.call_fd >= 0:
+            self._engine.signal(ring.call_fd)
+        self._rings_changed()
 
     # Datapath: the IOTLB
 
@@ -412,37 +483,27 @@ class VhostPort:
         if self._iotlb is not None:
             self._iotlb.ask_again()
 
-    def _restart_ring(self, index: int, setup: RingSetup) -> bool:
-        """Let a suspended ring go on in another place, which no worker has seen yet.
-
-        False if it cannot: then it stays stopped.
-        """
+    def _restart_ring(self, index: int, setup: RingSetup) -> None:
+        """Let a suspended ring go on in another place, which no worker has seen yet."""
         ring = self.fast.rings[index]
         base = ring.mark_stopped()
         self._set_ring_log(index, self._logs[index])
         try:
             self._run_ring(ring, replace(setup, base=base))
         except DatapathError as exc:
-            self._astray[index] = str(exc)
             self._fail(str(exc))
-            return False
-        if self._astray.pop(index, None):
-            self._forgive()
-        return True
 
     def _ring_lost(self, index: int, reason: str | None) -> None:
         """A ring cannot be where its driver says it is; None: now it can."""
         if reason is not None:
-            self._astray[index] = f"{_ring_name(index)}: {reason}"
-            self._fail(self._astray[index])
-        else:
-            self._astray.pop(index, None)
-            self._forgive()
+            self._fail(f"{_ring_name(index)}: {reason}")
+        elif not self._faulted:
+            self._fault = None
 
     def iotlb_missed(self, index: int) -> None:
         """A worker stopped at a buffer whose address is not translated."""
-        if self._iotlb is not None:
-            self._iotlb.scan(index)
+        if self._translation is not None:
+            self._translation.scan(index)
 
     def _on_posted(self, index: int) -> None:
         # Without waiting, whatever its frontend has made of the descriptor's flags.
@@ -471,11 +532,6 @@ class VhostPort:
         ring = self.fast.rings.get(index)
         if ring is not None:
             ring.forget_journal()
-        self._forget_place(index)
-
-    def _forget_place(self, index: int) -> None:
-        """A ring has stopped, or is not to start any more."""
-        self._astray.pop(index, None)
         if self._iotlb is not None:
             self._iotlb.stopped(index)
 
@@ -540,8 +596,9 @@ class VhostPort:
         if self._memory is None or not self._memory.lost or self._memory_lost:
             return
         self._memory_lost = True
-        if self._iotlb is not None:
-            self._iotlb.memory_lost()
+        for translation in (self._iotlb, self._postcopy):
+            if translation is not None:
+                translation.memory_lost()
         for ring in self.fast.rings.values():
             ring.unpublish()
             self._engine.detach(ring)
@@ -550,11 +607,6 @@ class VhostPort:
         if self._backend is not None:
             for index in self.fast.rings:
                 self._backend.signal_error(index)
-
-    def _forgive(self) -> None:
-        """A ring runs again: what is wrong now is what is wrong with others."""
-        if not self._faulted:
-            self._fault = next(iter(self._astray.values()), None)
 
     def _fail(self, reason: str) -> None:
         self._fault = reason

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from testbed import Testbed, pings_until_answered, wait_until
@@ -56,6 +58,64 @@ def test_a_guest_moves_while_it_receives(testbed: Testbed, tmp_path: Path, how: 
         assert target.check(BOOT_ID) == boot
         announced = f"port vm3: announcing {mac} (RARP)" in testbed.logged_after(log_len)
         assert announced == (how == "rarp")
+        source.stop()
+        assert vm1.ping(target.ip, count=3, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="split"),
+        pytest.param({"packed": True}, id="packed", marks=pytest.mark.slow),
+        pytest.param({"memory_backend": "shm"}, id="shm", marks=pytest.mark.slow),
+        pytest.param({"queues": 2, "cpus": 2}, id="queues", marks=pytest.mark.slow),
+        pytest.param({"memory_backend": "hugetlb"}, id="huge-pages", marks=pytest.mark.slow),
+    ],
+)
+def test_a_guest_moves_before_its_memory(
+    testbed: Testbed, tmp_path: Path, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Postcopy: it receives on, into buffers that are still on the other side."""
+    if changes.get("memory_backend") == "hugetlb":
+        request.getfixturevalue("huge_pages")
+    [vm1] = testbed.require("vm1")
+    kind: dict[str, Any] = {"memory_backend": "memfd"} | changes
+    with (
+        testbed.in_place_of("vm2", **kind) as source,
+        testbed.in_place_of(
+            "vm3",
+            mac=testbed.settings("vm2").mac,
+            ip=testbed.settings("vm2").ip,
+            incoming=True,
+            **kind,
+        ) as target,
+    ):
+        for name, guest in (("vm2", source), ("vm3", target)):
+            testbed.ctl("add-port", "--queues", kind.get("queues", 1), name, testbed.socket(name))
+            guest.start()
+        source.wait_up()
+        testbed.wait_state("vm2", "ready")
+        testbed.wait_state("vm3", "connected")
+        pings_until_answered(vm1, source.ip)
+        boot = source.check(BOOT_ID)
+        log_len = testbed.log_len()
+        transfer = Transfer(vm1, source, 60_000_000)
+        result = source.migrate_to(target, tmp_path / "migration.sock", postcopy=True)
+        with testbed.client() as client:
+            [counted] = client.stats("vm3")
+        assert "postcopy-active" in result.seen
+        assert result.postcopy_requests > 0
+        # All that it received so far came while its memory did.
+        assert counted["egress_bytes"] > 5_000_000
+        transfer.goes_on_in(target)
+        transfer.finish(100)
+        testbed.wait_state("vm3", "ready")
+        assert target.check(BOOT_ID) == boot
+        said = testbed.logged_after(log_len)
+        began = said.index("port vm3: postcopy migration: the guest's memory comes while it runs")
+        ended = re.search(r"port vm3: postcopy migration has ended, (\d+) pages were", said[began:])
+        assert ended is not None
+        assert int(ended[1]) > 0
         source.stop()
         assert vm1.ping(target.ip, count=3, timeout_s=5)
 

@@ -212,6 +212,10 @@ def usual(rng: Random) -> list[Message]:
     ]
     for extra in rng.sample(extras, rng.randrange(4)):
         extra()
+    postcopy = ProtocolFeature.PAGEFAULT in protocol and rng.random() < 0.2
+    if postcopy:
+        say(Request.POSTCOPY_ADVISE)
+        say(Request.POSTCOPY_LISTEN)
     regions = [
         MemRegion(i << 32, MEMORY_LEN >> (i and 1), UVA + (i << 32), 0)
         for i in range(rng.choice([1, 1, 2, 4]))
@@ -222,6 +226,9 @@ def usual(rng: Random) -> list[Message]:
             say(Request.ADD_MEM_REG, encode_mem_region(region), "memory") for region in regions
         ] and None,
     )  # fmt: skip
+    if postcopy and rng.random() < 0.9:
+        # The frontend knows all addresses.
+        log.append([log[-1][0], VERSION, encode_u64(0).hex(), [], None])
     if iommu:
         if rng.random() < 0.9:
             say(Request.SET_BACKEND_REQ_FD, b"", rng.choice(["channel"] * 8 + ["socket"]))
@@ -249,6 +256,8 @@ def usual(rng: Random) -> list[Message]:
     for vring in range(2):
         if rng.random() < 0.5:
             say(Request.GET_VRING_BASE, encode_vring_state(VringState(vring, 0)))
+    if postcopy and rng.random() < 0.7:
+        say(Request.POSTCOPY_END)
     return log
 
 

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.switch",
             "vswitch.vhost_port",
             "vswitch.port_iotlb",
+            "vswitch.port_postcopy",
             "vswitch.port_translation",
             "vswitch.tap_port",
             "vswitch.workers",
@@ -71,7 +72,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.switch",
             "vswitch.vhost_port",
             "vswitch.port_iotlb",
+            "vswitch.port_postcopy",
             "vswitch.port_translation",
+            "vswitch.fault_process",
+            "vswitch.fault_helper",
             "vswitch.tap_port",
             "vswitch.workers",
             "vswitch.journals",
@@ -81,6 +85,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.privileges",
         ),
     ),
+    # A process of its own that knows nothing, and who starts it.
+    "vswitch.fault_helper": (),
+    "vswitch.fault_process": ("vswitch.fault_helper",),
     "vswitch.daemon": (
         *BASE,
         "vswitch.control",

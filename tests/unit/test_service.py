@@ -62,3 +62,23 @@ def test_what_systemd_thinks_of_it() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nknown" not in done.stderr, "a key that systemd does not know"
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_its_filter_leaves_what_postcopy_takes(service: configparser.SectionProxy) -> None:
+    """A process is started, makes a userfaultfd and confines itself further."""
+    left = system_calls(service["SystemCallFilter"])
+    assert {"userfaultfd", "pidfd_open", "vfork", "execve", "prctl", "mmap", "ioctl"} <= left
+
+
+def system_calls(group: str) -> set[str]:
+    """Those of a group of systemd's, and of the groups in it."""
+    done = subprocess.run(
+        ["systemd-analyze", "--no-pager", "syscall-filter", group],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = [line.strip() for line in done.stdout.splitlines()[1:]]
+    found = {name for name in names if name and name[0] not in "@#"}
+    return found.union(*(system_calls(name) for name in names if name.startswith("@")))

@@ -39,6 +39,9 @@ class RecordingDatapath:
         self.stop_at = 100
         self.refuse: dict[str, str] = {}
         self.translating = False
+        self.has_postcopy = True
+        self.uffd = -1
+        self.base_offset = 1 << 40
         self.pending: set[int] = set()
         """Addresses of descriptors that wait for a translation."""
 
@@ -115,6 +118,27 @@ class RecordingDatapath:
 
     async def iotlb_invalidate(self, iova: int, size: int) -> None:
         self._note("iotlb_invalidate", iova, size)
+
+    async def advise_postcopy(self) -> int:
+        self._note("advise_postcopy")
+        self.uffd = os.eventfd(0, os.EFD_CLOEXEC)
+        return self.uffd
+
+    def listen_postcopy(self) -> None:
+        self._note("listen_postcopy")
+
+    async def fault_base(self, region: MemRegion, fd: int) -> int:
+        os.fstat(fd)
+        self._note("fault_base", region)
+        return region.uva + self.base_offset
+
+    def allow_faults(self, allowed: bool) -> None:
+        self._note("allow_faults", allowed)
+
+    async def end_postcopy(self) -> None:
+        assert not self.running
+        self._note("end_postcopy")
+        os.close(self.uffd)
 
     def ask_again(self) -> None:
         self._note("ask_again")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from vswitch.lab import process
 from vswitch.lab.accel import QEMU, Accelerator, accelerator, qemu_version
@@ -70,6 +70,13 @@ class GuestSettings:
     """Put the network card behind a virtual IOMMU (Intel's), which the guest's kernel then uses."""
     device_options: str = ""
     """More properties of virtio-net-pci, as on QEMU's command line: `csum=off,guest_tso4=off`."""
+
+
+class MigrationResult(NamedTuple):
+    """How a guest moved: the states that QEMU was in, and pages that were asked for in postcopy."""
+
+    seen: frozenset[str]
+    postcopy_requests: int
 
 
 class Guest:
@@ -188,24 +195,46 @@ class Guest:
             shell.wait_ready(before, deadline)
         return self
 
-    def migrate_to(self, target: Guest, through: Path, timeout_s: float = 60.0) -> None:
+    def migrate_to(
+        self, target: Guest, through: Path, timeout_s: float = 60.0, *, postcopy: bool = False
+    ) -> MigrationResult:
         """Move the running guest to another QEMU that waits for it (`incoming`).
 
         `through` is a Unix socket for the two to meet. Afterwards `target` is the guest; this QEMU
-        is still there, with the guest's last state, and does nothing.
+        is still there, with the guest's last state, and does nothing. With `postcopy` the guest
+        runs over there at once, and its memory comes after it, slowly enough to be missed.
         """
         deadline = Deadline(timeout_s)
-        fast: dict[str, Any] = {"max-bandwidth": 1 << 30}
+        speed: dict[str, Any] = {"max-bandwidth": 1 << 30}
+        seen = set()
         with self._with_logs("migrating it"), target._with_logs("receiving it"):
+            if postcopy:
+                speed = {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 32 << 20}
+                for qemu in (self.qmp, target.qmp):
+                    qemu.command(
+                        "migrate-set-capabilities",
+                        deadline.left(),
+                        capabilities=[{"capability": "postcopy-ram", "state": True}],
+                    )
             target.qmp.command("migrate-incoming", deadline.left(), uri=f"unix:{through}")
-            self.qmp.command("migrate-set-parameters", **fast)
+            self.qmp.command("migrate-set-parameters", **speed)
             self.qmp.command("migrate", uri=f"unix:{through}")
-            for qemu, final in ((self.qmp, "completed"), (target.qmp, "completed")):
-                while (status := qemu.command("query-migrate", deadline.left())["status"]) != final:
-                    if status in {"failed", "cancelled"}:
+            for qemu in (self.qmp, target.qmp):
+                while True:
+                    answer = qemu.command("query-migrate", deadline.left())
+                    status = answer["status"]
+                    seen.add(status)
+                    if status == "completed":
+                        break
+                    if status in {"failed", "cancelled", "postcopy-paused"}:
                         raise GuestError(f"guest {self.name}: the migration {status}")
+                    if status == "active" and postcopy and qemu is self.qmp:
+                        qemu.command("migrate-start-postcopy", deadline.left())
                     time.sleep(_MIGRATION_LOOK_S)
+                if qemu is self.qmp:
+                    requests = answer["ram"]["postcopy-requests"]
             target._channel().boot_id = self._channel().boot_id
+        return MigrationResult(frozenset(seen), requests)
 
     def plug_memory(self, size_mib: int) -> None:
         """Hot-plug a module of memory of that size; the guest has it once it is online."""

@@ -42,8 +42,9 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.INBAND_NOTIFICATIONS
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.PAGEFAULT
 )
-"""What the backend offers in GET_PROTOCOL_FEATURES."""
+"""What the backend offers in GET_PROTOCOL_FEATURES, the last one where the datapath can."""
 
 MTU_MIN = 68
 MTU_MAX = 65535
@@ -62,6 +63,9 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         super().__init__(name, connection, datapath, changed)
         self.status = Status(0)
         self._features_refused = False
+        self._offered_protocol = PROTOCOL_FEATURES
+        if not datapath.has_postcopy:
+            self._offered_protocol &= ~ProtocolFeature.PAGEFAULT
         self._offered = self._datapath.features | Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
         self._handlers: dict[Request, Callable[[Message], Awaitable[bytes | None]]] = {
             Request.GET_FEATURES: self._get_features,
@@ -95,6 +99,9 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
             Request.VRING_KICK: self._vring_kick,
             Request.IOTLB_MSG: self._iotlb_msg,
+            Request.POSTCOPY_ADVISE: self._postcopy_advise,
+            Request.POSTCOPY_LISTEN: self._postcopy_listen,
+            Request.POSTCOPY_END: self._postcopy_end,
         }
 
     async def run(self) -> None:
@@ -129,6 +136,8 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             raise MalformedError(
                 f"{protocol.request_name(number)}: marked as a reply, and nothing was asked"
             )
+        if self._take_ack(message):
+            return
         try:
             request = Request(number)
             handler = self._handlers[request]
@@ -186,11 +195,11 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         await self._start(running)
 
     async def _get_protocol_features(self, _: Message) -> bytes:
-        return protocol.encode_u64(PROTOCOL_FEATURES)
+        return protocol.encode_u64(self._offered_protocol)
 
     async def _set_protocol_features(self, message: Message) -> None:
         value = protocol.decode_u64(message.payload)
-        unknown = value & ~int(PROTOCOL_FEATURES)
+        unknown = value & ~int(self._offered_protocol)
         if unknown:
             raise MalformedError(
                 f"SET_PROTOCOL_FEATURES: {value:#x} has bits {unknown:#x}, never offered"
@@ -265,9 +274,6 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             if vring.relayed:
                 self._channel.post(BackendRequest.VRING_CALL, one_vring(vring.index))
         self._datapath.ask_again()
-        if self.behind_iommu:
-            # Where these themselves are could not be asked either.
-            await self._start([vring for vring in self.vrings.values() if self._is_waiting(vring)])
 
     # Network
 

@@ -182,6 +182,41 @@ class Datapath(Protocol):
         """Forget a range: no worker uses it any more when this returns."""
         ...
 
+    @property
+    def has_postcopy(self) -> bool:
+        """Whether `advise_postcopy` can be expected to work here."""
+        ...
+
+    async def advise_postcopy(self) -> int:
+        """Get ready for memory that comes late; the userfaultfd for the frontend.
+
+        The descriptor stays the datapath's, until `end_postcopy`. Raises DatapathError.
+        """
+        ...
+
+    def listen_postcopy(self) -> None:
+        """Parts of the memory that is mapped from now on may be missing: nobody touches those.
+
+        Rings start as ever, and run when their own memory has come. With I/O virtual addresses they
+        raise TranslationPending until the end of postcopy.
+        """
+        ...
+
+    async def fault_base(self, region: MemRegion, fd: int) -> int:
+        """The user address that missing pages of a mapped region are reported by. DatapathError.
+
+        `fd` may be closed afterwards.
+        """
+        ...
+
+    def allow_faults(self, allowed: bool) -> None:
+        """Whether missing pages may be asked for: the frontend knows all regions' addresses."""
+        ...
+
+    async def end_postcopy(self) -> None:
+        """Nothing is missing any more; no ring may be running. Harmless without postcopy."""
+        ...
+
     def ask_again(self) -> None:
         """There is a new way to ask the frontend; what was asked before may have got lost."""
         ...

@@ -5,17 +5,17 @@ from __future__ import annotations
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.connection import Message
 from vswitch.vhost_user.datapath import DatapathError
-from vswitch.vhost_user.device import Device
+from vswitch.vhost_user.postcopy_requests import Postcopy, PostcopyRequests
 from vswitch.vhost_user.protocol import MalformedError, MemRegion, Request
-from vswitch.vhost_user.vring import check_eventfd, close_fd
+from vswitch.vhost_user.vring import Vring, check_eventfd, close_fd
 
 
-class MemoryRequests(Device):
+class MemoryRequests(PostcopyRequests):
     """SET_MEM_TABLE and memory slots, INFLIGHT_SHMFD, LOG_SHMFD."""
 
     # Memory
 
-    async def _set_mem_table(self, message: Message) -> None:
+    async def _set_mem_table(self, message: Message) -> bytes | None:
         regions = protocol.decode_mem_table(message.payload)
         if len(regions) != len(message.fds):
             raise MalformedError(
@@ -25,16 +25,27 @@ class MemoryRequests(Device):
         running = await self._stop(self._running())
         self.regions = []
         self._repeated.clear()
+        await self._memory_comes()
         await self._datapath.set_memory(regions, message.fds)
+        answer = None
+        if self._postcopy is Postcopy.LISTENING:
+            # As long as what it answers: QEMU compares.
+            try:
+                bases = await self._with_bases(regions, message.fds)
+            except DatapathError:
+                await self._datapath.set_memory([], [])
+                raise
+            answer = protocol.encode_mem_table(bases).ljust(len(message.payload), b"\0")
         self.regions = regions
         await self._start(running)
         # Some frontends set up rings first.
         await self._start([v for v in self.vrings.values() if v.complete and not v.started])
+        return answer
 
     async def _get_max_mem_slots(self, _: Message) -> bytes:
         return protocol.encode_u64(self._datapath.memory_slots)
 
-    async def _add_mem_reg(self, message: Message) -> None:
+    async def _add_mem_reg(self, message: Message) -> bytes | None:
         region = protocol.decode_mem_region(message.payload)
         if region in self.regions:
             # QEMU before 9.0 says everything once for each queue pair, and so it will take back.
@@ -42,12 +53,16 @@ class MemoryRequests(Device):
             if known not in self._repeated and len(self._repeated) >= self._datapath.memory_slots:
                 raise DatapathError("more regions were said twice than there are memory slots")
             self._repeated[known] += 1
-            return
+            await self._memory_comes()
+            return await self._base(region, message)
+        await self._memory_comes()
         await self._datapath.add_memory(region, message.fds[0])
         self.regions.append(region)
-        # Those that wait for this: not set up before there was memory, or stopped with a region.
-        waiting = [vring for vring in self.vrings.values() if self._is_waiting(vring)]
+        waiting: list[Vring] = []
         try:
+            answer = await self._base(region, message)
+            # Those that wait for this: not set up before there was memory, or stopped with it.
+            waiting = [vring for vring in self.vrings.values() if self._is_waiting(vring)]
             await self._start(waiting)
         except DatapathError:
             # Who is refused a region does not take it away again.
@@ -55,6 +70,14 @@ class MemoryRequests(Device):
             await self._datapath.remove_memory(region)
             self.regions.remove(region)
             raise
+        return answer
+
+    async def _base(self, region: MemRegion, message: Message) -> bytes | None:
+        """The answer to ADD_MEM_REG in postcopy."""
+        if self._postcopy is not Postcopy.LISTENING:
+            return None
+        [answer] = await self._with_bases([region], message.fds)
+        return protocol.encode_mem_region(answer)
 
     async def _rem_mem_reg(self, message: Message) -> None:
         wanted = _identity(protocol.decode_mem_region(message.payload))

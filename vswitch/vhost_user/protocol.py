@@ -341,6 +341,9 @@ REQUESTS: dict[Request, Spec] = {
     Request.SET_BACKEND_REQ_FD: Spec(Payload.NONE, 1, 1, needs=_F.BACKEND_REQ),
     Request.IOTLB_MSG: Spec(Payload.IOTLB),
     Request.VRING_KICK: Spec(Payload.VRING_STATE, needs=_F.INBAND_NOTIFICATIONS),
+    Request.POSTCOPY_ADVISE: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.PAGEFAULT),
+    Request.POSTCOPY_LISTEN: Spec(Payload.NONE, needs=_F.PAGEFAULT),
+    Request.POSTCOPY_END: Spec(Payload.NONE, reply=Reply.ALWAYS, needs=_F.PAGEFAULT),
 }
 """Every request the backend understands. What is missing here is refused as unsupported."""
 
