@@ -121,6 +121,11 @@ class PortPostcopy(PortTranslation):
         self._may_fault = False
         self._look_due = False
 
+    @property
+    def waited_for(self) -> int:
+        """Pages that were asked for and have not come."""
+        return len(self._asked)
+
     # Life
 
     async def advise(self) -> int:

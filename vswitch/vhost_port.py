@@ -643,12 +643,22 @@ class VhostPort:
             connects=self._connects,
             connected_since=self._connected_at,
             error=self._error(),
-            warning=self._warning,
+            warning=self._warning or self._postcopy_note(),
             macs=self._engine.fdb.learned(self.fast.id),
             max_macs=limits.max_macs(self.settings, self._engine.fdb),
             storm=limits.storm_info(self.settings),
             memory=self._memory_info(),
             rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
+        )
+
+    def _postcopy_note(self) -> str | None:
+        if self._postcopy is None or not self._postcopy.listening:
+            return None
+        if isinstance(self._translation, PortIotlb):
+            return "the guest is in postcopy migration: behind an IOMMU its rings wait for the end"
+        return (
+            "the guest is in postcopy migration: "
+            f"{self._postcopy.waited_for} pages of its memory are waited for"
         )
 
     def _error(self) -> str | None:

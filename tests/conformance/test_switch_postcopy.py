@@ -88,6 +88,10 @@ def test_all_memory_comes_late(wire: Wire, format: str, slots: bool) -> None:
     with others_go_on(wire, c, d):
         assert not any(ring["started"] for ring in wire.info("a")["rings"])
         assert wire.info("a")["state"] == "connected"
+        assert wire.info("a")["warning"] == (
+            f"the guest is in postcopy migration: {len(a.ring_pages())} pages of its memory are "
+            "waited for"
+        )
     a.other_side.allow()
     wire.wait_state("a", "ready")
     a.other_side.wait_missed(a.receive_pages)
@@ -100,6 +104,7 @@ def test_all_memory_comes_late(wire: Wire, format: str, slots: bool) -> None:
         assert b.recv(len(sent)) == sent
     a.other_side.bring()
     assert a.end_postcopy() == 0
+    assert wire.info("a")["warning"] is None
     for source, target, to, by in ((a, b, B, A), (b, a, A, B)):
         sent = frames(to, by, [1000] * 300, tag=5000)
         for at in range(0, 300, 100):
@@ -247,6 +252,7 @@ def test_behind_an_iommu_everything_waits_for_the_end(wire: Wire, format: str) -
     a.send(frames(B, A, [500] * 50))
     with others_go_on(wire, c, d):
         assert wire.info("a")["state"] == "connected"
+        assert "its rings wait for the end" in str(wire.info("a")["warning"])
     assert a.iommu.misses == []
     assert a.end_postcopy() == 0
     assert b.recv(50) == frames(B, A, [500] * 50)
