@@ -135,7 +135,7 @@ def test_wrong_headers(bench: Bench) -> None:
 
 
 def test_unknown_requests(bench: Bench) -> None:
-    for number in (0, 44, 1000, 0xFFFF_FFFF, Request.GET_CONFIG, Request.POSTCOPY_ADVISE):
+    for number in (0, 44, 1000, 0xFFFF_FFFF, Request.GET_CONFIG, Request.SET_VRING_ENDIAN):
         frontend = bench.connect()
         frontend.send(number)
         bench.ended(frontend, "is not supported")
