@@ -54,7 +54,7 @@ TITLES = {one.name: one.title for one in SWITCHES.values()} | {
     one.name: one.title for one in LIMITS.values()
 }
 """Of everything that can be measured, by name."""
-MAX_ROUNDS = 2
+MAX_ROUNDS = 3
 """Times the wanted number of samples that are taken at most to make up for those that drop out."""
 _PROBES = 5
 _MAX_FAILURES = 3

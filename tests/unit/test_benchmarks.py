@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -238,32 +240,53 @@ def test_cpus() -> None:
             choose_cpus(wrong)
 
 
-def test_waiting_for_a_cpu_is_seen() -> None:
-    """Two threads without the GIL on one CPU: each waits while the other runs."""
+SPINS = """
+import os
+import sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+print("spinning", flush=True)
+while True:
+    pass
+"""
+
+
+def test_waiting_for_another_program_is_seen() -> None:
     cpu = min(os.sched_getaffinity(0))
-    guests = [SoftwareGuest("52:54:00:00:00:01") for _ in range(2)]
-    backends = []
-    for guest in guests:
-        guest.build_offline(DEFAULT_FEATURES)
-        backends.append(NullBackend(guest.transmitqs[0], guest.receiveqs[0], 64))
-
-    def run(backend: NullBackend) -> None:
-        os.sched_setaffinity(0, {cpu})
-        backend.run()
-
-    threads = [threading.Thread(target=run, args=(backend,)) for backend in backends]
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", SPINS, str(cpu)], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
     try:
-        for thread in threads:
-            thread.start()
-        wait = CpuWait({os.getpid()})
-        done = threading.Event()
-        done.wait(0.1)
-        assert 0.03 < wait.share() <= 1.0
+        for one in spinning:
+            assert one.stdout is not None
+            one.stdout.readline()
+        wait = CpuWait({spinning[0].pid})
+        threading.Event().wait(0.2)
+        assert 0.1 < wait.share() <= 1.0
     finally:
-        for backend, thread, guest in zip(backends, threads, guests, strict=True):
-            backend.stop()
-            thread.join()
-            guest.close()
+        for one in spinning:
+            one.kill()
+            one.communicate()
+
+
+def test_waiting_for_a_thread_of_its_own_is_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one CPU A ran for 60 ms, B of the same process for 30, somebody else for 10 of 100."""
+    ms = 1_000_000
+    here, there = (1, 0), (1, 1)
+    zero = {
+        name: machine.Thread(0, 0, place)
+        for name, place in zip("ABC", (here, here, there), strict=True)
+    }
+    after = {
+        "A": machine.Thread(60 * ms, 40 * ms, here),
+        "B": machine.Thread(30 * ms, 70 * ms, here),
+        "C": machine.Thread(95 * ms, 5 * ms, there),
+    }
+    readings = iter([zero, after])
+    clock = iter([0, 100 * ms])
+    monkeypatch.setattr(CpuWait, "_read", lambda _: next(readings))
+    monkeypatch.setattr(machine.time, "monotonic_ns", lambda: next(clock))
+    assert CpuWait({1}).share() == pytest.approx(0.1)
 
 
 def test_hugepages_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
