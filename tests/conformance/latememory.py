@@ -11,6 +11,7 @@ import array
 import ctypes
 import fcntl
 import os
+import random
 import select
 import socket
 import struct
@@ -109,6 +110,21 @@ class OtherSide:
         with self._changed:
             for gpa in list(self._kept) if pages is None else sorted(set(map(page, pages))):
                 self._bring(gpa)
+
+    def bring_some(self, chance: random.Random, count: int) -> None:
+        with self._changed:
+            kept = sorted(self._kept)
+        self.bring(chance.sample(kept, min(count, len(kept))))
+
+    def brought(self, pages: Iterable[int]) -> bool:
+        """Whether all of these are where they belong."""
+        with self._changed:
+            return self._kept.keys().isdisjoint(map(page, pages))
+
+    def empty_pages(self) -> set[int]:
+        """Pages that were not brought and are there all the same: somebody has touched them."""
+        with self._changed:
+            return {gpa for gpa in self._kept if self.is_there(gpa)}
 
     def wait_missed(self, pages: Iterable[int], timeout: float = 10.0) -> None:
         wanted = set(map(page, pages))

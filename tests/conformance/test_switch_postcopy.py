@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import signal
 import struct
 from collections.abc import Iterator
@@ -39,9 +40,9 @@ def wire_features(wire: Wire) -> int:
     return DEFAULT_FEATURES | wire.extra_features
 
 
-def others(wire: Wire) -> list[SoftwareGuest]:
-    """One to talk to, and two that talk to each other."""
-    guests = [wire.guest("b", 2), wire.guest("c", 3), wire.guest("d", 4)]
+def others(wire: Wire, **options: object) -> list[SoftwareGuest]:
+    """One to talk to, and two that talk to each other. `options` are those of the first."""
+    guests = [wire.guest("b", 2, **options), wire.guest("c", 3), wire.guest("d", 4)]
     teach(*guests)
     return guests
 
@@ -160,6 +161,60 @@ def test_a_receiveq_without_its_pages_drops(wire: Wire, format: str) -> None:
     b.send(sent)
     assert a.recv(10) == sent
     assert wire.drops("a") == {"page-missing": 10 - len(got)}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pages_come_in_any_order(wire: Wire, format: str) -> None:
+    """Some at once, some late, some although nobody asked, while frames go both ways.
+
+    Nobody but the migration makes a page: what was not brought is a hole in the file to the last.
+    """
+    b, _, _ = others(wire, max_frame_len=4000)
+    wire.extra_features = FORMATS[format]
+    chance = random.Random(7)
+    a = LateGuest(
+        A, features=wire_features(wire), regions=4, queue_size=64, tx_cuts=(0, 300), slot_offset=40,
+        max_frame_len=4000, rx_buf_len=1500,
+    )  # fmt: skip
+    wire.enter(a)
+    a.unsent = frames(B, A, [chance.randrange(60, 4000) for _ in range(30)])
+    a.connect(wire.port("a"))
+    # Or frames for it are flooded, and missed by nobody where it does not hear them.
+    wire.client.fdb_add(A, "a")
+    side = a.other_side
+    got: list[bytes] = []
+    total = 0
+    for number in range(200):
+        asked = sorted(set(side.missed))
+        side.allow(chance.sample(asked, min(len(asked), chance.randrange(3))))
+        if chance.random() < 0.3:
+            side.bring_some(chance, 2)
+        sent = frames(A, B, [chance.randrange(60, 4000) for _ in range(3)], tag=1000 + number * 3)
+        b.send(sent)
+        b.drain()
+        total += len(sent)
+        if side.brought(a.ring_pages()):
+            got += a.recv(3, timeout=0)
+        assert side.empty_pages() == set()
+    assert 0 < len(got) < total
+    side.bring()
+    wire.wait_state("a", "ready")
+    assert b.recv(30) == a.unsent
+    sent = frames(A, B, [1000] * 20, tag=9000)
+
+    def all_arrive() -> bool:
+        nonlocal total
+        b.send(sent)
+        total += len(sent)
+        arrived = a.recv(20, timeout=0.05)
+        got.extend(arrived)
+        return arrived == sent
+
+    wire.wait_until(all_arrive, "it goes as ever")
+    assert wire.drops("a").keys() <= {"page-missing", "no-buffer"}
+    assert wire.drops("b").keys() <= {"egress-down"}
+    assert total == len(got) + sum([*wire.drops("a").values(), *wire.drops("b").values()])
+    assert a.end_postcopy() == 0
 
 
 @pytest.mark.parametrize("how", ["deleted", "gone", "ended"])
