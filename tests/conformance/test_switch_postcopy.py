@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import select
 import signal
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from formats import FORMATS
 from frames import frame, frames, mac
 from latememory import PAGEFAULT, LateGuest, advise
-from running import Wire, exchanging, teach, translated
+from running import RunningSwitch, Wire, exchanging, teach, translated
 
 from vswitch import fault_helper
 from vswitch.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
@@ -338,6 +340,26 @@ def test_the_process_is_killed(wire: Wire) -> None:
         assert b.recv(20) == sent
         a.close()
         wire.remove("a")
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_the_process_goes_with_the_switch(run_dir: Path, how: str) -> None:
+    running = RunningSwitch(Path(tempfile.mkdtemp(dir=run_dir)))
+    wire = Wire(running)
+    with LateGuest(A) as a:
+        a.connect(wire.port("a"))
+        a.other_side.wait_missed(a.ring_pages())
+        [helper] = helpers(wire)
+        pidfd = os.pidfd_open(helper)
+        if how == "stop":
+            running.stop()
+        else:
+            running.kill()
+        gone = select.poll()
+        gone.register(pidfd, select.POLLIN)
+        assert gone.poll(10_000), "it outlives the switch"
+        os.close(pidfd)
+        assert not any(map(a.other_side.is_there, a.ring_pages()))
 
 
 def test_a_frontend_that_uses_its_power(wire: Wire) -> None:
