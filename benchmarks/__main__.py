@@ -16,7 +16,7 @@ from benchmarks.cases import GENERATORS
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import SoftwareGenerator
 from benchmarks.runner import TITLES, Runner, Settings
-from benchmarks.samples import UNITS, Kind
+from benchmarks.samples import PLACES, UNITS, Kind, Place
 from vswitch.errors import VswitchError
 from vswitch.lab.process import sigterm_unwinds
 
@@ -65,6 +65,14 @@ def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[i
 @click.option("--generators", callback=_names(_GENERATORS), help=f"Of {','.join(_GENERATORS)}.")
 @click.option("--cpus", callback=_numbers, help="The switch's CPU and the generator's, like 1,0.")
 @click.option("--kinds", callback=_names(UNITS), help=f"Of {','.join(UNITS)}.")
+@click.option(
+    "--places", callback=_names(PLACES),
+    help="Where so many samples are wanted, like near,far.  [default: in either]",
+)  # fmt: skip
+@click.option(
+    "--add-to", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Go on with a run of the same commit: measure what its JSON file has too little of.",
+)  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS,
@@ -82,6 +90,8 @@ def main(
     generators: tuple[str, ...] | None,
     cpus: tuple[int, ...] | None,
     kinds: tuple[Kind, ...] | None,
+    places: tuple[Place, ...] | None,
+    add_to: Path | None,
     quick: bool,
     out: Path,
     write_docs: bool,
@@ -96,23 +106,25 @@ def main(
         generators=generators or base.generators,
         cpus=cpus or (),
         kinds=kinds or base.kinds,
+        places=places or (),
     )
     try:
         if write_docs:
             _write_docs(report.newest(out))
         else:
-            _measure(settings, out)
+            _measure(settings, out, add_to)
     except VswitchError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
 
 
-def _measure(settings: Settings, out: Path) -> None:
+def _measure(settings: Settings, out: Path, add_to: Path | None) -> None:
     for length in settings.frames:
         if not _MIN_FRAME_LEN <= length <= SoftwareGenerator.max_frame_len:
             raise BenchmarkError(f"frames of {length} bytes cannot be measured, 64 to 9000 can")
+    earlier = report.from_json(add_to.read_text()) if add_to else None
     with sigterm_unwinds():
-        results = Runner(settings, lambda line: click.echo(line, err=True)).run()
+        results = Runner(settings, lambda line: click.echo(line, err=True), earlier).run()
     as_json, as_table = report.write(results, out)
     click.echo(report.markdown(results))
     try:

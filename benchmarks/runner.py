@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
-from benchmarks.samples import UNITS, Case, Kind, Sample, Setup
+from benchmarks.samples import UNITS, Case, Kind, Place, Sample, Setup, enough
 from benchmarks.switches import (
     BusyVswitch,
     CrowdedVswitch,
@@ -56,6 +56,8 @@ TITLES = {one.name: one.title for one in SWITCHES.values()} | {
 """Of everything that can be measured, by name."""
 MAX_ROUNDS = 3
 """Times the wanted number of samples that are taken at most to make up for those that drop out."""
+_SAME = ("cpu", "cpus", "kernel", "commit")
+"""What of a machine's description must not differ between runs whose samples are compared."""
 _PROBES = 5
 _MAX_FAILURES = 3
 
@@ -64,7 +66,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to measure. `samples` that count are wanted of each switch, `seconds` long each."""
+    """What to measure. `samples` that count are wanted of each switch, `seconds` long each.
+
+    With `places` so many are wanted in each of these; without, in any one.
+    """
 
     samples: int = 9
     seconds: float = 0.5
@@ -73,6 +78,7 @@ class Settings:
     generators: tuple[str, ...] = (*GENERATORS, ALONE)
     cpus: tuple[int, ...] = ()
     kinds: tuple[Kind, ...] = tuple(UNITS)
+    places: tuple[Place, ...] = ()
 
 
 @dataclass
@@ -90,14 +96,20 @@ class Results:
 
 
 class Runner:
-    """One run: `run` may be called once."""
+    """One run: `run` may be called once.
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    `earlier` is a run of the same commit on the same machine that is to be gone on with: only what
+    it has too few samples of is measured. Raises BenchmarkError where it is another.
+    """
+
+    def __init__(
+        self, settings: Settings, progress: Progress, earlier: Results | None = None
+    ) -> None:
         self.settings = settings
         self.progress = progress
         self._counted = False
         self.cpus: Cpus = choose_cpus(settings.cpus)
-        self.results = Results(
+        self.results = earlier or Results(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=describe(),
             settings={
@@ -108,6 +120,13 @@ class Runner:
                 "fdb_bytes": {str(entries): table_bytes(entries) for entries in ENTRIES},
             },
         )
+        here = describe()
+        for what in _SAME:
+            if self.results.machine[what] != here[what]:
+                raise BenchmarkError(
+                    f"the run to go on with has {what} {self.results.machine[what]!r}, "
+                    f"here it is {here[what]!r}"
+                )
 
     def run(self) -> Results:
         start = time.monotonic()
@@ -121,7 +140,7 @@ class Runner:
             for name in self.settings.generators:
                 groups: dict[Setup, list[Case]] = {}
                 for case in cases_of(name, self.settings.frames):
-                    if case.kind not in self.settings.kinds:
+                    if case.kind not in self.settings.kinds or self._enough(case):
                         continue
                     groups.setdefault(setup_of(case), []).append(case)
                 for setup, cases in groups.items():
@@ -129,7 +148,7 @@ class Runner:
                         self._run_alone(cases)
                     else:
                         self._run_group(GENERATORS[name], setup, cases)
-        self.results.seconds = round(time.monotonic() - start, 1)
+        self.results.seconds = round(self.results.seconds + time.monotonic() - start, 1)
         if not self.results.samples:
             raise BenchmarkError(
                 "nothing was measured: " + "; ".join(self.results.skipped or ["nothing was chosen"])
@@ -224,10 +243,9 @@ class Runner:
                 one.prepare(case)
         if not contestants:
             return
-        kept = dict.fromkeys((one.name for one in contestants), 0)
-        failures = dict.fromkeys(kept, 0)
+        failures = dict.fromkeys((one.name for one in contestants), 0)
         for turn in range(MAX_ROUNDS * self.settings.samples):
-            if min(kept.values(), default=self.settings.samples) >= self.settings.samples:
+            if self._enough(case, {name for name, n in failures.items() if n < _MAX_FAILURES}):
                 break
             # Nobody is always the one after somebody.
             first = turn % len(contestants)
@@ -246,9 +264,11 @@ class Runner:
                     self.progress(f"FAILED {self.results.failures[-1]}")
                     continue
                 self.results.samples.append(sample)
-                kept[one.name] += sample.verdict == "kept"
                 self.progress(_line(sample, turn))
-            kept = {name: n for name, n in kept.items() if failures[name] < _MAX_FAILURES}
+
+    def _enough(self, case: Case, names: Collection[str] | None = None) -> bool:
+        settings = self.settings
+        return enough(self.results.samples, case, settings.samples, settings.places, names)
 
     def _sample(self, case: Case, one: Contestant) -> Sample:
         with one.running():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 NEAR_BELOW_NS = 200.0
 """Core-to-core round trips under this are called near: the CPUs share a cache."""
@@ -28,6 +29,7 @@ Kind = Literal[
 ]
 RingFormat = Literal["split", "packed"]
 Place = Literal["near", "far"]
+PLACES: tuple[Place, ...] = get_args(Place)
 Verdict = Literal["kept", "moved", "disturbed", "lossy"]
 
 LONGEST_FRAME_LEN = 9000
@@ -151,6 +153,30 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "place": self.place, "verdict": self.verdict}
+
+
+def enough(
+    samples: Iterable[Sample],
+    case: Case,
+    wanted: int,
+    places: Collection[Place] = (),
+    names: Collection[str] | None = None,
+) -> bool:
+    """Whether these switches (None: those with any sample) have so many that count of a case.
+
+    That is in each of `places`, or in any one where there are none.
+    """
+    ours = [one for one in samples if one.case == case]
+    kept = Counter((one.switch, one.place) for one in ours if one.verdict == "kept")
+    if names is None:
+        names = {one.switch for one in ours}
+        if not names:
+            return False
+
+    def complete(place: Place) -> bool:
+        return all(kept[name, place] >= wanted for name in names)
+
+    return all(map(complete, places)) if places else any(map(complete, PLACES))
 
 
 @dataclass(frozen=True, slots=True)

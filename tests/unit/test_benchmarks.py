@@ -43,6 +43,7 @@ from benchmarks.samples import (
     Sample,
     Setup,
     dropped,
+    enough,
     percentile,
     place_of,
     summarise,
@@ -388,6 +389,59 @@ def test_a_run(tmp_path: Path) -> None:
         assert (one["reading"]["p99"] is None) == (one["case"]["kind"] not in ("latency", "wakeup"))
     assert report.newest(tmp_path) == path
     assert "# A benchmark run" in path.with_suffix(".md").read_text()
+
+
+def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
+    """What it has too few samples of is measured, and nothing else."""
+    arguments = ["--samples", "1", "--seconds", "0.05", "--frames", "64", "--out", str(tmp_path)]
+    arguments += ["--switches", "vswitch", "--generators", "software"]
+    arguments += ["--kinds", "latency,wakeup"]
+    ran = CliRunner().invoke(program.main, arguments)
+    assert ran.exit_code == 0, ran.output
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    for one in data["samples"]:
+        one.update(before_ns=50.0, after_ns=50.0, waited=0.0)
+    path.write_text(json.dumps(data))
+
+    def go_on(*more: str) -> list[str]:
+        ran = CliRunner().invoke(program.main, [*arguments, "--add-to", str(path), *more])
+        assert ran.exit_code == 0, ran.output
+        samples = json.loads(path.read_text())["samples"]
+        before = len(data["samples"])
+        return [one["case"]["kind"] for one in samples[before:]]
+
+    assert go_on() == []
+    assert go_on("--places", "near") == []
+    data["samples"] = [one for one in data["samples"] if one["case"]["kind"] == "wakeup"]
+    path.write_text(json.dumps(data))
+    assert set(go_on("--kinds", "wakeup")) == set()
+    assert set(go_on()) == {"latency"}
+    data["machine"]["commit"] = "another"
+    path.write_text(json.dumps(data))
+    other = CliRunner().invoke(program.main, [*arguments, "--add-to", str(path)])
+    assert other.exit_code == 1
+    assert "the run to go on with has commit 'another', here it is" in other.output
+
+
+def test_enough_samples() -> None:
+    case, other = Case("rate", "software", 64), Case("rate", "software", 1500)
+
+    def sample(switch: str, ns: float, of: Case = case, waited: float = 0.0) -> Sample:
+        return Sample(of, switch, Reading(1.0), ns, ns, waited)
+
+    samples = [sample("a", 50), sample("a", 50), sample("b", 50), sample("b", 300)]
+    assert not enough([], case, 1)
+    assert enough([], case, 1, names=())
+    assert enough(samples, case, 1)
+    assert not enough(samples, other, 1)
+    assert not enough(samples, case, 2)
+    assert not enough(samples, case, 1, names={"a", "c"})
+    assert enough(samples, case, 1, ["near"])
+    assert not enough(samples, case, 1, ["near", "far"])
+    assert enough([*samples, sample("a", 300)], case, 1, ["near", "far"])
+    assert not enough([*samples, sample("b", 50, waited=0.5)], case, 2)
+    assert enough([*samples, sample("b", 50)], case, 2)
 
 
 def test_fairness(tmp_path: Path) -> None:
