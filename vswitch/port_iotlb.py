@@ -44,8 +44,8 @@ class Frontend(Protocol):
 class PortIotlb(PortTranslation):
     """The IOTLB of one port with its present frontend and memory.
 
-    `restart` starts a ring that lies elsewhere now, from where it stopped; `fail` hears why a ring
-    cannot run, and None when it can again.
+    `restart` starts a ring that lies elsewhere now, from where it stopped, and returns whether it
+    can run there; `fail` hears why a ring cannot run, and None when it can again.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PortIotlb(PortTranslation):
         memory: Memory,
         frontend: Callable[[], Frontend | None],
         settle: Callable[[], Awaitable[None]],
-        restart: Callable[[int, RingSetup], None],
+        restart: Callable[[int, RingSetup], bool],
         fail: Callable[[int, str | None], None],
     ) -> None:
         super().__init__(port, engine, settle, Iotlb(memory))
@@ -65,6 +65,8 @@ class PortIotlb(PortTranslation):
         self._places: dict[int, RingSetup] = {}
         """Rings that run, with the addresses that the frontend's I/O virtual ones stand for."""
         self._suspended: set[int] = set()
+        self._unfit: dict[int, RingSetup] = {}
+        """Where suspended rings were to go on and could not."""
         self._asked: set[tuple[int, int]] = set()
         self._in_vain: set[tuple[int, int]] = set()
         """What was refused and no worker needs yet: not asked again at once."""
@@ -140,6 +142,8 @@ class PortIotlb(PortTranslation):
         self._setups.pop(index, None)
         self._places.pop(index, None)
         self._suspended.discard(index)
+        self._unfit.pop(index, None)
+        self._complaints.pop(index, None)
         if not self._setups:
             self._iotlb.clear()
             self._asked.clear()
@@ -172,6 +176,7 @@ class PortIotlb(PortTranslation):
     async def use_memory(self, memory: Memory) -> None:
         """Go on with another memory table, in which mappings may lie elsewhere or nowhere."""
         self._iotlb.use_memory(memory)
+        self._unfit.clear()
         for index, setup in self._setups.items():
             try:
                 here = self.place(index, setup) == self._places[index]
@@ -192,20 +197,25 @@ class PortIotlb(PortTranslation):
         """Let those go on whose own memory is translated; whether there were any."""
         resumed = False
         for index in sorted(self._suspended):
-            if self._lost or self._port.rings[index].fault is not None:
+            ring = self._port.rings[index]
+            if self._lost or ring.fault is not None:
                 continue
             setup = self._setups[index]
             try:
                 place = self.place(index, setup)
             except TranslationPending:
                 continue
+            if place == self._places[index] and ring.memory is self.memory:
+                ring.resume()
+            elif place == self._unfit.get(index):
+                continue
+            elif self._restart(index, place):
+                self._places[index] = place
+            else:
+                self._unfit[index] = place
+                continue
             resumed = True
             self._suspended.discard(index)
-            if place == self._places[index] and self._port.rings[index].memory is self.memory:
-                self._port.rings[index].resume()
-            else:
-                self._places[index] = place
-                self._restart(index, place)
         return resumed
 
     def _changed(self) -> None:

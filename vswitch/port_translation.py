@@ -73,7 +73,7 @@ class PortTranslation:
         old = []
         for index in self._setups:
             ring = self._port.rings[index]
-            if ring.iotlb is not tables:
+            if ring.started and ring.iotlb is not tables:
                 old.append(ring.iotlb)
                 ring.use_iotlb(tables)
         return old

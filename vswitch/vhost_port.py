@@ -122,6 +122,8 @@ class VhostPort:
         self._last_error: str | None = None
         self._warning: str | None = None
         self._faulted: set[int] = set()
+        self._astray: dict[int, str] = {}
+        """Rings that cannot run where their driver says they are, and why."""
         self._problem_logged: str | None = None
         self._limit_mtu(None)
         limits.apply(settings, port, engine.fdb)
@@ -206,6 +208,7 @@ class VhostPort:
             self._was_ready = False
             self._warning = None
             self._faulted.clear()
+            self._astray.clear()
             self.fast.rings.clear()
             self.fast.use_journal(journal)
             self._engine.fdb.flush(self.fast.id)
@@ -266,23 +269,23 @@ class VhostPort:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
-        await self._replace_memory(memory)
         status = os.fstat(fd)
-        self._file_ids.append((status.st_dev, status.st_ino))
+        await self._replace_memory(memory, [*self._file_ids, (status.st_dev, status.st_ino)])
 
     async def remove_memory(self, region: MemRegion) -> None:
         assert self._memory is not None
         at = self._memory.regions.index(region)
         memory = self._memory.without_region(region.gpa, region.size, region.uva)
-        await self._replace_memory(memory)
-        del self._file_ids[at]
+        await self._replace_memory(memory, self._file_ids[:at] + self._file_ids[at + 1 :])
 
-    async def _replace_memory(self, memory: Memory) -> None:
+    async def _replace_memory(self, memory: Memory, file_ids: list[tuple[int, int]]) -> None:
         """Go on with another memory; what only the old one had is unmapped."""
         if self._memory is not None:
             # Kept here: workers use it until they are told, whatever happens to this coroutine.
             self._old_memory.append(self._memory)
         self._memory = memory
+        # Rings that lie elsewhere now start again in the midst of this.
+        self._file_ids = file_ids
         if self._postcopy is not None and self._postcopy.listening:
             await self._postcopy.use_memory(memory)
         if self._iotlb is not None:
@@ -343,8 +346,8 @@ class VhostPort:
         self._set_ring_log(index, setup.log)
         base = self._run_ring(ring, place) if runs else setup.base
         self._faulted.discard(index)
-        if not self._faulted:
-            self._fault = None
+        self._astray.pop(index, None)
+        self._forgive()
         self._engine.attach(ring, setup.kick_fd, self._place(ring))
         await self._settle()
         if translation is not None and translation is self._translation:
@@ -391,9 +394,8 @@ class VhostPort:
             self._forget_kicks(ring.index)
         await self._settle()
         bases = [ring.mark_stopped() for ring in rings]
-        if self._iotlb is not None:
-            for index in indices:
-                self._iotlb.stopped(index)
+        for index in indices:
+            self._forget_place(index)
         if self._postcopy is not None:
             bases = [self._postcopy.stopped(*one) for one in zip(indices, bases, strict=True)]
         return bases
@@ -483,22 +485,32 @@ class VhostPort:
         if self._iotlb is not None:
             self._iotlb.ask_again()
 
-    def _restart_ring(self, index: int, setup: RingSetup) -> None:
-        """Let a suspended ring go on in another place, which no worker has seen yet."""
+    def _restart_ring(self, index: int, setup: RingSetup) -> bool:
+        """Let a suspended ring go on in another place, which no worker has seen yet.
+
+        False if it cannot: then it stays stopped.
+        """
         ring = self.fast.rings[index]
         base = ring.mark_stopped()
         self._set_ring_log(index, self._logs[index])
         try:
             self._run_ring(ring, replace(setup, base=base))
         except DatapathError as exc:
+            self._astray[index] = str(exc)
             self._fail(str(exc))
+            return False
+        if self._astray.pop(index, None):
+            self._forgive()
+        return True
 
     def _ring_lost(self, index: int, reason: str | None) -> None:
         """A ring cannot be where its driver says it is; None: now it can."""
         if reason is not None:
-            self._fail(f"{_ring_name(index)}: {reason}")
-        elif not self._faulted:
-            self._fault = None
+            self._astray[index] = f"{_ring_name(index)}: {reason}"
+            self._fail(self._astray[index])
+        else:
+            self._astray.pop(index, None)
+            self._forgive()
 
     def iotlb_missed(self, index: int) -> None:
         """A worker stopped at a buffer whose address is not translated."""
@@ -532,6 +544,11 @@ class VhostPort:
         ring = self.fast.rings.get(index)
         if ring is not None:
             ring.forget_journal()
+        self._forget_place(index)
+
+    def _forget_place(self, index: int) -> None:
+        """A ring has stopped, or is not to start any more."""
+        self._astray.pop(index, None)
         if self._iotlb is not None:
             self._iotlb.stopped(index)
 
@@ -607,6 +624,11 @@ class VhostPort:
         if self._backend is not None:
             for index in self.fast.rings:
                 self._backend.signal_error(index)
+
+    def _forgive(self) -> None:
+        """A ring runs again: what is wrong now is what is wrong with others."""
+        if not self._faulted:
+            self._fault = next(iter(self._astray.values()), None)
 
     def _fail(self, reason: str) -> None:
         self._fault = reason

@@ -329,6 +329,68 @@ def test_a_ring_in_two_pieces(wire: Wire) -> None:
     assert a.recv(20) == sent
 
 
+def test_a_ring_that_never_was_anywhere(wire: Wire) -> None:
+    """That the other one starts does not hide it."""
+    a, b = guest(wire, "a", 1), wire.guest("b", 2)
+    translated(a)
+    place = a.receiveqs[0].layout.used_gpa
+    a.iommu.access[place - place % PAGE_LEN] = READ
+    for _ in range(2):
+        a.reboot()
+        wire.wait_until(lambda: any(r["started"] for r in wire.info("a")["rings"]), "one starts")
+        wire.wait_state("a", "fault")
+        assert "receiveq0: the IOMMU has nothing for it at" in str(wire.info("a")["error"])
+        sent = frames(B, A, [60] * 20)
+        a.send(sent)
+        assert b.recv(20) == sent
+        assert wire.info("a")["state"] == "fault"
+    a.iommu.access.clear()
+    a.reboot()
+    wire.wait_state("a", "ready")
+
+
+def test_a_ring_in_a_place_where_it_cannot_run(wire: Wire) -> None:
+    """It stays stopped, whatever becomes of the memory, until it is somewhere else."""
+    a, b = guest(wire, "a", 1), wire.guest("b", 2)
+    translated(a)
+    teach(a, b)
+    [row], [fd] = a.memory.table()
+    more = row._replace(gpa=1 << 40, uva=1 << 40, size=PAGE_LEN, mmap_offset=0)
+    with a.iommu.hold():
+        a.iommu.invalidate()
+        a.frontend.iotlb_msg(IotlbEntry(0, UNUSED, UVA + 8, READ | WRITE, IotlbType.UPDATE))
+        wire.wait_state("a", "fault")
+        assert "is not aligned to 16 bytes" in str(wire.info("a")["error"])
+        a.frontend.add_mem_reg(more, fd)
+        a.iommu.invalidate(UNUSED, PAGE_LEN)
+        a.frontend.rem_mem_reg(more)
+        assert wire.info("a")["state"] == "fault"
+    a.iommu.invalidate()
+    wire.wait_state("a", "ready")
+    sent = frames(B, A, [60] * 20)
+    a.send(sent)
+    assert b.recv(20) == sent
+
+
+def test_a_ring_that_moves_while_memory_comes(wire: Wire) -> None:
+    """It is put back in the midst of the memory's change, where it is now."""
+    a, b = guest(wire, "a", 1), wire.guest("b", 2)
+    translated(a)
+    teach(a, b)
+    [row], [fd] = a.memory.table()
+    more = row._replace(gpa=1 << 40, uva=1 << 40, size=PAGE_LEN, mmap_offset=0)
+    with a.iommu.hold():
+        entry = IotlbEntry(0, UNUSED, UVA + UNUSED, READ | WRITE, IotlbType.UPDATE)
+        a.frontend.iotlb_msg(entry)
+        a.frontend.add_mem_reg(more, fd)
+        a.frontend.iotlb_msg(entry._replace(uva=UVA))
+        a.frontend.rem_mem_reg(more)
+    sent = frames(B, A, [60] * 20)
+    a.send(sent)
+    assert b.recv(20) == sent
+    assert wire.info("a")["connects"] == 1
+
+
 def test_memory_comes_and_goes(wire: Wire) -> None:
     """The region with the rings is replaced by its halves, as QEMU does."""
     a, b = guest(wire, "a", 1), wire.guest("b", 2)

@@ -72,6 +72,21 @@ def test_a_ring_starts_when_it_is_translated() -> None:
     with_peer(test, datapath())
 
 
+def test_a_ring_that_was_there_before_the_channel() -> None:
+    async def test(peer: Peer) -> None:
+        await behind_iommu(peer)
+        peer.datapath.pending = {protocol.decode_vring_addr(addr(0)).desc_uva}
+        await give_memory(peer)
+        await start(peer)
+        del peer.datapath.calls[:]
+        with channel() as (_, fd):
+            assert await peer.ack(Request.SET_BACKEND_REQ_FD, b"", [fd]) == 0
+        # Which lets it ask for where the ring is.
+        assert ("start", 0) in peer.datapath.calls
+
+    with_peer(test, datapath())
+
+
 @pytest.mark.parametrize("missing", ["feature", "channel"])
 def test_not_without_both(missing: str) -> None:
     async def test(peer: Peer) -> None:

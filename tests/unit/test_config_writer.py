@@ -81,7 +81,7 @@ def test_what_is_written_is_read_back(configuration: Settings) -> None:
 
 
 @given(configurations(), configurations())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_a_file_is_brought_from_anything_to_anything(before: Settings, after: Settings) -> None:
     text = render(after, render(before), file="/etc/ports.toml")
     assert parse(text, file="/etc/ports.toml") == after

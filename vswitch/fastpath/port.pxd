@@ -10,7 +10,7 @@ cdef class Ring:
     cdef readonly Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly IotlbTables iotlb    # what buffers are translated by; None without an IOMMU
     cdef readonly DirtyLog log         # kept mapped as well
-    cdef tuple areas          # (user address, len) of the parts of a started ring
+    cdef readonly tuple areas          # (user address, len) of the parts of a started ring
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it
     cdef bint moving          # unpublished only to go from one worker to another

@@ -249,8 +249,10 @@ cdef class Ring:
         """Translate buffers by another memory from now on, in which the ring lies where it lay.
 
         The old one may be in use until quiescence. Raises RingError if the ring itself is elsewhere
-        or nowhere in it; nothing has changed then.
+        or nowhere in it, or has stopped; nothing has changed then.
         """
+        if self.memory is None:
+            raise RingError("the ring has stopped")
         for uva, length in self.areas:
             if uva_to_host(memory.table, uva, length) != uva_to_host(self.memory.table, uva, length):
                 raise RingError(f"the memory of the running ring at {uva:#x} would go")

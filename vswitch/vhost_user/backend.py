@@ -274,6 +274,9 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             if vring.relayed:
                 self._channel.post(BackendRequest.VRING_CALL, one_vring(vring.index))
         self._datapath.ask_again()
+        if self.behind_iommu:
+            # Where these themselves are could not be asked either.
+            await self._start([vring for vring in self.vrings.values() if self._is_waiting(vring)])
 
     # Network
 
