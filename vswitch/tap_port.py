@@ -8,9 +8,9 @@ from vswitch import limits
 from vswitch.control.api import PortInfo, PortState
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.port import Port
+from vswitch.port_datapath import ETH_OVERHEAD
 from vswitch.settings import UplinkSettings
 from vswitch.uplinks.tap import Tap, link_state
-from vswitch.vhost_port import ETH_OVERHEAD
 
 log = logging.getLogger("vswitch.uplink")
 

@@ -9,7 +9,7 @@ import pytest
 
 from vswitch.fastpath.engine import DROP_REASONS
 from vswitch.offloads import offered
-from vswitch.vhost_port import FEATURES as PORT_FEATURES
+from vswitch.port_datapath import FEATURES as PORT_FEATURES
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import REQUESTS, Feature, ProtocolFeature, Request
 

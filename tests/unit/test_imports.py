@@ -52,6 +52,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         (
             "vswitch.switch",
             "vswitch.vhost_port",
+            "vswitch.port_datapath",
+            "vswitch.port_memory",
             "vswitch.port_iotlb",
             "vswitch.port_postcopy",
             "vswitch.port_translation",
@@ -71,6 +73,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "vswitch.uplinks",
             "vswitch.switch",
             "vswitch.vhost_port",
+            "vswitch.port_datapath",
+            "vswitch.port_memory",
             "vswitch.port_iotlb",
             "vswitch.port_postcopy",
             "vswitch.port_translation",

@@ -1,0 +1,230 @@
+"""The guest's memory of one port: its table, its log of written pages, whose files it is."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterable
+
+from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory
+from vswitch.fastpath.port import Port
+from vswitch.port_iotlb import PortIotlb
+from vswitch.port_postcopy import PortPostcopy
+from vswitch.settings import PortSettings
+from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
+from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion
+from vswitch.vhost_user.sharing import is_private_copy
+
+TIB = 1 << 40
+MEMORY_LEN_MAX = TIB
+"""Bytes of one guest's memory. The address space of a process has 128 TiB for all of them, and a
+file without contents costs its owner nothing."""
+LOG_LEN_MAX = 1 << 32
+"""Bytes of a log of written pages, which are 128 TiB of guest addresses."""
+
+log = logging.getLogger("vswitch.port")
+
+
+class PortMemory(abc.ABC):
+    """What of `vhost_user.datapath.Datapath` is about memory.
+
+    `settle` publishes the engine's state and returns when no worker uses an older one.
+    """
+
+    def __init__(
+        self,
+        settings: PortSettings,
+        engine: Engine,
+        port: Port,
+        settle: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.settings = settings
+        self.fast = port
+        self._engine = engine
+        self._settle = settle
+        self._backend: Backend | None = None
+        self._memory: Memory | None = None
+        self._memory_lost = False
+        self._old_memory: list[Memory] = []
+        self._iotlb: PortIotlb | None = None
+        self._postcopy: PortPostcopy | None = None
+        self._dirty_log: DirtyLog | None = None
+        self._old_logs: list[DirtyLog | None] = []
+        self._logs: dict[int, RingLog | None] = {}
+        self._file_ids: list[tuple[int, int]] = []
+        self._warning: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @abc.abstractmethod
+    def _fail(self, reason: str) -> None:
+        """The port is at fault."""
+
+    @property
+    def memory_slots(self) -> int:
+        return SLOTS
+
+    @property
+    def _translation(self) -> PortIotlb | PortPostcopy | None:
+        """What finds buffers, where that is not the memory table alone."""
+        if self._iotlb is None and self._postcopy is not None and self._postcopy.listening:
+            return self._postcopy
+        return self._iotlb
+
+    async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
+        self._iotlb = None
+        if self._postcopy is not None:
+            await self._postcopy.use_memory(Memory([], []))
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        self._memory_lost = False
+        self._old_memory.clear()
+        self._file_ids = []
+        self._old_logs.clear()
+        if not regions:
+            self._dirty_log = None
+        if not regions:
+            return
+        _check_memory_len(regions)
+        try:
+            self._memory = Memory(regions, fds)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
+        if self._postcopy is not None:
+            await self._postcopy.use_memory(self._memory)
+
+    async def add_memory(self, region: MemRegion, fd: int) -> None:
+        _check_memory_len([region, *(self._memory.regions if self._memory else ())])
+        try:
+            memory = (self._memory or Memory([], [])).with_region(region, fd)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        status = os.fstat(fd)
+        await self._replace_memory(memory, [*self._file_ids, (status.st_dev, status.st_ino)])
+
+    async def remove_memory(self, region: MemRegion) -> None:
+        assert self._memory is not None
+        at = self._memory.regions.index(region)
+        memory = self._memory.without_region(region.gpa, region.size, region.uva)
+        await self._replace_memory(memory, self._file_ids[:at] + self._file_ids[at + 1 :])
+
+    async def _replace_memory(self, memory: Memory, file_ids: list[tuple[int, int]]) -> None:
+        """Go on with another memory; what only the old one had is unmapped."""
+        if self._memory is not None:
+            # Kept here: workers use it until they are told, whatever happens to this coroutine.
+            self._old_memory.append(self._memory)
+        self._memory = memory
+        # Rings that lie elsewhere now start again in the midst of this.
+        self._file_ids = file_ids
+        if self._postcopy is not None and self._postcopy.listening:
+            await self._postcopy.use_memory(memory)
+        if self._iotlb is not None:
+            await self._iotlb.use_memory(memory)
+        elif self._translation is None:
+            for ring in self.fast.rings.values():
+                if ring.started:
+                    ring.use_memory(memory)
+            await self._settle()
+        self._old_memory.clear()
+
+    async def set_log(self, fd: int, area: LogArea) -> None:
+        if area.size > LOG_LEN_MAX:
+            raise DatapathError(f"the log has {area.size} bytes, more than {LOG_LEN_MAX}")
+        try:
+            self._dirty_log = DirtyLog(fd, area.size, area.offset)
+        except ValueError as exc:
+            raise DatapathError(str(exc)) from exc
+        except OSError as exc:
+            raise DatapathError(exc.strerror or str(exc)) from exc
+        await self.log_rings({i: self._logs[i] for i, r in self.fast.rings.items() if r.started})
+
+    async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
+        # Kept, as old memory is, until no worker writes there any more.
+        self._old_logs += [self._set_ring_log(index, log_) for index, log_ in logs.items()]
+        await self._settle()
+        self._old_logs.clear()
+
+    def _set_ring_log(self, index: int, log_: RingLog | None) -> DirtyLog | None:
+        """Tell a ring what to log; returns the log it had."""
+        self._logs[index] = log_
+        ring = self.fast.rings[index]
+        old = ring.log
+        if log_ is None or self._dirty_log is None:
+            ring.set_log(None, None)
+        else:
+            ring.set_log(self._dirty_log, log_.used_gpa)
+        return old
+
+    def check_memory(self) -> None:
+        """See whether the guest's memory was taken away; its rings are over then."""
+        if self._memory is None or not self._memory.lost or self._memory_lost:
+            return
+        self._memory_lost = True
+        for translation in (self._iotlb, self._postcopy):
+            if translation is not None:
+                translation.memory_lost()
+        for ring in self.fast.rings.values():
+            ring.unpublish()
+            self._engine.detach(ring)
+        self._engine.publish()
+        self._fail("the frontend truncated its memory file: the guest's memory is gone")
+        if self._backend is not None:
+            for index in self.fast.rings:
+                self._backend.signal_error(index)
+
+    def _identity(self, setup: RingSetup) -> int:
+        """A number that is the same for the same ring in the same memory, whoever looks at it.
+
+        Only the files that hold the ring count: others come and go by hot-plug.
+        """
+        assert self._memory is not None
+        places = [
+            (file_id, uva, offset + uva - region_uva)
+            for uva in (setup.desc_uva, setup.used_uva, setup.avail_uva)
+            for file_id, (_, size, region_uva, offset) in zip(
+                self._file_ids, self._memory.regions, strict=True
+            )
+            if 0 <= uva - region_uva < size
+        ]
+        told = (places, setup.size, Feature.RING_PACKED in setup.features)
+        digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") | 1
+
+    def _look_for_sharing(self, setup: RingSetup) -> None:
+        """Warn when the driver's rings are not in the memory that we were given.
+
+        QEMU without share=on hands over the file all the same, and keeps a private copy of it.
+        """
+        assert self._memory is not None
+        if self._warning is not None or self._backend is None:
+            return
+        pid = self._backend.connection.peer_pid
+        for file_id, (_, size, uva, _) in zip(self._file_ids, self._memory.regions, strict=True):
+            if 0 <= setup.desc_uva - uva < size and is_private_copy(pid, setup.desc_uva, file_id):
+                self._warning = (
+                    "the guest's memory is not shared with the switch: its process has it mapped "
+                    "privately. Start QEMU with share=on, for example: -object "
+                    "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+                )
+                log.warning("port %s: %s", self.name, self._warning)
+
+
+def _check_memory_len(regions: Iterable[tuple[int, int, int, int]]) -> None:
+    length = sum(size for _, size, _, _ in regions)
+    if length > MEMORY_LEN_MAX:
+        raise DatapathError(
+            f"the guest's memory is {length / TIB:.1f} TiB in all, "
+            f"more than the {MEMORY_LEN_MAX / TIB:.1f} TiB of a port"
+        )
