@@ -49,6 +49,13 @@ static inline void guest_store_relaxed_int(int *p, int value)
     __atomic_store_n(p, value, __ATOMIC_RELAXED);
 }
 
+/* A full fence, too: what is read after it is at least as new as what the other side wrote before it
+ * set the bits. */
+static inline uint64_t guest_exchange_u64(uint64_t *p, uint64_t value)
+{
+    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+}
+
 /* The only fence that keeps an earlier store before a later load. */
 static inline void guest_fence_full(void)
 {
@@ -62,6 +69,11 @@ static inline void guest_pause(void)
 #elif defined(__aarch64__)
     __asm__ __volatile__("yield" ::: "memory");
 #endif
+}
+
+static inline int guest_lowest_bit(uint64_t word)
+{
+    return __builtin_ctzll(word);
 }
 
 static inline void guest_prefetch(const void *p)

@@ -6,6 +6,7 @@ import mmap
 import os
 
 from vswitch.guest.guest import SoftwareGuest
+from vswitch.guest.mapping import fetch_and_clear
 from vswitch.vhost_user.protocol import VRING_F_LOG, Feature
 
 PAGE_LEN = 4096
@@ -20,7 +21,8 @@ class DirtyLog:
     def __init__(self, guest: SoftwareGuest, *, size: int | None = None, offset: int = 0) -> None:
         self.guest = guest
         highest = guest.memory.gpa_offset + max(r.gpa + r.size for r in guest.memory.regions)
-        self.size = -(-highest // (8 * PAGE_LEN)) if size is None else size
+        # Whole words, as `fetch` reads them.
+        self.size = 8 * -(-highest // (64 * PAGE_LEN)) if size is None else size
         self.offset = offset
         self.fd = os.memfd_create("vswitch-guest-log", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, offset + self.size)
@@ -53,6 +55,15 @@ class DirtyLog:
             if byte:
                 found |= {8 * at + bit for bit in range(8) if byte >> bit & 1}
         return {page - self.guest.memory.gpa_offset // PAGE_LEN for page in found}
+
+    def fetch(self) -> list[int]:
+        """The same, and they are marked no more: what a hypervisor does again and again.
+
+        Nothing is lost that the backend marks meanwhile. For a log of whole words.
+        """
+        with memoryview(self._map) as whole, whole[self.offset :] as bits:
+            found = fetch_and_clear(bits)
+        return [page - self.guest.memory.gpa_offset // PAGE_LEN for page in found]
 
     def clear(self) -> None:
         self._map[:] = bytes(len(self._map))

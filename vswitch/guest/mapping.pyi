@@ -1,5 +1,7 @@
 from typing_extensions import Buffer
 
+def fetch_and_clear(bitmap: Buffer) -> list[int]: ...
+
 class Mapping:
     lowest_gpa: int
     span_len: int
