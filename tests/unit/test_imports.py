@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +228,9 @@ def test_a_forbidden_import_is_found(
     found = violations(source)
     assert len(found) == 1
     assert f"imports {wanted}" in found[0]
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """pytest puts every folder of tests on the path: of two with one name the second is not found."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name, n in names.items() if n > 1 and name != "conftest.py"] == []
