@@ -231,6 +231,6 @@ def test_a_forbidden_import_is_found(
 
 
 def test_modules_of_tests_have_names_of_their_own() -> None:
-    """pytest puts every folder of tests on the path: of two with one name the second is not found."""
+    """pytest puts every folder of tests on the path: of two with one name it finds one."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
     assert [name for name, n in names.items() if n > 1 and name != "conftest.py"] == []
