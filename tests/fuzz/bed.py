@@ -409,7 +409,9 @@ class Bed:
 
     def turn(self, arm: bool = False) -> None:
         """Let the switch do what there is to do."""
-        self.worker.turn(arm)
+        self.worker.turn()
+        if arm:
+            self.worker.arm()
 
     def drain(self) -> None:
         """Have the bystanders take what came, and give their buffers again."""

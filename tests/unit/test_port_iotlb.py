@@ -203,6 +203,19 @@ def test_a_miss_whose_event_was_lost(bench: Bench) -> None:
     assert bench.open[BATCH:] == [missed]
 
 
+def test_an_answer_that_comes_just_before_a_sleep(bench: Bench) -> None:
+    """A ring that is looked at now and then need not have been polled since: it is not slept on."""
+    bench.start(TRANSMIT)
+    [worker] = bench.engine.workers
+    assert bench.turn() == [("iotlb-miss", TRANSMIT)]
+    assert worker.arm(), "its buffers are of no use yet"
+    while bench.questions:
+        bench.answer()
+    assert not worker.arm(), "now they are"
+    bench.turn()
+    assert bench.port.rings[TRANSMIT].frames > 0
+
+
 @pytest.mark.parametrize("what", ["buffer", "ring", "memory"])
 def test_workers_are_waited_for_when_they_have_the_new_tables(bench: Bench, what: str) -> None:
     """Before an invalidation is acknowledged, or memory unmapped; an update waits for nobody."""

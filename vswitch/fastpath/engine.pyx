@@ -185,11 +185,10 @@ cdef class Worker:
         with nogil:
             worker_loop(self.c)
 
-    def turn(self, bint arm=False):
+    def turn(self):
         """Look once at every ring and TAP, in the calling thread; returns how many chains came.
 
-        For tests that go step by step, and never while `run` does. `arm` asks the drivers for kicks
-        afterwards, as before a sleep.
+        For tests that go step by step, and never while `run` does.
         """
         cdef const View *view = <const View *>self.c.shared.view
         cdef const WorkerView *mine = &view.workers[self.c.id]
@@ -201,9 +200,18 @@ cdef class Worker:
                 got += poll_tap(self.c, view, mine.taps[i])
             if self.c.shared.inject != NULL:
                 send_injected(self.c, view)
-            if arm:
-                arm_rings(mine)
         return got
+
+    def arm(self):
+        """Ask the drivers for kicks, as before a sleep; False if there is something to do first.
+
+        For tests, as `turn` is.
+        """
+        cdef const View *view = <const View *>self.c.shared.view
+        cdef bint idle
+        with nogil:
+            idle = arm_rings(&view.workers[self.c.id])
+        return idle
 
     def stop(self):
         vs_store32(&self.c.stop, 1)

@@ -261,7 +261,10 @@ cdef inline bint arm_rings(const WorkerView *mine) noexcept nogil:
     vs_fence()
     for i in range(mine.n_transmitqs):
         ring = mine.transmitqs[i]
-        if ring.fault == 0 and has_work(ring):
+        # A ring that waited for a translation may have it by now and not have been polled since,
+        # for cold rings are not polled in every loop. With the view that came with the translation
+        # seen, nothing else would wake this worker.
+        if (ring.fault == 0 or miss_answered(ring)) and has_work(ring):
             return False
     return True
 
