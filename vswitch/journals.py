@@ -88,6 +88,10 @@ class Journals:
             )  # fmt: skip
             return None
 
+    def has(self, port: str) -> bool:
+        """Whether there is a file for this port, of whatever kind."""
+        return os.path.lexists(self._path(port))
+
     def forget(self, port: str) -> None:
         """Remove the journal of a port that is gone for good."""
         with contextlib.suppress(OSError):

@@ -132,6 +132,7 @@ class Switch:
                 self._placement.choose,
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
             )
+            fresh = self._journals is not None and not self._journals.has(settings.name)
             if self._journals is not None:
                 journal = self._journals.open(settings.name, MAX_VRINGS, 2 * settings.queues)
                 if journal is not None:
@@ -139,6 +140,8 @@ class Switch:
             try:
                 port.open()
             except BaseException:
+                if fresh and self._journals is not None:
+                    self._journals.forget(settings.name)
                 await self._retire(port.fast)
                 raise
             self._enter(port)

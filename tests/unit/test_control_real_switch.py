@@ -86,6 +86,21 @@ def test_ports_come_and_go(client: Client, tmp_path: Path) -> None:
     assert again["name"] == "vm3"
 
 
+def test_a_refused_port_leaves_no_journal(client: Client, tmp_path: Path) -> None:
+    directory = tmp_path / "c.sock.rings"
+    before = sorted(directory.iterdir())
+    assert len(before) == 2
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SocketError, match="a regular file"):
+        client.add_port("x", tmp_path / "file")
+    assert sorted(directory.iterdir()) == before
+    # What an earlier switch left may be needed yet.
+    (directory / "x.rings").touch()
+    with pytest.raises(SocketError, match="a regular file"):
+        client.add_port("x", tmp_path / "file")
+    assert (directory / "x.rings").exists()
+
+
 def test_wrong_input_changes_nothing(client: Client, tmp_path: Path) -> None:
     before = client.settings()
     (tmp_path / "file").write_text("mine")
