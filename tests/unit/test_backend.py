@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import socket
@@ -20,6 +21,7 @@ from tests.unit.wire import (
     with_peer,
 )
 from vswitch.errors import ProtocolError
+from vswitch.fastpath.engine import Engine
 from vswitch.vhost_user import connection, protocol
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
@@ -614,5 +616,16 @@ def test_memory_for_what_is_in_flight() -> None:
         await peer.send(Request.GET_INFLIGHT_FD, asked[:20])
         data = await loop.sock_recv(peer.sock, 64)
         assert data[:4] == bytes([Request.GET_INFLIGHT_FD, 0, 0, 0])
+
+    with_peer(test)
+
+
+def test_what_earlier_tests_left_to_the_garbage_collector_is_no_leak() -> None:
+    garbage: list[object] = [Engine()]
+    garbage.append(garbage)
+    del garbage
+
+    async def test(_: Peer) -> None:
+        gc.collect()
 
     with_peer(test)

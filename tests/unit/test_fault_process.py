@@ -59,7 +59,7 @@ class Helper:
 
 def run(test: Callable[[Helper], Awaitable[None]]) -> None:
     async def body() -> None:
-        before = open_fds()
+        before = open_fds(collect=True)
         helper = Helper()
         async with asyncio.timeout(20):
             await helper.start()

@@ -160,7 +160,7 @@ def run(
         finally:
             await bench.close()
 
-    before = open_fds()
+    before = open_fds(collect=True)
     asyncio.run(body())
     # Others' may go meanwhile.
     assert memory_files(open_fds()) <= memory_files(before)
