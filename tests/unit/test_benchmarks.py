@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -482,6 +484,14 @@ def test_every_switch_and_generator_has_a_title() -> None:
     assert len(set(titles)) == len(titles)
 
 
+def something(measure: Callable[[float], Any]) -> Any:
+    """What a measurement finds, given more time where other programs had the CPU all along."""
+    for seconds in (0.05, 0.2, 0.8, 3.2):
+        if found := measure(seconds):
+            return found
+    return None
+
+
 def test_limits_of_the_machine() -> None:
     """That they are measured at all; what comes out depends on the machine."""
     cpu = sorted(os.sched_getaffinity(0))[1]
@@ -489,7 +499,7 @@ def test_limits_of_the_machine() -> None:
     assert len(spent) == 20
     assert min(spent) > 0
     sizes = {"slots": 4, "piece_len": 4096, "pieces": 64, "window": 4}
-    assert copies(cpu, 0.05, 65238, warm_up_s=0.01, **sizes) > 0
+    assert something(lambda seconds: copies(cpu, seconds, 65238, warm_up_s=0.01, **sizes))
     with pytest.raises(ValueError, match="0 wake-ups, must be 1 to"):
         wakeups(cpu, 1.0, limit=0)
     with pytest.raises(ValueError, match="64 pieces of 4096 bytes do not hold 5 messages"):
@@ -498,7 +508,7 @@ def test_limits_of_the_machine() -> None:
         copies(cpu, 1.0, 100, slots=2, piece_len=4096, pieces=64, window=3)
     with pytest.raises(ValueError, match="CPU 100000 cannot be used"):
         wakeups(100_000, 0.01)
-    assert LIMITS["memcpy"].run(cpu, 0.05).value > 0
+    assert something(lambda seconds: LIMITS["memcpy"].run(cpu, seconds).value)
 
 
 def test_segments_that_stay_whole() -> None:
@@ -742,12 +752,17 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a TAP and packet sockets take root")
 def test_frames_to_and_from_the_host() -> None:
-    settings = Settings(samples=1, seconds=0.05, switches=("vswitch",), generators=("host",))
-    run = Runner(settings, lambda _line: None).run()
-    assert run.failures == []
-    found = {(one.case.kind, one.case.frame_len) for one in run.samples if one.reading.value > 0}
-    assert found == {(case.kind, case.frame_len) for case in cases_of("host", ())}
-    assert len(found) == 4
+    wanted = {(case.kind, case.frame_len) for case in cases_of("host", ())}
+    assert len(wanted) == 4
+
+    def measure(seconds: float) -> bool:
+        settings = Settings(samples=1, seconds=seconds, switches=("vswitch",), generators=("host",))
+        run = Runner(settings, lambda _line: None).run()
+        assert run.failures == []
+        got = {(one.case.kind, one.case.frame_len) for one in run.samples if one.reading.value > 0}
+        return got == wanted
+
+    assert something(measure)
     assert setup_of(Case("tap-in", "host", TSO_FRAME_LEN)) == Setup(
         1514, True, ports=1, uplink=True
     )
