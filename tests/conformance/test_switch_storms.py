@@ -86,7 +86,11 @@ def storm(path: Path, guest: Guest, connects: int = CONNECTS) -> None:
 
 def descriptors(wire: Wire) -> list[str]:
     directory = Path(f"/proc/{wire.switch.process.pid}/fd")
-    return sorted(os.readlink(path) for path in directory.iterdir())
+    found = []
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since they were listed
+            found.append(os.readlink(path))
+    return sorted(found)
 
 
 def settled(wire: Wire, before: list[str]) -> bool:
