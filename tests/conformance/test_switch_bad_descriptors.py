@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import RunningSwitch, Wire
+from running import RunningSwitch, Wire, open_files
 from test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
 
 from vswitch.guest import BackendClosedError, Frontend
@@ -55,19 +55,11 @@ TAKERS = {
 def bench(wire: Wire) -> Iterator[Bench]:
     """Every test ends with as many descriptors as it began with."""
     bench = Bench(wire)
-    before = files_of(wire)
+    before = open_files(wire)
     yield bench
     bench.wire.wait_until(
-        lambda: len(files_of(wire)) == len(before), f"the descriptors are {before} again"
+        lambda: len(open_files(wire)) == len(before), f"the descriptors are {before} again"
     )
-
-
-def files_of(wire: Wire) -> list[str]:
-    found = []
-    for path in Path(f"/proc/{wire.switch.process.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(path))
-    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -184,7 +176,7 @@ def test_a_message_that_comes_too_slowly(run_dir: Path) -> None:
     wire = Wire(switch)
     try:
         bench = Bench(wire)
-        before = files_of(wire)
+        before = open_files(wire)
         frontend = Frontend.connect(bench.socket, 5.0)
         frontend.negotiate(Feature.PROTOCOL_FEATURES, 0)
         whole = protocol.encode(Request.SET_MEM_TABLE, encode_mem_table([REGION]))
@@ -198,7 +190,7 @@ def test_a_message_that_comes_too_slowly(run_dir: Path) -> None:
                 time.sleep(0.03)
         assert patience_s <= time.monotonic() - begun < len(whole) * 0.03 + 5
         bench.ended(frontend, "began a message and did not finish it in 0.5 s")
-        wire.wait_until(lambda: len(files_of(wire)) == len(before), "its descriptor is closed")
+        wire.wait_until(lambda: len(open_files(wire)) == len(before), "its descriptor is closed")
     finally:
         wire.close()
         switch.stop()

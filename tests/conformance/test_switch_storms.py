@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from frames import frame, mac
-from running import Wire, exchanging, teach
+from running import Wire, exchanging, open_files, teach
 
 from vswitch.guest import SoftwareGuest
 from vswitch.vhost_user import protocol
@@ -84,17 +84,8 @@ def storm(path: Path, guest: Guest, connects: int = CONNECTS) -> None:
             guest(client)
 
 
-def descriptors(wire: Wire) -> list[str]:
-    directory = Path(f"/proc/{wire.switch.process.pid}/fd")
-    found = []
-    for path in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since they were listed
-            found.append(os.readlink(path))
-    return sorted(found)
-
-
 def settled(wire: Wire, before: list[str]) -> bool:
-    return len(descriptors(wire)) == len(before)
+    return len(open_files(wire)) == len(before)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +96,7 @@ def test_a_storm_on_a_free_port(wire: Wire, guest: Guest) -> None:
     b, c = wire.guest("b", 2), wire.guest("c", 3)
     teach(b, c)
     path = wire.port("storm")
-    before = descriptors(wire)
+    before = open_files(wire)
     with exchanging(b, c):
         storm(path, guest)
         wire.wait_state("storm", "listening")
@@ -126,7 +117,7 @@ def test_a_storm_on_a_port_that_is_taken(wire: Wire) -> None:
     """All are turned away, and the guest whose port it is goes on."""
     a, b = wire.guest("a", 1), wire.guest("b", 2)
     teach(a, b)
-    before = descriptors(wire)
+    before = open_files(wire)
     lines = wire.switch.log.count("\n")
     storming = threading.Thread(target=storm, args=(Path(a.path), leaves_at_once))
     storming.start()
