@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -451,3 +452,12 @@ class Bed:
 
 def setup_row(setup: RingSetup) -> dict[str, Any]:
     return {name: getattr(setup, name) for name in RingSetup.__slots__}
+
+
+def run_cases(bed: Bed, make: Callable[[int], dict[str, Any]], count: int, name: str) -> None:
+    """The first cases of a kind of `make fuzz`; a failure says how to have it again."""
+    for seed in range(count):
+        try:
+            bed.run(make(seed))
+        except Violation as exc:
+            raise AssertionError(f"make fuzz SEED={seed} ARGS='--only {name}'") from exc

@@ -8,7 +8,7 @@ from typing import Any
 
 import iommucases
 import pytest
-from bed import PLACES, Violation
+from bed import PLACES, Violation, run_cases
 from iommu import BOTH, COVER, IommuBed
 from iommuraces import RacingIommuBed
 from mappings import Mappings, merged, minus
@@ -30,11 +30,7 @@ def bed() -> Iterator[IommuBed]:
 
 
 def test_hostile_guests_behind_an_iommu(bed: IommuBed) -> None:
-    for seed in range(CASES):
-        try:
-            bed.run(iommucases.make(seed))
-        except Violation as exc:
-            raise AssertionError(f"make fuzz SEED={seed} ARGS='--only iommu'") from exc
+    run_cases(bed, iommucases.make, CASES, "iommu")
     assert {
         "iotlb-miss", "iommu-permission", "egress-down", "invalidated", "update refused",
         "unplugged", "iotlb-miss at a ring", "logged", "split", "packed", "flooded",
@@ -43,11 +39,7 @@ def test_hostile_guests_behind_an_iommu(bed: IommuBed) -> None:
 
 def test_hostile_guests_behind_an_iommu_in_a_race() -> None:
     bed = RacingIommuBed()
-    for seed in range(RACES):
-        try:
-            bed.run(iommucases.make_race(seed))
-        except Violation as exc:
-            raise AssertionError(f"make fuzz SEED={seed} ARGS='--only iommu-races'") from exc
+    run_cases(bed, iommucases.make_race, RACES, "iommu-races")
     bed.close()
     assert {"iotlb-miss at a ring", "invalidated", "ring-fault"} <= bed.reached.keys()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import races
 import ringcases
-from bed import PATTERN, PLACES, Bed, Violation
+from bed import PATTERN, PLACES, Bed, Violation, run_cases
 
 from vswitch.fastpath.engine import DROP_REASONS
 from vswitch.fastpath.port import RING_FAULTS
@@ -27,11 +27,7 @@ def bed() -> Iterator[Bed]:
 
 def test_hostile_rings(bed: Bed) -> None:
     """And the cases are hostile in every way there is a name for: else they prove little."""
-    for seed in range(CASES):
-        try:
-            bed.run(ringcases.make(seed))
-        except Violation as exc:
-            raise AssertionError(f"make fuzz SEED={seed} ARGS='--only rings'") from exc
+    run_cases(bed, ringcases.make, CASES, "rings")
     faults = {name for name, _ in RING_FAULTS if name} - NOT_WITHOUT_IOMMU
     drops = {name for name, _ in DROP_REASONS} - NOT_FROM_RINGS
     assert faults | drops | {"split", "packed", "logged"} <= bed.reached.keys()
@@ -39,11 +35,7 @@ def test_hostile_rings(bed: Bed) -> None:
 
 def test_hostile_rings_in_a_race() -> None:
     bed = races.RacingBed()
-    for seed in range(RACES):
-        try:
-            bed.run(races.make(seed))
-        except Violation as exc:
-            raise AssertionError(f"make fuzz SEED={seed} ARGS='--only races'") from exc
+    run_cases(bed, races.make, RACES, "races")
     bed.close()
     assert {"bad-address", "avail-index", "ring-fault"} <= bed.reached.keys()
 

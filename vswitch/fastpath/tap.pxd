@@ -1,7 +1,7 @@
 """The TAP uplink, with a virtio_net_hdr before each frame (Linux tun.h).
 
-A write to a TAP is one frame. io_uring does those of a burst in one system call, which is a third of
-what a short one costs. Where there is none each has its own.
+A write to a TAP is one frame. io_uring does those of a burst in one system call, which saves a third
+of what a short one costs. Where there is none each has its own.
 """
 
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EIO, errno
