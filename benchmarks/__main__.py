@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import report
+from benchmarks import against, report, revisions
 from benchmarks.alone import ALONE
 from benchmarks.cases import GENERATORS
 from benchmarks.errors import BenchmarkError, MissingError
@@ -29,6 +29,7 @@ _DEFAULTS = Settings()
 _QUICK = replace(
     _DEFAULTS, samples=1, seconds=0.1, frames=(64, 1500), kinds=("rate", "latency", "wakeup")
 )
+_AGAINST = Settings(samples=against.PAIRS, switches=(against.OLD, against.NEW), kinds=("rate",))
 _MIN_FRAME_LEN = 64
 _GENERATORS = (*GENERATORS, ALONE)
 
@@ -73,6 +74,14 @@ def _numbers(_context: object, _parameter: object, value: str | None) -> tuple[i
     "--add-to", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Go on with a run of the same commit: measure what its JSON file has too little of.",
 )  # fmt: skip
+@click.option(
+    "--against", "old", metavar="REV",
+    help="Build that revision and this one and measure them by turns, 15 pairs in one class.",
+)  # fmt: skip
+@click.option(
+    "--revision", "new", metavar="REV", default=revisions.WORKING_TREE, show_default=True,
+    help="With --against: which revision is the newer one.",
+)  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few short samples: shows that it works, no more.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS,
@@ -92,12 +101,18 @@ def main(
     kinds: tuple[Kind, ...] | None,
     places: tuple[Place, ...] | None,
     add_to: Path | None,
+    old: str | None,
+    new: str,
     quick: bool,
     out: Path,
     write_docs: bool,
 ) -> None:
-    """Measure vswitch beside other switches on this machine."""
-    base = _QUICK if quick else _DEFAULTS
+    """Measure vswitch beside other switches on this machine, or beside an older vswitch."""
+    if old is not None and (switches or add_to or write_docs or quick):
+        raise click.UsageError(
+            "--against goes with none of --switches, --add-to, --quick and --write-docs"
+        )
+    base = _AGAINST if old is not None else _QUICK if quick else _DEFAULTS
     settings = Settings(
         samples=samples or base.samples,
         seconds=seconds or base.seconds,
@@ -109,7 +124,9 @@ def main(
         places=places or (),
     )
     try:
-        if write_docs:
+        if old is not None:
+            _compare(old, new, settings, out)
+        elif write_docs:
             _write_docs(report.newest(out))
         else:
             _measure(settings, out, add_to)
@@ -118,13 +135,35 @@ def main(
         sys.exit(1)
 
 
-def _measure(settings: Settings, out: Path, add_to: Path | None) -> None:
+def _check_lengths(settings: Settings) -> None:
     for length in settings.frames:
         if not _MIN_FRAME_LEN <= length <= SoftwareGenerator.max_frame_len:
             raise BenchmarkError(f"frames of {length} bytes cannot be measured, 64 to 9000 can")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _compare(old: str, new: str, settings: Settings, out: Path) -> None:
+    """Whatever comes out is no failure: a number decides, and a person reads it."""
+    _check_lengths(settings)
+    sides = [revisions.find(old), revisions.find(new)]
+    with sigterm_unwinds():
+        builds = []
+        for side in sides:
+            _say(f"building {side.title}")
+            builds.append(revisions.build(side))
+        results = against.AgainstRunner(builds[0], builds[1], settings, _say).run()
+    click.echo(against.markdown(results))
+    _say(f"written to {against.write(results, out)}")
+
+
+def _measure(settings: Settings, out: Path, add_to: Path | None) -> None:
+    _check_lengths(settings)
     earlier = report.from_json(add_to.read_text()) if add_to else None
     with sigterm_unwinds():
-        results = Runner(settings, lambda line: click.echo(line, err=True), earlier).run()
+        results = Runner(settings, _say, earlier).run()
     as_json, as_table = report.write(results, out)
     click.echo(report.markdown(results))
     try:

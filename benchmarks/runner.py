@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,14 +99,20 @@ class Runner:
     """One run: `run` may be called once.
 
     `earlier` is a run of the same commit on the same machine that is to be gone on with: only what
-    it has too few samples of is measured. Raises BenchmarkError where it is another.
+    it has too few samples of is measured. Raises BenchmarkError where it is another. `switches` are
+    those that settings.switches may name.
     """
 
     def __init__(
-        self, settings: Settings, progress: Progress, earlier: Results | None = None
+        self,
+        settings: Settings,
+        progress: Progress,
+        earlier: Results | None = None,
+        switches: Mapping[str, type[Switch]] = SWITCHES,
     ) -> None:
         self.settings = settings
         self.progress = progress
+        self._switches = switches
         self._counted = False
         self.cpus: Cpus = choose_cpus(settings.cpus)
         self.results = earlier or Results(
@@ -158,7 +164,7 @@ class Runner:
     def _run_group(self, generator: type[Generator], setup: Setup, cases: list[Case]) -> None:
         """Start what these cases need, run them, and end it all."""
         chosen = self.settings.switches
-        switches = [SWITCHES[name] for name in chosen if name in SWITCHES]
+        switches = [self._switches[name] for name in chosen if name in self._switches]
         switches = [one for one in switches if any(can(one, generator, case) for case in cases)]
         if not switches:
             return
@@ -192,7 +198,7 @@ class Runner:
 
     def _run_alone(self, cases: list[Case]) -> None:
         """Cases without a generator, in which nothing is running but what is being measured."""
-        chosen = [SWITCHES[name] for name in self.settings.switches if name in SWITCHES]
+        chosen = [self._switches[one] for one in self.settings.switches if one in self._switches]
         for case in cases:
             if case.kind == "fdb":
                 if Vswitch in chosen:

@@ -94,6 +94,8 @@ class Vswitch(Switch):
     host_interface = "vsb-vswitch"
     polling = "adaptive"
     workers = 1
+    program: tuple[str, ...] = ()
+    """The `vswitch` to be started; () is the one that this runs on."""
 
     def start(self) -> None:
         control = self.folder / "control.sock"
@@ -106,7 +108,7 @@ class Vswitch(Switch):
         if self.setup.uplink:
             lines += ["[uplink]", 'type = "tap"', f'name = "{self.host_interface}"']
         config.write_text("\n".join(lines) + "\n")
-        self._process = SwitchProcess(config, control, self.folder / "log")
+        self._process = SwitchProcess(config, control, self.folder / "log", self.program)
         with running_on({self.cpu}):
             self._process.start()
 

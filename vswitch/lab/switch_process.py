@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,13 +22,15 @@ class SwitchProcess:
     """A switch in a process of its own; a context manager that stops it.
 
     `config` is the configuration file, `control` the control socket it names. What the switch says
-    is appended to `log`, over restarts.
+    is appended to `log`, over restarts. `program` is the `vswitch` to be started, with its first
+    arguments; by default the one that this is part of.
     """
 
-    def __init__(self, config: Path, control: Path, log: Path) -> None:
+    def __init__(self, config: Path, control: Path, log: Path, program: Sequence[str] = ()) -> None:
         self.config = config
         self.control = control
         self.log = log
+        self._program = tuple(program) or (sys.executable, "-m", "vswitch")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> Self:
@@ -36,7 +39,7 @@ class SwitchProcess:
             raise LabError("the switch is running already")
         said_before = self.log.stat().st_size if self.log.exists() else 0
         self._process = process.start(
-            [sys.executable, "-m", "vswitch", "start", "--config", str(self.config)],
+            [*self._program, "start", "--config", str(self.config)],
             log=self.log,
             death_signal="TERM",
         )
