@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from vswitch.control.client import Client
+from vswitch.guest import SoftwareGuest
 from vswitch.guest.bench import Options, Rates, measure
 from vswitch.guest.errors import GuestError
 from vswitch.lab.bench import bench
@@ -57,6 +59,29 @@ def test_when_nothing_gets_through(
         GuestError, match=r"a broadcast sent to .*a\.sock did not arrive at .*c\.sock"
     ):
         measure((sockets[0], sockets[2]), Options(seconds=0.05))
+
+
+def test_a_switch_that_forwards_only_later(
+    sockets: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As VPP, which drops what comes before it has brought the interface up."""
+    send, asked = SoftwareGuest.send, []
+
+    def send_or_open(guest: SoftwareGuest, frames: list[bytes], **how: float) -> None:
+        asked.append(guest.path)
+        if len(asked) == 3:
+            with Client(sockets[0].parent / "control.sock") as client:
+                client.set_link("c", True)
+        send(guest, frames, **how)
+
+    monkeypatch.setattr(SoftwareGuest, "send", send_or_open)
+    try:
+        rates = measure((sockets[0], sockets[2]), Options(seconds=0.1))
+    finally:
+        with Client(sockets[0].parent / "control.sock") as client:
+            client.set_link("c", False)
+    assert asked[:3] == [str(sockets[0])] * 3
+    assert rates.received > 0
 
 
 def test_wrong_usage(sockets: tuple[Path, ...]) -> None:
