@@ -11,7 +11,7 @@ from running import Wire, silent, teach
 
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.guest import SoftwareGuest
-from vswitch.guest.packets import parse_mac
+from vswitch.guest.packets import format_mac, parse_mac
 
 
 @pytest.fixture(params=["split", "packed-in-order"])
@@ -52,6 +52,26 @@ def test_unknown_unicast_floods_and_known_does_not(wire: Wire, trio: Trio) -> No
     assert silent(a, b, c)
     assert wire.learned() == {A: "a", B: "b"}
     assert wire.drops("a") == wire.drops("b") == wire.drops("c") == {}
+
+
+@pytest.mark.parametrize("vlan", [0, 7])
+def test_all_zeros_is_an_unknown_destination_like_any_other(
+    wire: Wire, trio: Trio, vlan: int
+) -> None:
+    """As with a Linux bridge: whatever port has which number."""
+    a, b, c = trio
+    teach(a, b, c)
+    zeros = "00:00:00:00:00:00"
+    for tag, sender in enumerate(trio):
+        source = format_mac(sender.mac)
+        sent = tagged(zeros, source, vlan, tag=tag) if vlan else frame(zeros, source, tag=tag)
+        sender.send([sent])
+        for other in trio:
+            if other is not sender:
+                assert other.recv(1) == [sent]
+        sender.drain()
+        assert silent(sender)
+    assert zeros not in wire.learned()
 
 
 @pytest.mark.parametrize(

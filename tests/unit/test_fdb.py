@@ -161,6 +161,46 @@ def test_lookups_beside_a_writer_never_see_a_third_port() -> None:
     assert seen <= {1, 2, None}
 
 
+def test_all_zeros_is_an_address_that_nobody_has() -> None:
+    """It once was the key of every empty place, with port 0 in it."""
+    fdb = Fdb(16)
+    assert fdb.lookup(0) is None
+    fdb.learn(mac(1), 5)
+    fdb.delete(mac(1))
+    assert fdb.lookup(0) is None
+    assert not fdb.delete(0)
+    assert fdb.entries() == []
+
+
+def test_a_group_address_is_no_key() -> None:
+    """Nor is that of an empty place, which is one."""
+    fdb = Fdb(16)
+    for key in (1, 2**64 - 1):
+        for call in (fdb.lookup, fdb.delete):
+            with pytest.raises(ValueError, match="group address"):
+                call(key)
+        for change in (fdb.learn, fdb.add_static):
+            with pytest.raises(ValueError, match="group address"):
+                change(key, 1)
+    assert len(fdb) == 0
+
+
+def test_a_place_is_filled_again_and_again() -> None:
+    """More often than a round counts to."""
+    fdb = Fdb(1)
+    keys = [mac(n) for n in range(5)]
+    for n in range(1 << 20 | 3):
+        key = keys[n % 5]
+        assert fdb.learn(key, n % 1024)
+        assert fdb.lookup(key) == n % 1024
+        assert fdb.delete(key)
+    fdb.tick = 2**32 - 1
+    assert fdb.learn(mac(1), 1023)
+    assert fdb.entries() == [(mac(1), 1023, False, 0)]
+    assert fdb.add_static(mac(1), 1022)
+    assert fdb.entries() == [(mac(1), 1022, True, 0)]
+
+
 def test_addresses_as_text() -> None:
     assert key_mac(mac_key("52:54:00:AB:cd:01", 4094)) == ("52:54:00:ab:cd:01", 4094)
     assert key_mac(mac_key("02:00:00:00:00:00")) == ("02:00:00:00:00:00", 0)

@@ -18,6 +18,7 @@ from vswitch.fastpath.atomics cimport (
     vs_store_release_ptr,
 )
 from vswitch.fastpath.chain cimport read_desc, read_packed, walk_chain
+from vswitch.fastpath.fdb cimport FDB_EMPTY
 from vswitch.fastpath.iotlb cimport IotlbTables
 from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
 from vswitch.fastpath.dirty cimport log_packed, log_used
@@ -225,8 +226,7 @@ cdef class Ring:
         c.region_hint = 0
         c.empty_polls = 0
         c.debt = 0
-        c.src_key = 0
-        c.dst_key = 0
+        c.src_key = c.dst_key = FDB_EMPTY  # no frame's
         c.src_generation = c.dst_generation = 0
         c.fault_value = 0
         c.fault_detail = 0

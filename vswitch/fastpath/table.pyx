@@ -17,16 +17,20 @@ from vswitch.fastpath.atomics cimport (
     vs_unlock,
 )
 from vswitch.fastpath.fdb cimport (
+    FDB_EMPTY,
     FDB_NO_ROOM,
     FDB_PORT_FULL,
-    FDB_STATIC,
     FdbResult,
     fdb_find,
     fdb_insert,
     fdb_learn,
     fdb_lookup,
+    fdb_pinned,
+    fdb_port,
     fdb_prefetch,
+    fdb_read,
     fdb_remove,
+    fdb_tick,
 )
 from vswitch.fastpath.types cimport BURST, MAX_PORTS, FdbBucket, FdbC, FdbEntryC
 
@@ -71,6 +75,13 @@ cdef uint16_t _port(uint16_t port) except? 0xFFFF:
     return port
 
 
+cdef uint64_t _key(uint64_t key) except? 1:
+    # An empty place has the key of a group address.
+    if key & 1:
+        raise ValueError(f"{key:#x} is the key of a group address")
+    return key
+
+
 cdef class Fdb:
     """(VLAN, MAC) to port number. `size` is the most entries it takes.
 
@@ -94,7 +105,7 @@ cdef class Fdb:
             raise MemoryError
         if huge:
             madvise(self.c.buckets, length, MADV_HUGEPAGE)  # without it, it is slower and that is all
-        memset(self.c.buckets, 0, length)
+        memset(self.c.buckets, 0xFF, length)  # FDB_EMPTY
         self.c.mask = buckets - 1
         self.c.limit = size
         for port in range(MAX_PORTS):
@@ -145,7 +156,7 @@ cdef class Fdb:
 
     def lookup(self, uint64_t key):
         """The port number of a key, or None."""
-        cdef int32_t port = fdb_lookup(self.c, key)
+        cdef int32_t port = fdb_lookup(self.c, _key(key))
         return None if port < 0 else port
 
     def count_known(self, const uint64_t[::1] keys):
@@ -171,7 +182,7 @@ cdef class Fdb:
         """What a worker does with a source address; False when table or port had no room."""
         cdef int32_t old = -1
         cdef FdbResult result
-        result = fdb_learn(self.c, key, _port(port), vs_load32(&self.c.tick), &old)
+        result = fdb_learn(self.c, _key(key), _port(port), vs_load32(&self.c.tick), &old)
         return result != FDB_NO_ROOM and result != FDB_PORT_FULL
 
     def add_static(self, uint64_t key, uint16_t port):
@@ -179,8 +190,9 @@ cdef class Fdb:
         cdef int32_t old = -1
         cdef FdbResult result
         port = _port(port)
+        key = _key(key)
         self._lock()
-        result = fdb_insert(self.c, key, port, FDB_STATIC, vs_load32(&self.c.tick), &old)
+        result = fdb_insert(self.c, key, port, True, vs_load32(&self.c.tick), &old)
         # A worker may have noted the address as its port's own.
         vs_store32(&self.c.generation, self.c.generation + 1)
         vs_unlock(&self.c.lock)
@@ -189,6 +201,7 @@ cdef class Fdb:
     def delete(self, uint64_t key):
         """Remove one entry; False when there was none."""
         cdef FdbEntryC *entry
+        key = _key(key)
         self._lock()
         entry = fdb_find(self.c, key)
         if entry != NULL:
@@ -221,17 +234,17 @@ cdef class Fdb:
             for i in range(start, end):
                 for k in range(4):
                     entry = &self.c.buckets[i].entries[k]
-                    if entry.key == 0:
+                    if entry.key == FDB_EMPTY:
                         continue
                     val = vs_load64(&entry.val)
-                    if port >= 0 and <int32_t>(val & 0xFFFF) != port:
+                    if port >= 0 and fdb_port(val) != port:
                         continue
-                    if (val >> 16) & FDB_STATIC and not statics:
+                    if fdb_pinned(val) and not statics:
                         continue
-                    if limit and tick - <uint32_t>(val >> 32) < limit:
+                    if limit and tick - fdb_tick(val) < limit:
                         continue
                     if gone is not None:
-                        gone.append((entry.key, val & 0xFFFF))
+                        gone.append((entry.key, fdb_port(val)))
                     fdb_remove(self.c, entry)
                     removed += 1
             vs_unlock(&self.c.lock)
@@ -249,12 +262,9 @@ cdef class Fdb:
             for k in range(4):
                 entry = &self.c.buckets[i].entries[k]
                 key = vs_load_acquire64(&entry.key)
-                if key == 0:
-                    continue
-                val = vs_load_acquire64(&entry.val)
-                if vs_load64(&entry.key) == key:
+                if key != FDB_EMPTY and fdb_read(entry, key, &val):
                     found.append((
-                        key, val & 0xFFFF, bool((val >> 16) & FDB_STATIC),
-                        max(0, <int32_t>(tick - <uint32_t>(val >> 32))),
+                        key, fdb_port(val), bool(fdb_pinned(val)),
+                        max(0, <int32_t>(tick - fdb_tick(val))),
                     ))
         return found

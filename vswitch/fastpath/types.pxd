@@ -312,8 +312,8 @@ cdef struct Inject:        # a frame made by the switch itself (RARP), handed to
     char data[64]
 
 cdef struct FdbEntryC:
-    uint64_t key           # atomic; MAC in wire order in the low 48 bits, VLAN above; 0 is empty
-    uint64_t val           # atomic; port | flags << 16 | tick << 32
+    uint64_t key           # atomic; MAC in wire order in the low 48 bits, VLAN above, or FDB_EMPTY
+    uint64_t val           # atomic; port, static, round and tick: see fdb.pxd
 
 cdef struct FdbBucket:     # one cache line
     FdbEntryC entries[4]
