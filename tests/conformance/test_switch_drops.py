@@ -64,6 +64,39 @@ def test_oversize_and_egress_mtu(wire: Wire) -> None:
     assert silent(a, b, c)
 
 
+DOT1Q, DOT1AD, OTHER = b"\x81\0\0\x07", b"\x88\xa8\0\x14", b"\x91\0\0\x14"
+
+
+def behind_tags(dst: str, src: str, tags: bytes, payload: int) -> bytes:
+    plain = frame(dst, src, 14 + payload)
+    return plain[:12] + tags + plain[12:]
+
+
+def test_an_mtu_counts_neither_of_two_tags(wire: Wire) -> None:
+    """A tag makes room for itself, as with Linux, whose bridges take the outer one out."""
+    a = wire.guest("a", 1, mtu_of_port=1500, max_frame_len=2000)
+    b = wire.guest("b", 2, mtu_of_port=1500, max_frame_len=2000)
+    c = wire.guest("c", 3, max_frame_len=2000)
+    teach(a, b, c)
+    cases = {
+        DOT1AD + DOT1Q: 1500, DOT1Q + DOT1Q: 1500, DOT1Q + DOT1AD: 1500, DOT1AD + DOT1AD: 1500,
+        # One more tag is payload; so is what Linux does not take for a tag.
+        DOT1AD + DOT1AD + DOT1Q: 1496, OTHER + DOT1Q: 1496, DOT1Q + OTHER: 1496,
+        DOT1Q: 1500, DOT1AD: 1500, b"": 1504,
+    }  # fmt: skip
+    for sender, source, reason, port in ((a, A, "oversize", "a"), (c, C, "egress-mtu", "b")):
+        for n, (tags, most) in enumerate(cases.items(), 1):
+            fits = behind_tags(B, source, tags, most)
+            sender.send([behind_tags(B, source, tags, most + 1), fits])
+            # Of another VLAN, so flooded.
+            assert b.recv(1) == [fits]
+            for other in (a, c):
+                while other is not sender and other.poll_frames(1):
+                    pass
+            sender.drain()
+            assert wire.drops(port)[reason] == n
+
+
 def test_bad_sources(wire: Wire) -> None:
     a, b = wire.guest("a", 1), wire.guest("b", 2)
     a.send([frame(B, source) for source in (BROADCAST, "01:00:5e:00:00:01", "00:00:00:00:00:00")])

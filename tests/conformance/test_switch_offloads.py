@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from frames import BROADCAST, frame, mac
-from ippackets import ACK, CWR, FIN, PSH, TCP, UDP, VLAN, Packet, fold
+from ippackets import ACK, CWR, FIN, PSH, QINQ, TCP, UDP, VLAN, Packet, fold
 from running import Wire, silent, teach
 
 from vswitch import offloads
@@ -326,6 +326,44 @@ def test_mtu_is_that_of_segments(wire: Wire) -> None:
     a.send([datagram.partial()], header=header.pack())
     receive(b, datagram, header, raw=True)
     assert silent(b, c)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("proto", [TCP, UDP])
+def test_mtu_is_that_of_segments_behind_two_tags(wire: Wire, version: int, proto: int) -> None:
+    a = guest(wire, "a", 1, mtu_of_port=1500)
+    b = guest(wire, "b", 2, mtu_of_port=1500)
+    c = guest(wire, "c", 3, Feature(0), mtu_of_port=1500)
+    d = guest(wire, "d", 4)
+    teach(a, b, c, d)
+    sent = packet(version=version, proto=proto, tags=QINQ)
+    most = 1500 - (sent.headers_len - sent.l3)
+    for sender, counter, reason in ((a, "a", "oversize"), (d, None, "egress-mtu")):
+        for receiver, name, raw in ((b, "b", True), (c, "c", False)):
+            to = replace(sent, dst=receiver.mac, src=sender.mac)
+            # That VLAN must know it, or others would get it too.
+            receiver.send([replace(sent, dst=sender.mac, src=receiver.mac, payload=b"").partial()])
+            assert len(sender.recv(1)) == 1
+            for other in (a, b, c, d):
+                other.poll_frames(1)
+            before = wire.drops(counter or name).get(reason, 0)
+            sender.send([to.partial()], header=to.header(most + 1).pack())
+            sender.send([to.partial()], header=to.header(most).pack())
+            receive(receiver, to, to.header(most), raw=raw)
+            assert wire.drops(counter or name)[reason] == before + 1
+
+
+@pytest.mark.parametrize("bits", [ALL, Feature(0)], ids=["whole", "in segments"])
+def test_sixty_four_kib_behind_two_tags(wire: Wire, bits: Feature) -> None:
+    a = guest(wire, "a", 1, max_frame_len=65557)
+    b = guest(wire, "b", 2, bits, max_frame_len=65557, rx_guard_len=8)
+    teach(a, b)
+    sent = packet(payload=bytes(65535 - 40), tags=QINQ)
+    assert len(sent.partial()) == 65557
+    a.send([sent.partial()], header=sent.header(1448).pack())
+    receive(b, sent, sent.header(1448), raw=bool(bits))
+    a.drain()
+    assert wire.drops("a") == wire.drops("b") == {}
 
 
 def test_one_segment_is_none(wire: Wire) -> None:

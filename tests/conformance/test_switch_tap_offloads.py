@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import select
 import socket
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from ippackets import UDP, Packet
+from ippackets import UDP, VLAN, Packet
 from namespaces import Namespace
 from running import Wire, teach
 from test_switch_offloads import ALL, KINDS, expected, guest
@@ -275,3 +276,42 @@ def test_the_kernels_word_for_a_checksum(wire: Wire, add_host: AddHost) -> None:
                     assert hdr == VnetHeader(flags, num_buffers=1)
                     got.append(frame)
             assert got == expected(sent, header)
+
+
+@pytest.mark.parametrize("outer", [b"\x88\xa8", b"\x81\x00"])
+@pytest.mark.parametrize("size", [0, 1460])
+def test_two_tags_both_ways(wire: Wire, add_host: AddHost, outer: bytes, size: int) -> None:
+    """1500 bytes behind two tags between a guest and another TAP, over the kernel's bridge.
+
+    So Linux takes such a frame at an MTU of 1500, and so does the uplink, with segments as without.
+    """
+    tags = outer + b"\0\x14" + VLAN
+    a = guest(wire, "a", 1)
+    namespace, name = add_host(True)
+    namespace.ip("link", "add", "br0", "up", "type", "bridge")
+    namespace.ip("link", "set", name, "master", "br0")
+    everything = offloads.mask(True)
+    payload = bytes(4 * size or 1460)
+    out = Packet(payload, dst=parse_mac(MACS[1]), src=a.mac, tags=tags)
+    back = replace(out, dst=a.mac, src=parse_mac(MACS[1]))
+    with namespace.inside(lambda: open_tap("behind", bridge="br0", offloads=everything)) as behind:
+        for _ in range(3):
+            header = out.header(size) if size else VnetHeader()
+            sent = out.partial() if size else out.whole()
+            a.send([sent], header=header.pack())
+            got = b""
+            while got[18:24] != out.src:
+                assert select.select([behind.fd], [], [], TIMEOUT_S)[0], "nothing came"
+                got = os.read(behind.fd, 1 << 17)
+            assert got[12:] == sent
+            sent = back.partial() if size else back.whole()
+            os.write(behind.fd, header.pack() + sent)
+            while True:
+                ((hdr, got),) = a.recv_with_headers(1, timeout=TIMEOUT_S)
+                if got[6:12] == back.src:
+                    break
+            assert got == sent
+            assert (hdr.gso_type, hdr.gso_size) == (header.gso_type, header.gso_size)
+    a.drain()
+    assert wire.drops(name).keys() <= {"no-destination"}
+    assert wire.drops("a") == {}

@@ -54,6 +54,7 @@ from vswitch.fastpath.types cimport (
     STORM_BROADCAST,
     STORM_MULTICAST,
     STORM_UNKNOWN,
+    VLAN_HLEN,
     VNET_HDR_MAX,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
@@ -180,7 +181,7 @@ cdef inline uint32_t flow_hash(WorkerC *w, const Frame *frame) noexcept nogil:
     if have < ETH_HLEN:
         return 0
     ethertype = vs_get16(data + 12)
-    if ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE:
+    if is_tag(ethertype):
         if have < at + 4:
             return 0
         ethertype = vs_get16(data + 16)
@@ -251,10 +252,21 @@ cdef inline void send_to(WorkerC *w, uint16_t port, uint8_t i) noexcept nogil:
     w.egress_n[port] = n + 1
 
 
+cdef inline bint is_tag(uint16_t ethertype) noexcept nogil:
+    return ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE
+
+
+cdef inline bint two_tags(const char *head, uint32_t have) noexcept nogil:
+    """Whether a frame, of which these are the first `have` bytes, has two VLAN tags or more.
+
+    The ethertypes are those that Linux takes for tags: 0x9100 is none.
+    """
+    return vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18 and is_tag(vs_get16(head + 16))
+
+
 cdef inline uint64_t vlan_bits(const char *head, uint32_t have) noexcept nogil:
     """The part of a key that tells the VLAN, from the first `have` bytes of a frame."""
-    cdef uint16_t ethertype = vs_get16(head + 12)
-    if vs_unlikely(ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE) and have >= 18:
+    if vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18:
         return <uint64_t>((<uint8_t>head[14] & 0xF) << 8 | <uint8_t>head[15]) << 48
     return 0
 
@@ -305,10 +317,12 @@ cdef inline void classify(
             counters.drops[bad - 1] += 1
             return
         w.needs |= frame.needs
+    have = gather_bytes(w, frame, head, 18)
+    if vs_unlikely(two_tags(head, have)):
+        frame.wire_len -= VLAN_HLEN
     if vs_unlikely(frame.wire_len > vs_load32(&port.max_len)):
         counters.drops[DROP_OVERSIZE] += 1
         return
-    have = gather_bytes(w, frame, head, 18)
     dst = vs_get64(head) & VS_MAC_MASK
     src = vs_get64(head + 6) & VS_MAC_MASK
     if vs_unlikely(src & 1 or src == 0):

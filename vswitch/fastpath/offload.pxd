@@ -433,7 +433,7 @@ cdef inline Frame *finish_next(
     out.seg.ptr = headers
     out.seg.len = length
     out.nseg = 2
-    out.len = out.wire_len = length + n
+    out.len = length + n
     f.at += n
     f.index += 1
     return out

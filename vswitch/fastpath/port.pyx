@@ -32,9 +32,9 @@ from vswitch.fastpath.types cimport (
     LAST_NONE,
     LogC,
     MAX_CHAIN,
-    MAX_FRAME_LEN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
+    MAX_WIRE_LEN,
     OFFLOAD_CSUM,
     N_STORM,
     OFFLOAD_VALID,
@@ -476,7 +476,7 @@ cdef class Port:
         self.c.id = number
         self.c.kind = KIND_TAP if tap else KIND_VHOST
         self.c.tap_fd = tap_fd
-        self.c.max_len = MAX_FRAME_LEN
+        self.c.max_len = MAX_WIRE_LEN
         self.journal = Journal(2 * MAX_QUEUE_PAIRS)
 
     def use_journal(self, Journal journal not None):
@@ -550,9 +550,13 @@ cdef class Port:
 
     @property
     def max_len(self):
-        """Longest Ethernet frame taken or given, without FCS, in bytes."""
+        """Longest Ethernet frame taken or given, in bytes without FCS.
+
+        The second of two VLAN tags is not counted, as Linux does not count it: 18 bytes more than an
+        MTU let both through.
+        """
         return vs_load32(&self.c.max_len)
 
     @max_len.setter
     def max_len(self, uint32_t value):
-        vs_store32(&self.c.max_len, min(value, <uint32_t>MAX_FRAME_LEN))
+        vs_store32(&self.c.max_len, min(value, <uint32_t>MAX_WIRE_LEN))

@@ -21,7 +21,9 @@ cdef enum:
     SEG_POOL = 4096        # segments of a burst beyond the first of each frame
     MAX_REGIONS = 64       # memory regions of a port
     ETH_HLEN = 14
-    MAX_FRAME_LEN = 65553  # 65535 bytes of payload, Ethernet header and one VLAN tag
+    VLAN_HLEN = 4
+    MAX_FRAME_LEN = 65557  # 65535 bytes of payload, Ethernet header and two VLAN tags
+    MAX_WIRE_LEN = 65553   # the same as an MTU counts it: without the second tag
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
     EVENT_RESERVE = 64     # ... of which so many are for faults only
@@ -154,7 +156,7 @@ cdef struct PortC:
     uint16_t id            # main
     uint8_t kind           # main
     uint8_t link_down      # atomic; switched off by the user
-    uint32_t max_len       # atomic; longest Ethernet frame without FCS, bytes
+    uint32_t max_len       # atomic; longest Ethernet frame without FCS and second VLAN tag, bytes
     int tap_fd             # main
     uint32_t offloads      # main; OFFLOAD_* that a TAP takes and may ask for, 0 for guests
     uint32_t tap_lost      # atomic; the interface was deleted under us
@@ -264,7 +266,7 @@ cdef struct Frame:
     uint16_t count         # ... with so many ring entries
     uint8_t drop           # a Drop + 1 when the frame is not to be forwarded
     uint16_t needs         # OFFLOAD_* that a receiver must have to take it as it is
-    uint32_t wire_len      # its length, or that of its longest segment
+    uint32_t wire_len      # its length, or that of its longest segment, without a second VLAN tag
     const char *vnet       # the sender's virtio_net_hdr
     uint8_t hdr[VNET_HDR_MAX]  # what receivers get
 
