@@ -18,6 +18,7 @@ from benchmarks.generators import SoftwareGenerator
 from benchmarks.runner import TITLES, Runner, Settings
 from benchmarks.samples import PLACES, UNITS, Kind, Place
 from vswitch.errors import VswitchError
+from vswitch.lab import programs
 from vswitch.lab.process import sigterm_unwinds
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,7 @@ def main(
     write_docs: bool,
 ) -> None:
     """Measure vswitch beside other switches on this machine, or beside an older vswitch."""
+    programs.only_installed()
     if old is not None and (switches or add_to or write_docs or quick):
         raise click.UsageError(
             "--against goes with none of --switches, --add-to, --quick and --write-docs"

@@ -28,6 +28,7 @@ from vswitch.errors import VswitchError
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.load import Flow, Load
 from vswitch.guest.packets import BROADCAST
+from vswitch.lab import programs
 from vswitch.lab.process import sigterm_unwinds
 from vswitch.lab.switch_process import SwitchProcess
 from vswitch.vhost_user.protocol import Feature
@@ -206,6 +207,7 @@ def table(rates: dict[str, list[float]]) -> str:
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the numbers there.")
 def main(samples: int, seconds: float, at_least: float | None, path: Path | None) -> None:
     """Measure what a pair of guests keeps beside a third that asks too much."""
+    programs.only_installed()
     sigterm_unwinds()
     try:
         rates = run(choose_cpus(), samples, seconds)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks.errors import BenchmarkError, MissingError
 from vswitch._version import __version__
 from vswitch.fastpath.engine import cycles
+from vswitch.lab import programs
 
 HUGEPAGE_MIB = 2
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -221,8 +222,6 @@ def resident_bytes(pid: int) -> int:
 
 def program(name: str, *places: str) -> str:
     """Where a program is, on PATH or in `places`; MissingError if it is not installed."""
-    for folder in [*os.environ.get("PATH", os.defpath).split(os.pathsep), *places]:
-        path = Path(folder, name)
-        if os.access(path, os.X_OK):
-            return str(path)
+    if found := programs.find(name, *places):
+        return found
     raise MissingError(f"{name} is not installed")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
+from vswitch.lab import programs
 
 ROOT = Path(__file__).parents[1]
 BUILDS = ROOT / "build" / "revisions"
@@ -106,7 +107,7 @@ def _share_packages(home: Path) -> None:
 
 
 def _install(home: Path, source: Path, revision: Revision) -> None:
-    command = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python")]
+    command = programs.python("pip", "--python", str(home / "bin" / "python"))
     command += ["install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-build-isolation", "--no-index", str(source)]
     try:

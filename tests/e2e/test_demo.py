@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from testbed import wait_until
+from traps import Traps
 
 from vswitch.lab import process
 
@@ -20,13 +21,20 @@ VSWITCH = Path(sys.executable).with_name("vswitch")
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment in which temporary files go to an empty directory, which must stay empty."""
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """An environment in which temporary files go to an empty directory, which must stay empty.
+
+    The demo runs in a directory of somebody who would have it run other programs.
+    """
     # Not tmp_path itself: with the demo's own names below it, its socket paths would be too long.
     scratch = tmp_path / "t"
     scratch.mkdir()
+    traps = Traps(tmp_path / "elsewhere")
+    monkeypatch.chdir(traps.directory)
     interfaces = set(socket.if_nameindex())
-    yield os.environ | {"TMPDIR": str(scratch), "COLUMNS": "120"}
+    path = traps.first(os.environ["PATH"])
+    yield os.environ | {"TMPDIR": str(scratch), "COLUMNS": "120", "PATH": path}
+    assert traps.sprung() == []
     assert list(scratch.iterdir()) == []
     assert set(socket.if_nameindex()) == interfaces
     assert processes_that_mention(scratch) == []

@@ -52,9 +52,11 @@ def start(config: Path) -> Iterator[Start]:
         )
         started.append(process)
         if expect:
-            line = process.stderr.readline()
-            assert line.startswith(expect), line
-            process.ready_line = line  # type: ignore[attr-defined]
+            lines: list[str] = []
+            while not lines or (lines[-1] and not lines[-1].startswith(expect)):
+                lines.append(process.stderr.readline())
+            assert lines[-1], lines
+            process.ready_line = lines[-1]  # type: ignore[attr-defined]
         return process
 
     yield function

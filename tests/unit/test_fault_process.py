@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from traps import Traps
 
 from tests.unit.wire import open_fds
 from vswitch import fault_helper, fault_process
@@ -213,3 +214,17 @@ def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert str(check()).startswith("no userfaultfd: ")
     assert str(check()).endswith("(riscv64)")
+
+
+def test_modules_of_the_current_directory_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traps = Traps(tmp_path / "elsewhere")
+    monkeypatch.chdir(traps.directory)
+
+    async def test(helper: Helper) -> None:
+        helper.process.touch(helper.base)
+        assert await helper.found.get() == 0
+
+    run(test)
+    assert traps.sprung() == []

@@ -526,3 +526,7 @@ def main() -> NoReturn:
     """The console script."""
     state = State()
     run_program("vswitchctl", cli, obj=state, wants_json=lambda: state.json)
+
+
+if __name__ == "__main__":
+    main()

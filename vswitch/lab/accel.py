@@ -78,6 +78,7 @@ def _boots_with_kvm(image: GuestImage) -> bool:
                 "-append", "console=ttyS0 quiet panic=-1 lab.probe=1",
             ],
             log=Path(directory) / "qemu.log",
+            cwd=Path(directory),
         )  # fmt: skip
         try:
             probe.wait(PROBE_TIMEOUT_S)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vswitch.lab import host, process, requirements
+from vswitch.lab import host, process, programs, requirements
 from vswitch.lab.accel import accelerator, qemu_version
 from vswitch.lab.errors import LabError
 from vswitch.lab.image import GuestImage, ensure_image
@@ -57,6 +57,7 @@ def demo(guests: GuestKind, keep: bool) -> int:
     TAP interface where rights allow, pings between all of them, and shows what the switch saw. As
     root it installs through apt what is missing for that. Exit code 0: every pair answered.
     """
+    programs.only_installed()
     with process.sigterm_unwinds(), tempfile.TemporaryDirectory(prefix="vswitch-demo-") as name:
         return Demo(Path(name), guests).run(keep=keep)
 
@@ -235,8 +236,8 @@ class Demo:
         self._console.print()
         self._console.print(f"$ {shlex.join(shown)}", style="bold", markup=False, soft_wrap=True)
         sys.stdout.flush()
-        program = Path(sys.executable).with_name("vswitchctl")
-        done = subprocess.run([str(program), *shown[1:]], timeout=30, check=False)
+        command = programs.python("vswitch.cli.ctl", *shown[1:])
+        done = subprocess.run(command, timeout=30, check=False)
         if done.returncode:
             raise LabError(f"`{shlex.join(shown)}` ended with {done.returncode}")
 

@@ -122,7 +122,11 @@ class Guest:
             # Connected sockets by descriptor: no paths that could be stale, taken or too long.
             fds = (shell_peer.fileno(), qmp_peer.fileno())
             self._process = process.start(
-                self._command(accel, *fds), log=self.qemu_log, pass_fds=fds
+                self._command(accel, *fds),
+                log=self.qemu_log,
+                pass_fds=fds,
+                # QEMU takes firmware from its current directory before its own.
+                cwd=self.qemu_log.parent,
             )
         return self
 

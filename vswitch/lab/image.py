@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vswitch.lab import initrd
+from vswitch.lab import initrd, programs
 from vswitch.lab.errors import LabError
 
 KERNEL_PACKAGES = (
@@ -68,7 +68,7 @@ def ensure_image(progress: Progress = lambda _: None) -> GuestImage:
     with _locked(cache / "lock"):
         kernel = _find_kernel(cache, progress)
         busybox = _find_busybox(cache, progress).read_bytes()
-        ethtool = shutil.which("ethtool", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        ethtool = programs.find("ethtool")
         extras = initrd.program_with_libraries(Path(ethtool)) if ethtool else {}
         parts = [busybox, initrd.init_script(), *(extras[path] for path in sorted(extras))]
         parts += [name.encode() for name in initrd.WANTED_MODULES]

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from vswitch.lab import programs
 from vswitch.lab.errors import LabError
 
 Progress = Callable[[str], None]
-
-_SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Requirement:
 
 
 def _program(name: str, package: str) -> Requirement:
-    return Requirement(name, package, lambda: shutil.which(name, path=_SYSTEM_PATH) is not None)
+    return Requirement(name, package, lambda: programs.find(name) is not None)
 
 
 def _python_headers() -> bool:
@@ -169,6 +168,7 @@ def _apt(arguments: list[str], progress: Progress) -> None:
 
 def main() -> int:
     """`python3 -m vswitch.lab.requirements [--install] GROUP...`; exit code 0: all is there."""
+    programs.only_installed()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--install", action="store_true", help="install what is missing")
     parser.add_argument("groups", nargs="+", choices=sorted(GROUPS), metavar="GROUP")

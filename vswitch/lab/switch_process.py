@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from vswitch.control.client import Client
-from vswitch.lab import process
+from vswitch.lab import process, programs
 from vswitch.lab.errors import LabError
 
 START_TIMEOUT_S = 20.0
@@ -30,7 +29,7 @@ class SwitchProcess:
         self.config = config
         self.control = control
         self.log = log
-        self._program = tuple(program) or (sys.executable, "-m", "vswitch")
+        self._program = tuple(program) or tuple(programs.python("vswitch"))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> Self:
