@@ -17,6 +17,7 @@ from vswitch.fault_process import unavailable
 from vswitch.journals import make_shared, open_shared
 from vswitch.port_iotlb import PortIotlb
 from vswitch.port_memory import PortMemory
+from vswitch.port_parking import LOOKS, Parking
 from vswitch.port_postcopy import PortPostcopy
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
@@ -71,6 +72,7 @@ class PortDatapath(PortMemory):
         self._place = place
         self._enabled: dict[int, bool] = {}
         self._kicks: dict[int, int] = {}
+        self._parking = Parking(port, self._unpark)
         self._fault: str | None = None
         self._faulted: set[int] = set()
         self._astray: dict[int, str] = {}
@@ -105,8 +107,14 @@ class PortDatapath(PortMemory):
         elif translation is not None:
             runs = translation.place(index, setup)
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
-        self._look_for_sharing(place)
         self._enabled[index] = setup.enabled
+        if setup.quiet and translation is None and (setup.kick_fd >= 0 or not ring.is_transmitq):
+            ring.enabled = False
+            ring.set_call(setup.call_fd)
+            self._logs[index] = setup.log
+            self._parking.hold(ring, setup)
+            return setup.base
+        self._look_for_sharing(place)
         ring.enabled = setup.enabled and not self.fast.link_down
         ring.set_call(setup.call_fd)
         self._set_ring_log(index, setup.log)
@@ -115,6 +123,7 @@ class PortDatapath(PortMemory):
         self._astray.pop(index, None)
         self._forgive()
         self._engine.attach(ring, setup.kick_fd, self._place(ring))
+        self._parking.started(index, setup.kick_fd)
         await self._settle()
         if translation is not None and translation is self._translation:
             if isinstance(translation, PortIotlb):
@@ -154,12 +163,17 @@ class PortDatapath(PortMemory):
 
     async def stop_rings(self, indices: list[int]) -> list[int]:
         rings = [self.fast.rings[index] for index in indices]
+        unstarted = {index: self._parking.held(index) for index in indices}
         for ring in rings:
+            self._parking.release(ring.index)
             ring.unpublish()
             self._engine.detach(ring)
             self._forget_kicks(ring.index)
         await self._settle()
         bases = [ring.mark_stopped() for ring in rings]
+        for at, setup in enumerate(unstarted.values()):
+            if setup is not None:
+                bases[at] = setup.base
         for index in indices:
             self._forget_place(index)
         if self._postcopy is not None:
@@ -191,9 +205,55 @@ class PortDatapath(PortMemory):
             self._iotlb.stopped(index)
 
     async def enable_ring(self, index: int, enabled: bool) -> None:
+        ring = self.fast.rings[index]
         self._enabled[index] = enabled
-        self.fast.rings[index].enabled = enabled and not self.fast.link_down
+        if enabled:
+            self._wake(ring)
+        ring.enabled = enabled and not self.fast.link_down
         await self._settle()
+        if not enabled and self._translation is None and self._parking.can_park(ring):
+            await self._park(ring)
+
+    async def _park(self, ring: Ring) -> None:
+        """Take a ring away from the workers when they have discarded what it had to offer."""
+        for _ in range(LOOKS):
+            if not ring.started or self._parking.holds(ring.index):
+                return
+            self._parking.suspend(ring)
+            await self._settle()
+            if not self._parking.has_more(ring):
+                return
+            self._parking.release(ring.index)
+            await self._settle()
+
+    def _unpark(self, index: int) -> None:
+        """The driver of a ring that is disabled kicks."""
+        try:
+            self._wake(self.fast.rings[index])
+        except DatapathError as exc:
+            self._parking.ignore(index)
+            self._fail(str(exc))
+            return
+        self._engine.publish()
+
+    def _wake(self, ring: Ring) -> None:
+        """Have a parked ring run when the engine is published next. Raises DatapathError."""
+        setup = self._parking.held(ring.index)
+        if setup is not None:
+            self.check_memory()
+            if self._memory is None or self._memory_lost:
+                raise DatapathError(f"vring {ring.index}: its memory is gone")
+            self._look_for_sharing(setup)
+            self._set_ring_log(ring.index, self._logs[ring.index])
+            self._run_ring(ring, setup)
+            self._forgive()
+            self._engine.attach(ring, setup.kick_fd, self._place(ring))
+            # The driver may wait for what happened before.
+            if ring.call_fd >= 0:
+                self._engine.signal(ring.call_fd)
+        self._parking.release(ring.index)
+        if self._memory_lost:
+            ring.unpublish()
 
     async def set_call(self, index: int, fd: int) -> None:
         self.fast.rings[index].set_call(fd)

@@ -240,7 +240,7 @@ class VhostPort(PortDatapath):
             index=index,
             type="transmitq" if ring.is_transmitq else "receiveq",
             size=ring.size,
-            started=ring.started,
+            started=ring.started or self._parking.holds(index),
             enabled=ring.enabled,
             avail_idx=ring.base & 0xFFFF,
             used_idx=ring.used_idx,

@@ -287,6 +287,24 @@ def test_acknowledgements() -> None:
     with_peer(test)
 
 
+@pytest.mark.parametrize("acked", [True, False])
+def test_protocol_features_are_acknowledged_by_what_they_negotiate(acked: bool) -> None:
+    """Linux's virtio_uml and rust-vmm's frontends wait for it; who gives REPLY_ACK up does not."""
+
+    async def test(peer: Peer) -> None:
+        await negotiate(peer, protocol_features=0 if acked else USUAL_PROTOCOL)
+        told = ProtocolFeature.REPLY_ACK | ProtocolFeature.MTU if acked else ProtocolFeature.MTU
+        if acked:
+            assert await peer.ack(Request.SET_PROTOCOL_FEATURES, u64(told)) == 0
+        else:
+            await peer.send(Request.SET_PROTOCOL_FEATURES, u64(told), flags=FLAG_NEED_REPLY)
+        # The next reply is this one's.
+        await peer.ask(Request.GET_FEATURES)
+        assert peer.backend.protocol_features == told
+
+    with_peer(test)
+
+
 def test_a_refusal_is_told_or_ends_the_connection() -> None:
     async def acknowledged(peer: Peer) -> None:
         await negotiate(peer)
@@ -393,11 +411,85 @@ def test_enabling_means_nothing_without_protocol_features() -> None:
     with_peer(test)
 
 
-def test_a_base_cannot_be_set_under_a_running_ring() -> None:
+def test_a_base_under_a_running_ring_stops_it_and_is_where_it_goes_on() -> None:
     async def test(peer: Peer) -> None:
         await running(peer)
+        del peer.datapath.calls[:]
         await peer.send(Request.SET_VRING_BASE, state(0, 3))
-        assert "vring 0 is running" in complaint(await peer.hung_up())
+        await peer.ask(Request.GET_FEATURES)
+        assert peer.datapath.calls == [("stop", 0), ("forget", 0), ("start", 0)]
+        assert peer.datapath.running[0].base == 3
+
+    with_peer(test)
+
+
+def test_a_ring_that_lies_nowhere_waits_for_what_comes_next() -> None:
+    """Between two messages of a driver that is set up anew a ring may be in no memory."""
+
+    async def test(peer: Peer) -> None:
+        await running(peer)
+        fd = memory_fd()
+        elsewhere = REGION._replace(uva=0x100000)
+        table = protocol.encode_mem_table([elsewhere])
+        assert await peer.ack(Request.SET_MEM_TABLE, table, [fd]) == 0
+        assert peer.datapath.running == {}
+        assert await peer.ack(Request.SET_VRING_NUM, state(0, 128)) == 0
+        assert await peer.ack(Request.SET_VRING_BASE, state(0, 0)) == 0
+        with Eventfd() as kick:
+            assert await peer.ack(Request.SET_VRING_KICK, u64(0), [kick]) == 0
+        assert peer.datapath.running == {}
+        moved = addr(0, desc_uva=0x101000, used_uva=0x103000, avail_uva=0x102000)
+        assert await peer.ack(Request.SET_VRING_ADDR, moved) == 0
+        setup = peer.datapath.running[0]
+        assert (setup.size, setup.base, setup.desc_uva) == (128, 0, 0x101000)
+        # And back to memory that the ring is not in: it goes on when that is given again.
+        assert await peer.ack(Request.SET_MEM_TABLE, protocol.encode_mem_table([REGION]), [fd]) == 0
+        assert peer.datapath.running == {}
+        assert await peer.ack(Request.SET_MEM_TABLE, table, [fd]) == 0
+        os.close(fd)
+        assert list(peer.datapath.running) == [0]
+
+    with_peer(test)
+
+
+def test_another_format_waits_for_rings_of_that_format() -> None:
+    async def test(peer: Peer) -> None:
+        await running(peer)
+        await peer.send(Request.SET_FEATURES, u64(ALL | Feature.RING_PACKED))
+        await peer.ask(Request.GET_FEATURES)
+        assert peer.datapath.running == {}
+        await peer.send(Request.SET_VRING_NUM, state(0, 100))
+        await peer.send(Request.SET_VRING_BASE, state(0, 0x8000))
+        await peer.ask(Request.GET_FEATURES)
+        assert peer.datapath.running == {}
+        await peer.send(Request.SET_VRING_ADDR, addr(0))
+        await peer.ask(Request.GET_FEATURES)
+        assert (peer.datapath.running[0].size, peer.datapath.running[0].base) == (100, 0x8000)
+
+    datapath = RecordingDatapath()
+    datapath.features = OFFERED | Feature.RING_PACKED
+    with_peer(test, datapath)
+
+
+def test_a_ring_is_quiet_from_when_its_driver_disables_it() -> None:
+    """Not one that was never enabled: its frontend says later what it wants."""
+
+    async def test(peer: Peer) -> None:
+        await negotiate(peer)
+        await give_memory(peer)
+        await start(peer, enable=False)
+        assert not peer.datapath.running[0].quiet
+        for flag in (1, 0):
+            await peer.send(Request.SET_VRING_ENABLE, state(0, flag))
+        await give_memory(peer)
+        assert peer.datapath.running[0].quiet
+        await peer.send(Request.SET_VRING_ENABLE, state(0, 1))
+        await give_memory(peer)
+        assert not peer.datapath.running[0].quiet
+        await peer.send(Request.SET_VRING_ENABLE, state(0, 0))
+        await peer.ask(Request.GET_VRING_BASE, state(0, 0))
+        await start(peer, enable=False)
+        assert not peer.datapath.running[0].quiet
 
     with_peer(test)
 

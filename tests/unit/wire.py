@@ -107,6 +107,7 @@ class RecordingDatapath:
 
     def forget_ring(self, index: int) -> None:
         assert index not in self.running
+        self._note("forget", index)
 
     def use_iotlb(self, on: bool) -> None:
         if on != self.translating:

@@ -368,6 +368,17 @@ cdef class Ring:
         """Publish a suspended ring again, which goes on where it was."""
         self.published = self.started
 
+    def want_kicks(self):
+        """Ask the driver of a suspended transmitq for kicks; whether it has more to offer already.
+
+        Only after every worker has passed a quiescent point since it was suspended.
+        """
+        want_kicks(self.c)
+        # Full fence: our wish before another look. Pairs with the driver's fence between offering
+        # a frame and reading what we wish (2.7.10.3).
+        vs_fence()
+        return has_work(self.c)
+
     def begin_move(self):
         """The same for a moment, until Engine.finish_move; False if it is not published anyway."""
         if self.published:

@@ -167,7 +167,8 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             return
         if answer is not None:
             await self._reply(number, answer)
-        elif wants_ack and spec.reply is Reply.ACK:
+        elif self._wants_ack(message) and spec.reply is Reply.ACK:
+            # As things are now: whoever negotiates REPLY_ACK by this very request waits for it.
             await self._reply(number, protocol.encode_u64(0))
 
     # Features
@@ -191,8 +192,15 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             await self._datapath.log_rings({v.index: v.log(features) for v in self._running()})
             return
         running = await self._stop(self._running())
+        renewed = self.features and Feature.RING_PACKED in features ^ self.features
         self.features = features
-        await self._start(running)
+        if renewed:
+            # Another driver, whose rings have another format: nothing that was said of them holds.
+            for vring in running:
+                vring.placed = False
+                self._datapath.forget_ring(vring.index)
+        else:
+            await self._start(running)
 
     async def _get_protocol_features(self, _: Message) -> bytes:
         return protocol.encode_u64(self._offered_protocol)

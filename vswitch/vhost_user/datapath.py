@@ -39,7 +39,8 @@ class RingSetup:
     them so, see `Datapath.use_iotlb`; `base` is the avail index to go on from;
     `kick_fd` -1 means that the driver cannot kick and the ring is polled, `call_fd` -1 that the
     driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
-    `log` is None unless writes are to be logged (LOG_ALL).
+    `log` is None unless writes are to be logged (LOG_ALL). `quiet`: its driver disabled it and may
+    be gone; where it lies may be anything, and nobody touches that until it is enabled or kicked.
     """
 
     size: int
@@ -52,6 +53,7 @@ class RingSetup:
     kick_fd: int
     call_fd: int
     log: RingLog | None = None
+    quiet: bool = False
 
     def areas(self) -> list[tuple[int, int]]:
         """Address and length in bytes of its parts: descriptors, the driver's, the device's."""

@@ -107,7 +107,9 @@ class Device:
         running = await self._stop([vring])
         for name, value in new.items():
             setattr(vring, name, value)
-        if running or (vring.complete and self.regions):
+        if "size" in new and (running or vring.homeless):
+            await self._start_again([vring])  # its addresses may be about to change as well
+        elif running or (vring.complete and self.regions):
             await self._start([vring])
 
     def _is_waiting(self, vring: Vring) -> bool:
@@ -117,10 +119,24 @@ class Device:
         """
         if not vring.complete or vring.started or not self.regions:
             return False
+        return self._has_memory(vring)
+
+    def _has_memory(self, vring: Vring) -> bool:
+        """Whether the memory table holds all of a ring, as far as that is to be seen from here."""
         return self.behind_iommu or all(
             any(r.uva <= uva and uva + length <= r.uva + r.size for r in self.regions)
             for uva, length in vring.areas(self.features)
         )
+
+    async def _start_again(self, vrings: list[Vring]) -> None:
+        """Let rings go on that ran before a change, those that still lie in memory.
+
+        Others wait: a driver that is set up anew gives memory, sizes, bases and addresses in any
+        order, and between two messages a ring may be nowhere.
+        """
+        for vring in vrings:
+            vring.homeless = not self._has_memory(vring)
+        await self._start([vring for vring in vrings if not vring.homeless])
 
     async def _start(self, vrings: list[Vring]) -> None:
         if vrings:
@@ -129,7 +145,7 @@ class Device:
             if self._inband and not vring.callable and not vring.relayed:
                 self._relay_calls(vring)
             # Before, not after: whoever is cancelled in the call has to stop it again.
-            vring.started = True
+            vring.started, vring.homeless = True, False
             try:
                 base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
             except TranslationPending:

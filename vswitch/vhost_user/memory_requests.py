@@ -37,9 +37,12 @@ class MemoryRequests(PostcopyRequests):
                 raise
             answer = protocol.encode_mem_table(bases).ljust(len(message.payload), b"\0")
         self.regions = regions
-        await self._start(running)
+        stopped = [vring for vring in self.vrings.values() if vring.homeless]
+        await self._start_again(running + stopped)
         # Some frontends set up rings first.
-        await self._start([v for v in self.vrings.values() if v.complete and not v.started])
+        await self._start(
+            [v for v in self.vrings.values() if v.complete and not v.started and not v.homeless]
+        )
         return answer
 
     async def _get_max_mem_slots(self, _: Message) -> bytes:

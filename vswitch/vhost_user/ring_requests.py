@@ -54,6 +54,7 @@ class RingRequests(Device):
             if vring.started and Feature.LOG_ALL in self.features:
                 await self._datapath.log_rings({vring.index: vring.log(self.features)})
         new = {name: getattr(addr, name) for name, _ in _ALIGNMENT}
+        vring.homeless = False
         if not vring.placed or any(getattr(vring, name) != value for name, value in new.items()):
             await self._change(vring, placed=True, **new)
 
@@ -66,9 +67,13 @@ class RingRequests(Device):
             raise MalformedError(
                 f"SET_VRING_BASE: num {base} of vring {index} is more than 16 bits"
             )
-        if vring.started:
-            raise MalformedError(f"SET_VRING_BASE: vring {index} is running")
+        running = await self._stop([vring])
         vring.base = base
+        if running:
+            # A driver came anew, and its frontend knows no GET_VRING_BASE (Linux's virtio_uml,
+            # DPDK's virtio-user up to 17.11): what is noted of the ring is about another one.
+            self._datapath.forget_ring(index)
+            await self._start_again(running)
 
     async def _get_vring_base(self, message: Message) -> bytes:
         index, _ = protocol.decode_vring_state(message.payload)
@@ -85,7 +90,9 @@ class RingRequests(Device):
         # Not before: whoever is cancelled in the wait leaves it to the message, which closes it.
         vring.kick_fd = _take_fd(message)
         vring.kickable = True
-        if running or (vring.complete and self.regions):
+        if running or vring.homeless:
+            await self._start_again([vring])
+        elif vring.complete and self.regions:
             await self._start([vring])
 
     async def _set_vring_call(self, message: Message) -> None:
@@ -113,6 +120,7 @@ class RingRequests(Device):
         if flag > 1:
             raise MalformedError(f"SET_VRING_ENABLE: num {flag} of vring {index} is not 0 or 1")
         before = vring.enabled(self.features)
+        vring.retired = not flag and (vring.wanted or vring.retired)
         vring.wanted = bool(flag)
         now = vring.enabled(self.features)
         if vring.started and now != before:

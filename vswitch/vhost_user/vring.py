@@ -22,6 +22,10 @@ class Vring:
     wanted: bool = False
     """What SET_VRING_ENABLE said last; it counts only with PROTOCOL_FEATURES, see `enabled`."""
     started: bool = False
+    retired: bool = False
+    """It was disabled after it had been enabled: its driver may be gone, with its memory."""
+    homeless: bool = False
+    """It ran, and lies in no memory of the present table: it waits for either to change."""
     size: int = 0
     desc_uva: int = 0
     used_uva: int = 0
@@ -72,6 +76,7 @@ class Vring:
             kick_fd=self.kick_fd,
             call_fd=self.call_fd,
             log=self.log(features),
+            quiet=self.retired and not self.enabled(features),
         )
 
     def log(self, features: Feature) -> RingLog | None:
@@ -80,7 +85,7 @@ class Vring:
 
     def forget_kick(self) -> None:
         """As after GET_VRING_BASE: the ring needs a new SET_VRING_KICK to start again."""
-        self.kickable = False
+        self.kickable = self.retired = self.homeless = False
         self.kick_fd = close_fd(self.kick_fd)
 
     def reset(self) -> None:
