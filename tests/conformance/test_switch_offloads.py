@@ -328,6 +328,66 @@ def test_mtu_is_that_of_segments(wire: Wire) -> None:
     assert silent(b, c)
 
 
+DHCP = packet(proto=UDP, ports=(67, 68), payload=bytes(range(250)))
+DHCP_REPLIES = {
+    "plain": DHCP,
+    "behind a tag": replace(DHCP, tags=VLAN),
+    "behind two tags": replace(DHCP, tags=QINQ),
+    "IP options": replace(DHCP, options=bytes([1] * 40)),
+    "to a relay": replace(DHCP, ports=(67, 67)),
+    "odd length": replace(DHCP, payload=bytes(range(249))),
+    "no payload": replace(DHCP, payload=b""),
+    "broadcast": replace(DHCP, dst=parse_mac(BROADCAST)),
+}
+
+
+@pytest.mark.parametrize("reply", DHCP_REPLIES)
+@pytest.mark.parametrize("cuts", [(), (0,), (-7, 3, 14, 40)])
+def test_a_dhcp_reply_is_always_finished(wire: Wire, reply: str, cuts: tuple[int, ...]) -> None:
+    """Its clients read it from packet sockets, checksum and all."""
+    sent = DHCP_REPLIES[reply]
+    a = guest(wire, "a", 1, tx_cuts=cuts)
+    receivers = [guest(wire, "b", 2), guest(wire, "c", 3, Feature.GUEST_CSUM)]
+    teach(a, receivers[0])
+    receivers[1].recv(2)
+    # Nobody has spoken in those VLANs yet.
+    expecting = receivers if sent.tags or reply == "broadcast" else receivers[:1]
+    for _ in range(3):
+        a.send([sent.partial()], header=sent.header().pack())
+        for receiver in expecting:
+            assert receiver.recv_with_headers(1) == [(VnetHeader(num_buffers=1), sent.whole())]
+    a.drain()
+    assert silent(*receivers)
+    assert wire.drops("b") == wire.drops("c") == {}
+
+
+def test_a_dhcp_reply_in_segments_is_finished_too(wire: Wire) -> None:
+    a, b = guest(wire, "a", 1), guest(wire, "b", 2)
+    teach(a, b)
+    sent = packet(proto=UDP, ports=(67, 68), dont_fragment=False)
+    for header in (sent.header(1000), sent.header(1480, gso_type=vnet.GSO_UDP)):
+        a.send([sent.partial()], header=header.pack())
+        want = expected(sent, header)
+        assert b.recv_with_headers(len(want)) == [(VnetHeader(num_buffers=1), f) for f in want]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(DHCP, ports=(68, 67)),
+        replace(DHCP, ports=(67 << 8, 67)),
+        replace(DHCP, proto=TCP),
+        replace(DHCP, version=6),
+        replace(DHCP, version=6, ports=(547, 546)),
+    ],
+)
+def test_what_is_no_dhcp_reply_is_left_to_the_receiver(wire: Wire, other: Packet) -> None:
+    a, b = guest(wire, "a", 1), guest(wire, "b", 2)
+    teach(a, b)
+    a.send([other.partial()], header=other.header().pack())
+    receive(b, other, other.header(), raw=True)
+
+
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("proto", [TCP, UDP])
 def test_mtu_is_that_of_segments_behind_two_tags(wire: Wire, version: int, proto: int) -> None:

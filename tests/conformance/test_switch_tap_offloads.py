@@ -278,6 +278,28 @@ def test_the_kernels_word_for_a_checksum(wire: Wire, add_host: AddHost) -> None:
             assert got == expected(sent, header)
 
 
+def test_dhcp_replies_of_both_sides_are_finished(wire: Wire, add_host: AddHost) -> None:
+    """A server on the host or in a guest leaves the checksum to others, who do not do it."""
+    a, b = guest(wire, "a", 1), guest(wire, "b", 2)
+    teach(a, b)
+    host = add_host(True)
+    reply = Packet(bytes(300), proto=UDP, ports=(67, 68), dst=b"\xff" * 6, src=parse_mac(MACS[0]))
+    with (
+        packet_socket(host, headers=True) as server,
+        packet_socket(host, headers=False) as client,
+    ):
+        server.send(reply.header().pack(10) + reply.partial())
+        for receiver in (a, b):
+            while True:
+                ((hdr, frame),) = receiver.recv_with_headers(1)
+                if frame[6:12] == reply.src and frame[12:14] == b"\x08\0":
+                    break
+            assert (hdr, frame) == (VnetHeader(num_buffers=1), reply.whole())
+        reply = replace(reply, src=a.mac)
+        a.send([reply.partial()], header=reply.header().pack())
+        assert next_from(client, a.mac) == reply.whole()
+
+
 @pytest.mark.parametrize("outer", [b"\x88\xa8", b"\x81\x00"])
 @pytest.mark.parametrize("size", [0, 1460])
 def test_two_tags_both_ways(wire: Wire, add_host: AddHost, outer: bytes, size: int) -> None:

@@ -22,6 +22,7 @@ from vswitch.fastpath.types cimport (
     OFFLOAD_CSUM,
     OFFLOAD_ECN,
     OFFLOAD_NEVER,
+    OFFLOAD_NEVER_CSUM,
     OFFLOAD_TSO4,
     OFFLOAD_TSO6,
     OFFLOAD_UFO,
@@ -59,6 +60,7 @@ cdef enum:
     IP_MORE_LE = 0x0020    # "more fragments" in frag_off as loaded on a little-endian machine
     IP_FRAGMENT_LE = 0xFF3F  # "more fragments" and the offset
     FRAGMENT_LEN = 8       # IPv6 fragment header
+    DHCP_SERVER_PORT = 67
 
 cdef struct Headers:       # offsets from the first byte of the frame
     uint32_t l3
@@ -195,6 +197,29 @@ cdef inline bint find_headers(
     return proto == 17
 
 
+cdef inline bint from_dhcp_server(WorkerC *w, const Frame *frame, uint32_t l4) noexcept nogil:
+    """Whether a frame is UDP over IPv4 from port 67, with its UDP header at `l4`.
+
+    DHCP clients read replies from packet sockets, past the stack that would know that the checksum
+    is yet to be filled in, and many believe what stands there. So it is never left to a receiver. (DHCPv6
+    clients have an address by then and use UDP sockets.)
+    """
+    cdef char headers[HEADERS_MAX]
+    cdef Headers found
+    cdef uint32_t have
+    if l4 + 8 > HEADERS_MAX:
+        return False
+    have = gather_bytes(w, frame, headers, l4 + 8)
+    vs_compiler_barrier()
+    return (
+        have == l4 + 8
+        and vs_get16(headers + l4) == swap16(DHCP_SERVER_PORT)
+        and find_headers(headers, have, GSO_UDP, &found)
+        and found.version == 4
+        and found.l4 == l4
+    )
+
+
 cdef inline uint8_t check_offload(
     WorkerC *w, Frame *frame, uint8_t allowed, bint trusted
 ) noexcept nogil:
@@ -234,6 +259,8 @@ cdef inline uint8_t check_offload(
     put16(hdr + HDR_CSUM_START, start)
     put16(hdr + HDR_CSUM_OFFSET, offset)
     frame.needs = OFFLOAD_CSUM
+    if offset == 6 and from_dhcp_server(w, frame, start):
+        frame.needs |= OFFLOAD_NEVER_CSUM
     if gso == 0:
         return 0
     needs = 0
@@ -309,7 +336,7 @@ cdef inline uint32_t finish_begin(
         return 1
     f.end = gather_bytes(w, frame, w.linear, frame.len)
     vs_compiler_barrier()
-    f.leave_csum = takes & OFFLOAD_CSUM
+    f.leave_csum = takes & OFFLOAD_CSUM and not frame.needs & OFFLOAD_NEVER_CSUM
     f.gso = <uint8_t>hdr[HDR_GSO_TYPE] & 0x7F
     if f.gso == 0:
         fill_checksum(w.linear, f.end, start, offset)

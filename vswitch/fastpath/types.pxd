@@ -46,7 +46,8 @@ cdef enum:
     OFFLOAD_USO4 = 0x20
     OFFLOAD_USO6 = 0x40
     OFFLOAD_VALID = 0x80   # its checksum was verified already: a hint, nothing is left to do
-    OFFLOAD_NEVER = 0x100  # nobody has it: the frame is always finished here
+    OFFLOAD_NEVER = 0x100  # nobody has it: the frame is always finished here ...
+    OFFLOAD_NEVER_CSUM = 0x200  # ... and its checksum is not left to the receiver even then
 
 cdef enum:
     VRING_DESC_F_NEXT = 1
