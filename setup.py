@@ -64,6 +64,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),
     extension("vswitch.fastpath.table"),
+    extension("vswitch.fastpath.turns"),
     extension("vswitch.guest.driver"),
     extension("vswitch.guest.host_load"),
     extension("vswitch.guest.latency"),

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vswitch import log, privileges
 from vswitch.control.api import SwitchApi
@@ -21,6 +21,9 @@ from vswitch.heartbeat import Heartbeat
 from vswitch.settings import Settings
 from vswitch.supervisor import Supervisor
 from vswitch.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ours
+
+if TYPE_CHECKING:
+    from vswitch.fastpath.turns import LoopTurns
 
 _log = logging.getLogger(__name__)
 
@@ -136,11 +139,20 @@ async def _run(
         listener.close()
         raise
 
-    control = ControlServer(switch, listener, config_path=config_path, request_stop=stopping.set)
+    turns: LoopTurns | None = None
+    control = ControlServer(
+        switch,
+        listener,
+        config_path=config_path,
+        request_stop=stopping.set,
+        turns=lambda: None if turns is None else turns.info(),
+    )
     try:
         await control.start()
         _give_up_privileges(settings)
         _say_ready(switch, listener.path)
+        # From here on it serves others; what it took to set up is of no interest.
+        turns = _measure_turns(loop)
         heartbeat = Heartbeat(
             Supervisor(),
             switch.stuck_workers,
@@ -154,6 +166,8 @@ async def _run(
         failure = switch.failed.exception() if switch.failed.done() else None
     finally:
         _log.info("stopping")
+        if turns is not None:
+            turns.close()
         # The switch first: `stop` promises its caller that all is closed when the control
         # connection is.
         try:
@@ -169,6 +183,16 @@ async def _run(
         return 1
     _log.info("stopped")
     return 0
+
+
+def _measure_turns(loop: asyncio.AbstractEventLoop) -> LoopTurns | None:
+    from vswitch.fastpath.turns import LoopTurns
+
+    try:
+        return LoopTurns(loop)
+    except OSError as exc:
+        _log.warning("the turns of the event loop are not measured: %s", exc)
+        return None
 
 
 def _on_signal(number: int, seen: list[int], stopping: asyncio.Event) -> None:

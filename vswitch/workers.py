@@ -129,6 +129,7 @@ class WorkerThreads:
                     busy_ns=busy_ns,
                     idle_ns=stats["idle_ns"],
                     cycles_per_frame=per_frame or None,
+                    turns=worker.turns(),
                     queues=queues,
                 )
             )

@@ -134,6 +134,20 @@ def test_a_worker_that_hangs_silences_the_watchdog(start_switch: Start, manager:
     manager.hear_until("WATCHDOG=1")
 
 
+def test_the_turn_of_a_worker_that_hangs(start_switch: Start) -> None:
+    """It is told while it lasts, and afterwards; that of the other worker is its own."""
+    switch = start_switch(workers=2, polling="busy")
+
+    def longest(worker: int) -> int:
+        return switch.client.workers()[worker]["turns"]["since_start"]["own_ns"]
+
+    wire = Wire(switch)
+    with held(workers_of(switch)[1]):
+        wire.wait_until(lambda: longest(1) >= 1_000_000_000, "a second has passed")
+    assert 1_000_000_000 <= longest(1) < 2**32 * 1000
+    assert longest(0) < 1_000_000_000
+
+
 def test_a_worker_that_does_not_end_is_not_waited_for(
     start_switch: Start, manager: Manager
 ) -> None:

@@ -153,7 +153,7 @@ def test_four_queue_pairs_and_two_workers(two_workers: Testbed, packed: bool) ->
             now = moved(testbed, "vm2", kind)
             changed = [was != is_now for was, is_now in zip(at_first, now, strict=True)]
             assert changed.count(True) > 1, f"only one {kind} was used"
-        assert all(worker["frames"] > 0 for worker in testbed.ctl("worker", "show"))
+        assert all(worker["frames"] > 0 for worker in testbed.ctl("worker", "show")["workers"])
 
         # Fewer pairs, and all again, while data flows.
         transfer = Transfer(vm1, vm2, 4 * FLOW_LEN)

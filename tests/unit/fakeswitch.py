@@ -243,6 +243,19 @@ class FakeSwitch:
                 "busy_ns": 5_000_000,
                 "idle_ns": 95_000_000,
                 "cycles_per_frame": 130.5,
+                "turns": {
+                    "last_10_s": {"longest_ns": 21_000, "run_delay_ns": 0, "own_ns": 21_000},
+                    "last_minute": {
+                        "longest_ns": 4_000_000,
+                        "run_delay_ns": 3_950_000,
+                        "own_ns": 60_000,
+                    },
+                    "since_start": {
+                        "longest_ns": 9_800_000,
+                        "run_delay_ns": None,
+                        "own_ns": 9_800_000,
+                    },
+                },
                 "queues": [
                     {
                         "port": "vm1",

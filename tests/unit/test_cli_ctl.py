@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -206,7 +207,16 @@ def test_uplinks_and_workers(run: Run) -> None:
         "2",
         "aio",
     ]
-    assert run("worker", "show", "--json").json[0]["busy_ns"] == 5_000_000
+    shown = run("worker", "show", "--json").json
+    assert shown["workers"][0]["busy_ns"] == 5_000_000
+
+
+def test_turns(run: Run) -> None:
+    """Those of the event loop are not measured here."""
+    text = run("worker", "show").out
+    assert re.search(r"^event loop +- +- +-$", text, re.M)
+    assert re.search(r"^worker 0 +0.02 ms +4.00 ms \(3.95 not run\) +9.80 ms$", text, re.M)
+    assert run("worker", "show", "--json").json["event_loop"] == {"turns": None}
 
 
 def test_the_switch(run: Run) -> None:

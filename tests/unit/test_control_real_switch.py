@@ -13,7 +13,14 @@ from controlled import DEADLINE_S
 from test_daemon import environment, sockets
 
 from vswitch import Client
-from vswitch.control.api import FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch.control.api import (
+    FdbEntry,
+    LongestTurn,
+    PortInfo,
+    PortStats,
+    TurnsInfo,
+    WorkerInfo,
+)
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, SocketError, UplinkError
 
 
@@ -55,6 +62,11 @@ def test_results_have_the_keys_they_are_said_to_have(client: Client) -> None:
     for worker in client.workers():
         assert set(worker) == WorkerInfo.__required_keys__
         assert (worker["cycles_per_frame"] is not None) <= (worker["frames"] > 0)
+    for turns in (client.event_loop()["turns"], *(each["turns"] for each in client.workers())):
+        assert turns is not None
+        assert set(turns) == TurnsInfo.__required_keys__
+        assert set(turns["since_start"]) == LongestTurn.__required_keys__
+        assert turns["since_start"]["longest_ns"] > 0
     client.fdb_add("52:54:00:00:00:01", "vm1", vlan=12)
     [entry] = client.fdb()
     assert set(entry) == FdbEntry.__required_keys__

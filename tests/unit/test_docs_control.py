@@ -18,7 +18,17 @@ from vswitch.cli import common
 from vswitch.cli.ctl import cli as ctl
 from vswitch.cli.main import cli as main
 from vswitch.control import protocol, server
-from vswitch.control.api import EventName, FdbEntry, PortInfo, PortStats, RingInfo, WorkerInfo
+from vswitch.control.api import (
+    EventLoopInfo,
+    EventName,
+    FdbEntry,
+    LongestTurn,
+    PortInfo,
+    PortStats,
+    RingInfo,
+    TurnsInfo,
+    WorkerInfo,
+)
 from vswitch.control.methods import METHODS, READ_ONLY
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -85,7 +95,8 @@ def test_every_method_and_its_parameters(method: str) -> None:
 def test_every_event_and_every_key_of_a_result() -> None:
     for event in get_args(EventName):
         assert re.search(rf"^\| `{event}` \|", PROTOCOL, re.M), event
-    for kind in (PortInfo, RingInfo, PortStats, FdbEntry, WorkerInfo):
+    kinds = (PortInfo, RingInfo, PortStats, FdbEntry, WorkerInfo, EventLoopInfo, TurnsInfo)
+    for kind in (*kinds, LongestTurn):
         for key in kind.__annotations__:
             assert f"`{key}`" in PROTOCOL, key
 

@@ -104,6 +104,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "vswitch.log",
         "vswitch.supervisor",
         "vswitch.heartbeat",
+        "vswitch.fastpath.turns",
         "vswitch.switch",
     ),
     "vswitch.cli": (*BASE, *CLIENT, "vswitch.config", "vswitch.settings", "vswitch.daemon"),

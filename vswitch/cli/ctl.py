@@ -370,12 +370,12 @@ def worker() -> None:
 @worker.command("show")
 @pass_state
 def worker_show(state: State) -> None:
-    """Show the poll threads, how busy they are and what they did."""
+    """Show the poll threads: how busy they are, what they did, and their longest turns."""
     from vswitch.cli import tables
 
     with state.connect() as switch:
-        workers = switch.workers()
-    state.show(workers, tables.workers)
+        found = {"event_loop": switch.event_loop(), "workers": switch.workers()}
+    state.show(found, lambda each: tables.workers(each["workers"], each["event_loop"]))
 
 
 @worker.command("pin")

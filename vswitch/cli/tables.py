@@ -13,7 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vswitch.control.api import Event, FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch.control.api import (
+    Event,
+    EventLoopInfo,
+    FdbEntry,
+    LongestTurn,
+    PortInfo,
+    PortStats,
+    WorkerInfo,
+)
 
 _PIPE_WIDTH = 240
 _STATE_STYLES = {
@@ -255,7 +263,7 @@ def fdb(entries: Sequence[FdbEntry]) -> RenderableType:
     return table
 
 
-def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
+def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
     """`worker show`."""
     table = _table(
         ">ID",
@@ -302,7 +310,31 @@ def workers(workers: Sequence[WorkerInfo]) -> RenderableType:
                 queue["frames_per_s"],
                 "pinned" if queue["pinned"] else "",
             )
-    return Group(table, "", queues) if queues.row_count else table
+    parts: list[RenderableType] = [table, "", _turns(workers, event_loop)]
+    return Group(*parts, "", queues) if queues.row_count else Group(*parts)
+
+
+def _turns(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
+    """The longest turn of each loop, and of that the time in which it was not run."""
+    table = _table("LONGEST TURN OF", ">LAST 10 S", ">LAST MINUTE", ">SINCE START")
+    loops = [("event loop", event_loop["turns"])]
+    loops += [(f"worker {each['id']}", each["turns"]) for each in workers]
+    for name, turns in loops:
+        windows = (
+            (None, None, None)
+            if turns is None
+            else (turns["last_10_s"], turns["last_minute"], turns["since_start"])
+        )
+        _add(table, name, *(None if each is None else _turn(each) for each in windows))
+    return table
+
+
+def _turn(longest: LongestTurn) -> str:
+    text = f"{longest['longest_ns'] / 1e6:.2f} ms"
+    delay_ns = longest["run_delay_ns"]
+    if delay_ns:
+        text += f" ({delay_ns / 1e6:.2f} not run)"
+    return text
 
 
 def event_line(event: Event) -> str:

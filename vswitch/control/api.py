@@ -140,13 +140,40 @@ class QueueInfo(TypedDict):
     pinned: bool
 
 
+class LongestTurn(TypedDict):
+    """The longest turn of a thread's loop within some time, in nanoseconds, to a microsecond.
+
+    In `run_delay_ns` of it the thread was runnable and no CPU ran it; None where the kernel does
+    not count that. `own_ns` is the longest turn without that time, which may be another one.
+    """
+
+    longest_ns: int
+    run_delay_ns: int | None
+    own_ns: int
+
+
+class TurnsInfo(TypedDict):
+    """The longest turns of a loop: of the last seconds, and since it was first measured."""
+
+    last_10_s: LongestTurn
+    last_minute: LongestTurn
+    since_start: LongestTurn
+
+
+class EventLoopInfo(TypedDict):
+    """The main thread's loop. `turns` is None where they are not measured; the log says why."""
+
+    turns: TurnsInfo | None
+
+
 class WorkerInfo(TypedDict):
     """A poll thread and what it did since the start; `*_ns` are nanoseconds.
 
     `frames` were taken in `bursts` by `loops` looks at all rings, in `busy_ns` altogether.
     `cycles_per_frame` are cycles of the machine's time-stamp counter in which the worker was busy,
     for each frame; None before the first one, and where the machine has no such counter.
-    `notify` is how it signals eventfds: "write" where the kernel has no AIO.
+    `notify` is how it signals eventfds: "write" where the kernel has no AIO. `turns` counts the
+    present turn as far as it has come.
     """
 
     id: int
@@ -162,6 +189,7 @@ class WorkerInfo(TypedDict):
     busy_ns: int
     idle_ns: int
     cycles_per_frame: float | None
+    turns: TurnsInfo
     queues: list[QueueInfo]
 
 

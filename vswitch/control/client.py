@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar, cast
 from vswitch._version import __version__
 from vswitch.control.api import (
     Event,
+    EventLoopInfo,
     EventName,
     FdbEntry,
     HelloInfo,
@@ -207,6 +208,10 @@ class Client:
     def stats(self, name: str | None = None) -> list[PortStats]:
         """Counters of one port or of all."""
         return cast("list[PortStats]", self._call("stats", name=name))
+
+    def event_loop(self) -> EventLoopInfo:
+        """The loop of the main thread."""
+        return cast(EventLoopInfo, self._call("event_loop"))
 
     def workers(self) -> list[WorkerInfo]:
         """The poll threads."""

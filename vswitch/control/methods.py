@@ -18,7 +18,14 @@ from pydantic_core import PydanticCustomError
 
 from vswitch._version import __version__
 from vswitch.config import problems_of
-from vswitch.control.api import EventName, HelloInfo, SwitchApi, VersionInfo
+from vswitch.control.api import (
+    EventLoopInfo,
+    EventName,
+    HelloInfo,
+    SwitchApi,
+    TurnsInfo,
+    VersionInfo,
+)
 from vswitch.control.protocol import PROTOCOL_VERSION, ControlError
 from vswitch.errors import ConfigError
 from vswitch.settings import LogLevel, MacLimit, PortSettings, StormRate, UplinkSettings
@@ -153,11 +160,16 @@ class Methods:
         *,
         config_path: Path | None,
         request_stop: Callable[[], None],
+        turns: Callable[[], TurnsInfo | None],
     ) -> None:
-        """`config_path` is where `save` writes by default; `request_stop` starts the shutdown."""
+        """`config_path` is where `save` writes by default; `request_stop` starts the shutdown.
+
+        `turns` are those of the event loop.
+        """
         self._switch = switch
         self._config_path = config_path
         self._request_stop = request_stop
+        self._turns = turns
         self._start = time.monotonic()
         self._saving = asyncio.Lock()
 
@@ -230,6 +242,9 @@ class Methods:
 
     async def _stats(self, params: MaybeNameParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.stats(params.name)
+
+    async def _event_loop(self, params: NoParams, session: Session) -> EventLoopInfo:  # noqa: ARG002
+        return EventLoopInfo(turns=self._turns())
 
     async def _workers(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.workers()
@@ -315,6 +330,7 @@ METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "add_uplink": (UplinkSettings, Methods._add_uplink),
     "del_uplink": (NameParams, Methods._del_uplink),
     "stats": (MaybeNameParams, Methods._stats),
+    "event_loop": (NoParams, Methods._event_loop),
     "workers": (NoParams, Methods._workers),
     "worker_pin": (WorkerPinParams, Methods._worker_pin),
     "worker_rebalance": (NoParams, Methods._worker_rebalance),
@@ -340,6 +356,7 @@ READ_ONLY = frozenset(
         "ports",
         "port",
         "stats",
+        "event_loop",
         "workers",
         "fdb",
         "subscribe",

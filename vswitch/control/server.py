@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vswitch.control.api import Event, SwitchApi
+from vswitch.control.api import Event, SwitchApi, TurnsInfo
 from vswitch.control.methods import Methods, Session
 from vswitch.control.protocol import (
     ControlError,
@@ -105,11 +105,17 @@ class ControlServer:
         *,
         config_path: Path | None = None,
         request_stop: Callable[[], None],
+        turns: Callable[[], TurnsInfo | None] = lambda: None,
     ) -> None:
-        """Takes over `listener`; `config_path` is where `save` writes unless told otherwise."""
+        """Takes over `listener`; `config_path` is where `save` writes unless told otherwise.
+
+        `turns` are those of the event loop.
+        """
         self._switch = switch
         self._listener = listener
-        self._methods = Methods(switch, config_path=config_path, request_stop=request_stop)
+        self._methods = Methods(
+            switch, config_path=config_path, request_stop=request_stop, turns=turns
+        )
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._clients = 0

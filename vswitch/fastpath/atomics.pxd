@@ -42,3 +42,4 @@ cdef extern from "atomics.h" nogil:
     void vs_compiler_barrier()
     uint64_t vs_now_ns()
     uint64_t vs_cycles()
+    uint64_t vs_ticks()

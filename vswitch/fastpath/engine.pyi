@@ -2,6 +2,7 @@ from typing import Literal, TypedDict
 
 from vswitch.fastpath.port import Port, Ring
 from vswitch.fastpath.table import Fdb
+from vswitch.fastpath.turns import Turns
 
 DROP_REASONS: tuple[tuple[str, str], ...]
 
@@ -43,6 +44,7 @@ class Worker:
     def watch(self, fd: int, token: int) -> None: ...
     def unwatch(self, fd: int) -> None: ...
     def stats(self) -> WorkerStats: ...
+    def turns(self) -> Turns: ...
 
 class Engine:
     report_macs: bool

@@ -13,6 +13,7 @@ from libc.string cimport memcpy, memset
 import os
 
 from vswitch.fastpath.table import NO_LIMIT
+from vswitch.fastpath.turns import open_schedstat
 
 from vswitch.fastpath.atomics cimport (
     vs_cas_ptr,
@@ -28,10 +29,12 @@ from vswitch.fastpath.atomics cimport (
     vs_store32,
     vs_store_release32,
     vs_store_release_ptr,
+    vs_ticks,
 )
 from vswitch.fastpath.notify cimport vs_notifier_close, vs_notifier_open, vs_notify
 from vswitch.fastpath.port cimport Port, Ring
 from vswitch.fastpath.table cimport Fdb
+from vswitch.fastpath.turns cimport describe_turns, ticks_to_ns
 from vswitch.fastpath.types cimport (
     EVENT_IOTLB_MISS,
     EVENT_MAC_LEARNED,
@@ -135,6 +138,7 @@ cdef class Worker:
         self.id = number
         self.c.id = number
         self.c.epoll_fd = self.c.wake_fd = self.c.notifier.file = self.c.uring.fd = -1
+        self.c.turns.schedstat = -1
         self.c.counters = <Counters *>calloc(MAX_PORTS, sizeof(Counters))
         self.c.events = <EventC *>calloc(EVENT_SLOTS, sizeof(EventC))
         self.c.staging = <char *>aligned_alloc(4096, STAGING_LEN)
@@ -160,6 +164,8 @@ cdef class Worker:
                 os.close(self.c.epoll_fd)
             if self.c.wake_fd >= 0:
                 os.close(self.c.wake_fd)
+            if self.c.turns.schedstat >= 0:
+                os.close(self.c.turns.schedstat)
             vs_notifier_close(&self.c.notifier)
             vs_uring_close(&self.c.uring)
             free(self.c.counters)
@@ -182,6 +188,7 @@ cdef class Worker:
 
     def run(self):
         """Poll and forward until `stop`; call it in a thread of its own."""
+        self.c.turns.schedstat = open_schedstat()
         with nogil:
             worker_loop(self.c)
 
@@ -245,6 +252,22 @@ cdef class Worker:
             "idle_ns": idle,
             "events_lost": vs_load32(&c.events_lost),
         }
+
+    def turns(self):
+        """The longest turns of the loop by window, as control.api.TurnsInfo has them.
+
+        The present one counts as far as it has come: a worker that hangs is seen.
+        """
+        cdef uint64_t began = vs_load64(&self.c.turns.mark), now = vs_ticks()
+        cdef uint64_t unfinished = 0
+        # Acquire: the state before the mark, which is another one if it has slept meanwhile. Pairs
+        # with the release in sleep_until_event.
+        if (
+            vs_load_acquire32(&self.c.state) == STATE_RUNNING
+            and vs_load64(&self.c.turns.mark) == began and now > began
+        ):
+            unfinished = ticks_to_ns(&self.c.turns, now - began)
+        return describe_turns(&self.c.turns, vs_now_ns(), unfinished)
 
     cdef _check(self):
         """Take the events that have come; returns (kind, port, other, key) tuples."""

@@ -9,6 +9,7 @@ marked *atomic* may be read by anyone at any time through atomics.h.
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.notify cimport vs_notifier
+from vswitch.fastpath.turns cimport Turns
 from vswitch.fastpath.uring cimport VS_URING_SLOTS, iovec, vs_uring
 
 cdef enum:
@@ -370,6 +371,7 @@ cdef struct WorkerC:
     uint32_t tap_debt      # of its TAPs, as that of a ring
     uint64_t mark_ns       # when the present busy or idle spell began
     uint8_t busy
+    Turns turns            # of its loop
     Counters *counters     # [MAX_PORTS]
     # events for main: a ring with one writer (worker) and one reader (main)
     EventC *events

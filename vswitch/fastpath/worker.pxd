@@ -14,8 +14,10 @@ from vswitch.fastpath.atomics cimport (
     vs_pause,
     vs_prefetch,
     vs_store32,
+    vs_store64,
     vs_store_release32,
     vs_store_release64,
+    vs_ticks,
     vs_unlikely,
 )
 from vswitch.fastpath.chain cimport miss_answered, read_desc, read_packed, ring_fault
@@ -23,6 +25,7 @@ from vswitch.fastpath.events cimport post_event, report_fault
 from vswitch.fastpath.forward cimport forward_burst, take_frame
 from vswitch.fastpath.journal cimport note_batch, note_taken
 from vswitch.fastpath.tap cimport tap_receive
+from vswitch.fastpath.turns cimport end_turn
 from vswitch.fastpath.types cimport (
     BURST,
     DROP_DISABLED,
@@ -295,9 +298,12 @@ cdef inline void sleep_until_event(WorkerC *w, const View *view) noexcept nogil:
         vs_fence()
         return
     w.sleeps += 1
+    end_turn(&w.turns, vs_ticks())
     n = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, timeout)
     w.wakeups += 1
-    vs_store32(&w.state, STATE_RUNNING)
+    vs_store64(&w.turns.mark, vs_ticks())
+    # Release: a turn that is seen to run has begun. Pairs with the acquire in Worker.turns.
+    vs_store_release32(&w.state, STATE_RUNNING)
     # Full fence: running before the view is loaded. Pairs with the fence in Engine.publish.
     vs_fence()
     current = <const View *>vs_load_acquire_ptr(&w.shared.view)
@@ -324,12 +330,15 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
     cdef bint tap_hot = True
     now = w.mark_ns = vs_now_ns()
     w.busy = 0
-    vs_store32(&w.state, STATE_RUNNING)
+    vs_store64(&w.turns.mark, vs_ticks())
+    # Release: as in sleep_until_event.
+    vs_store_release32(&w.state, STATE_RUNNING)
     while True:
         # Everything read under the previous view is done with. The full fence keeps the load of the
         # view behind the store of the epoch; pairs with the fence in Engine.publish.
         vs_store_release64(&w.epoch, w.epoch + 1)
         vs_fence()
+        end_turn(&w.turns, vs_ticks())
         if vs_unlikely(vs_load32(&w.stop)):
             break
         view = <const View *>vs_load_acquire_ptr(&w.shared.view)

@@ -1,0 +1,23 @@
+import asyncio
+from typing import TypedDict
+
+class Longest(TypedDict):
+    longest_ns: int
+    run_delay_ns: int | None
+    own_ns: int
+
+class Turns(TypedDict):
+    last_10_s: Longest
+    last_minute: Longest
+    since_start: Longest
+
+def open_schedstat() -> int: ...
+
+class Record:
+    def note(self, turn_ns: int, now_ns: int) -> None: ...
+    def info(self, now_ns: int) -> Turns: ...
+
+class LoopTurns:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def close(self) -> None: ...
+    def info(self) -> Turns | None: ...
