@@ -372,7 +372,7 @@ def test_two_ports_with_one_memory(wire: Wire) -> None:
                 d.send([frame(A, mac(4))] * 8)
                 d.drain()
             got = d.recv(200)
-            assert set(got) == {frame(mac(4), A)}
+            assert got == [frame(mac(4), A)] * 200
             # Each of them takes all that it sees: twice what was sent.
             for name in ("a", "a2"):
                 wire.wait_until(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import pytest
 from frames import frames, mac
 from ippackets import Packet
-from running import Wire, teach
+from running import DEADLINE_S, Wire, loading, teach, used_on
 
 from vswitch import offloads
 from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
@@ -90,28 +88,6 @@ class Copy:
         return found
 
 
-@contextlib.contextmanager
-def running(load: Load) -> Iterator[None]:
-    """At full rate in a thread of its own."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            load.run(600.0)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        while thread.is_alive():
-            load.stop()  # which counts only when it runs already
-            thread.join(0.001)
-    assert not failed, failed
-
-
 def by_the_driver(queue: AnyQueue) -> list[tuple[int, int]]:
     """What the driver writes in a ring, as (address, length)."""
     layout = queue.layout
@@ -158,19 +134,20 @@ class Migrations:
         # Of one kind: what its driver writes into its transmit buffers is there from the beginning.
         receiver = Flow(self.b.transmitqs[0], self.b.receiveqs[0], frames(A, B, [1000]))
         self.receiver = Load([receiver])
-        with running(self.senders):
-            self.receiver.run(10.0, frames=1024)
+        with loading(self.senders):
+            (filled,) = self.receiver.run(DEADLINE_S, frames=1024)
+        assert filled.sent >= 1024
         self.log = DirtyLog(self.b)
         self.marked = self.fetched = 0
 
     def busy(self) -> None:
         """The guest runs until the end, and its own writes are its hypervisor's to notice."""
-        with running(self.senders):
-            with running(self.receiver):
+        with loading(self.senders):
+            with loading(self.receiver):
                 self.log.start()
                 copy = Copy(self.b)
-                self._fetch_for(0.03, copy)
-            self._fetch_for(0.002, copy)
+                self._fetch_while_used(self.b.receiveqs, 300, copy)
+            self._fetch_while_used(self.a.transmitqs, 300, copy)
             self._stop()
             self._fetch(copy)
             for queue in self.b.queues():
@@ -181,21 +158,24 @@ class Migrations:
 
     def quiet(self) -> None:
         """The guest does nothing, so all that changes is the switch's doing."""
-        self.receiver.run(0.005)
+        with loading(self.senders), loading(self.receiver):
+            used_on(self.b.receiveqs, 50)
         self.log.start()
         copy = Copy(self.b)
-        with running(self.senders):
-            self._fetch_for(0.02, copy)
+        with loading(self.senders):
+            self._fetch_while_used(self.a.transmitqs, 300, copy)
             self._stop()
             self._fetch(copy)
             assert copy.lost() == []
         self._go_on()
 
-    def _fetch_for(self, most: float, copy: Copy) -> None:
-        """Again and again, for up to so many seconds."""
-        end = time.monotonic() + self.rng.uniform(0, most)
-        while time.monotonic() < end:
+    def _fetch_while_used(self, queues: Sequence[AnyQueue], most: int, copy: Copy) -> None:
+        """Again and again, until the switch has used up to so many more buffers."""
+        left = self.rng.randrange(50, most)
+        while left > 0:
             self._fetch(copy)
+            used_on(queues, min(left, 50))
+            left -= 50
 
     def _fetch(self, copy: Copy) -> None:
         self.marked += copy.take(self.log.fetch())
@@ -224,6 +204,7 @@ def migrate_for(
     rng = random.Random(seed)
     made = Migrations(start(workers=workers), rng, **KINDS[kind])  # type: ignore[arg-type]
     try:
+        # Long enough for two rounds, however slow the machine is, and more of them on a fast one.
         rounds, end = 0, time.monotonic() + seconds
         while rounds < 2 or time.monotonic() < end:
             made.busy()

@@ -15,7 +15,7 @@ def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:
         testbed.ctl("add-port", "--client", "vm3", path)
         vm3.wait_up()
         testbed.wait_state("vm3", "ready")
-        assert vm3.ping(vm1.ip, count=3, timeout_s=5)
+        assert vm3.ping(vm1.ip, count=3)
         assert testbed.show("vm3")["mode"] == "client"
 
         # The switch first: it tries again and again until QEMU is back.
@@ -24,6 +24,6 @@ def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:
         wait_until("the port says what it waits for", lambda: testbed.show("vm3")["error"])
         vm3.start().wait_up()
         testbed.wait_state("vm3", "ready")
-        assert vm3.ping(vm1.ip, count=3, timeout_s=5)
-        assert vm2.ping(vm3.ip, count=3, timeout_s=5)
+        assert vm3.ping(vm1.ip, count=3)
+        assert vm2.ping(vm3.ip, count=3)
         assert testbed.show("vm3")["connects"] == 2

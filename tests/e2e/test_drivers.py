@@ -47,7 +47,7 @@ def test_driver_with_other_features(
         assert not refused & set(shown["feature_names"])
         assert [ring["enabled"] for ring in shown["rings"]] == [True] * 2 * pairs
         assert shown["rings"][0]["size"] == changes.get("queue_size", 256)
-        assert vm3.ping(vm1.ip, count=3, timeout_s=5)
+        assert vm3.ping(vm1.ip, count=3)
         # Datagrams in fragments of full frames.
         assert "3 packets received" in vm3.check(f"ping -A -c 3 -w 10 -s 8000 {vm1.ip}")
         Transfer(vm3, vm1, 5_000_000).finish()

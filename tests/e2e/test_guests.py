@@ -14,8 +14,8 @@ TRANSFER_LEN = 50_000_000
 
 def test_two_guests_ping(testbed: Testbed) -> None:
     vm1, vm2 = testbed.require("vm1", "vm2")
-    assert vm1.ping(vm2.ip, count=20, timeout_s=10)
-    assert vm2.ping(vm1.ip, count=20, timeout_s=10)
+    assert vm1.ping(vm2.ip, count=20)
+    assert vm2.ping(vm1.ip, count=20)
     fdb = testbed.fdb()
     assert fdb[vm1.settings.mac] == "vm1"
     assert fdb[vm2.settings.mac] == "vm2"
@@ -26,7 +26,7 @@ def test_three_guests_ping_each_other(testbed: Testbed) -> None:
     lost = [
         f"{source.name} -> {target.name}"
         for source, target in permutations(guests, 2)
-        if not source.ping(target.ip, count=3, timeout_s=5)
+        if not source.ping(target.ip, count=3)
     ]
     assert lost == []
 
@@ -58,8 +58,8 @@ def test_guest_reboots_while_others_forward(testbed: Testbed) -> None:
     with pinging(vm1, vm2):
         vm3.reboot()
         testbed.wait_state("vm3", "ready")
-    assert vm3.ping(vm1.ip, count=3, timeout_s=5)
-    assert vm2.ping(vm3.ip, count=3, timeout_s=5)
+    assert vm3.ping(vm1.ip, count=3)
+    assert vm2.ping(vm3.ip, count=3)
 
 
 def test_qemu_is_killed_and_started_again(testbed: Testbed) -> None:
@@ -69,5 +69,5 @@ def test_qemu_is_killed_and_started_again(testbed: Testbed) -> None:
         vm3.kill()
         testbed.wait_state("vm3", "listening")
         testbed.require("vm3")
-    assert vm3.ping(vm1.ip, count=3, timeout_s=5)
+    assert vm3.ping(vm1.ip, count=3)
     assert testbed.show("vm3")["connects"] == connects + 1

@@ -34,7 +34,7 @@ def test_a_link_that_is_set_down_and_up(testbed: Testbed) -> None:
         assert testbed.ctl("stats", "vm3")[0]["drops"]["link-down"] > 0
         assert testbed.ctl("set-link", "vm3", "up")["link"] == "up"
         pings_until_answered(vm3, vm1.ip)
-    assert vm1.ping(vm3.ip, count=3, timeout_s=5)
+    assert vm1.ping(vm3.ip, count=3)
 
 
 def test_port_of_a_running_guest_is_deleted_and_added_again(testbed: Testbed) -> None:
@@ -48,4 +48,4 @@ def test_port_of_a_running_guest_is_deleted_and_added_again(testbed: Testbed) ->
         testbed.wait_state("vm3", "ready")
         wait_until("vm3 sees the link come back", vm3.carrier)
     pings_until_answered(vm3, vm1.ip)
-    assert vm2.ping(vm3.ip, count=3, timeout_s=5)
+    assert vm2.ping(vm3.ip, count=3)

@@ -24,12 +24,12 @@ def test_a_guest_behind_an_iommu(testbed: Testbed, packed: bool) -> None:
         # device is the virtio bus's; the group is that of the PCI function above it.
         card = "/sys/class/net/eth0/device/../iommu_group/type"
         assert vm2.check(f"cat {card}").strip() == "DMA"
-        assert vm1.ping(vm2.ip, count=20, timeout_s=20)
+        assert vm1.ping(vm2.ip, count=20)
         for source, target in ((vm1, vm2), (vm2, vm1)):
             Transfer(source, target, 1_000_000).finish()
         vm2.reboot()
         testbed.wait_state("vm2", "ready")
-        assert vm1.ping(vm2.ip, count=20, timeout_s=20)
+        assert vm1.ping(vm2.ip, count=20)
         shown = testbed.show("vm2")
         assert shown["error"] is None
         # It was the same connection all the time: nothing that QEMU said was refused.

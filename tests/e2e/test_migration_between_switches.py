@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import statistics
@@ -70,39 +69,48 @@ def both_ends(
 
 
 WATCH = """
-import json, select, socket, sys
+import socket, sys
 source = bytes.fromhex(sys.argv[1].replace(":", ""))
 raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
 raw.bind(("eth0", 3))
 print("watching", flush=True)
-seen = []
-while raw in (ready := select.select([raw, sys.stdin], [], [])[0]):
+while True:
     frame = raw.recv(65535)
     if frame[6:12] == source:
         request = frame[12:14] == b"\\x08\\0" and frame[23] == 1 and frame[34] == 8
-        number = int.from_bytes(frame[40:42]) if request else None
-        seen.append([int.from_bytes(frame[12:14]), number])
-print(json.dumps(seen))
+        number = int.from_bytes(frame[40:42]) if request else -1
+        print(int.from_bytes(frame[12:14]), number, flush=True)
 """
 
 
 class Watch:
-    """Notes what comes from a MAC address to the neighbour."""
+    """Notes what comes from a MAC address to the neighbour, in a file."""
 
-    def __init__(self, namespace: str, mac: str) -> None:
-        self._process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, sys.executable, "-c", WATCH, mac],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "watching\n"
+    def __init__(self, namespace: str, mac: str, notes: Path) -> None:
+        self._notes = notes
+        with notes.open("w") as file:
+            self._process = subprocess.Popen(
+                ["ip", "netns", "exec", namespace, sys.executable, "-c", WATCH, mac], stdout=file
+            )
+        wait_until("somebody watches", lambda: notes.read_text().startswith("watching\n"))
 
-    def stop(self) -> list[tuple[int, int | None]]:
-        """EtherTypes of the frames, and the sequence numbers of those that are echo requests."""
-        said, _ = self._process.communicate(timeout=10)
-        return [(ethertype, number) for ethertype, number in json.loads(said)]
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _seen(self) -> list[tuple[int, int]]:
+        whole = self._notes.read_text().rpartition("\n")[0]
+        return [(int(a), int(b)) for a, b in (line.split() for line in whole.splitlines()[1:])]
+
+    def ethertypes(self) -> set[int]:
+        return {ethertype for ethertype, _ in self._seen()}
+
+    def requests(self) -> list[int]:
+        """Sequence numbers of the echo requests, as they came."""
+        return [number for _, number in self._seen() if number >= 0]
 
 
 def test_it_moves_while_it_sends_and_receives(
@@ -114,33 +122,42 @@ def test_it_moves_while_it_sends_and_receives(
 ) -> None:
     """All that it sends arrives, once. Of the answers some may reach where it was."""
     [vm1] = testbed.require("vm1")
-    with both_ends(testbed, other_switch, "") as (source, target):
+    with both_ends(testbed, other_switch, "") as (source, target), ExitStack() as watching:
         mac = source.settings.mac
         boot = source.check(BOOT_ID)
-        watch = Watch(f"{bridged_namespace}ns", mac)
+        watch = watching.enter_context(Watch(f"{bridged_namespace}ns", mac, tmp_path / "notes"))
         source.check(
             f"ping -i {INTERVAL_S} {NEIGHBOUR} >/tmp/ping.log 2>&1 & echo $! >/tmp/ping.pid"
         )
-        transfer = Transfer(vm1, source, 60_000_000, until_told=True)
+        transfer = Transfer(vm1, source, 20_000_000, until_told=True)
         assert testbed.fdb()[mac] == "vm2"
+        transfer.moves_on()
+        wait_until("it pings", lambda: len(watch.requests()) > 50)
         source.migrate_to(target, tmp_path / "migration.sock")
-        assert transfer.goes_on_in(target), "the connection has ended"
+        transfer.goes_on_in(target)
         other_switch.wait_state("vm2", "ready")
         wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
         wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
+        target.check(
+            "until=$(($(grep -c ' seq=' /tmp/ping.log) + 50))\n"
+            "while [ $(grep -c ' seq=' /tmp/ping.log) -lt $until ]; do usleep 20000; done"
+        )
         transfer.finish(100)
         said = target.check(
             "kill -INT $(cat /tmp/ping.pid)\n"
             "until grep -q loss /tmp/ping.log; do usleep 10000; done; cat /tmp/ping.log"
         )
         assert target.check(BOOT_ID) == boot
-        requests = [number for _, number in watch.stop() if number is not None]
-        assert requests == list(range(len(requests)))
-        sent = re.search(r"(\d+) packets transmitted", said)
-        assert sent is not None
-        assert int(sent[1]) == len(requests) > 100
-        answered = {int(number) for number in re.findall(r" seq=(\d+) ", said)}
-        missing = sorted(set(requests[:-1]) - answered)
+        found = re.search(r"(\d+) packets transmitted", said)
+        assert found is not None
+        sent = int(found[1])
+        # Another one, a 0, comes after all of them.
+        assert target.ping(NEIGHBOUR)
+        wait_until("the last has come", lambda: watch.requests()[1:].count(0))
+        assert watch.requests() == [*range(sent), 0]
+        answered = [int(number) for number in re.findall(r" seq=(\d+) ", said)]
+        # The last ones may have been on their way when it ended.
+        missing = sorted(set(range(answered[-1])) - set(answered))
         if missing:
             assert missing == list(range(missing[0], missing[-1] + 1))
 
@@ -161,14 +178,14 @@ def test_neighbours_learn_from_the_announcement(
         mac = source.settings.mac
         assert vm1.ping(source.ip)
         source.check("echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6")
-        watch = Watch(f"{bridged_namespace}ns", mac)
-        source.migrate_to(target, tmp_path / "migration.sock")
-        wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
-        wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
-        ethertypes = {ethertype for ethertype, _ in watch.stop()}
-        assert ethertypes == {RARP if how == "rarp" else ARP}
-        assert vm1.ping(target.ip, count=3, timeout_s=5)
-        assert target.ping(NEIGHBOUR, count=3, timeout_s=5)
+        with Watch(f"{bridged_namespace}ns", mac, tmp_path / "notes") as watch:
+            source.migrate_to(target, tmp_path / "migration.sock")
+            wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
+            wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
+            wait_until("the neighbour hears it", watch.ethertypes)
+            assert watch.ethertypes() == {RARP if how == "rarp" else ARP}
+        assert vm1.ping(target.ip, count=3)
+        assert target.ping(NEIGHBOUR, count=3)
 
 
 def lost_on_the_way(namespace: str, source: Guest, target: Guest, through: Path) -> int:
@@ -176,7 +193,7 @@ def lost_on_the_way(namespace: str, source: Guest, target: Guest, through: Path)
     words = ["ip", "netns", "exec", namespace, "busybox", "ping", "-q", "-i", f"{INTERVAL_S}"]
     with subprocess.Popen([*words, source.ip], stdout=subprocess.PIPE, text=True) as ping:
         source.migrate_to(target, through)
-        assert target.ping(NEIGHBOUR, count=10, timeout_s=10)
+        assert target.ping(NEIGHBOUR, count=10)
         ping.send_signal(signal.SIGINT)
         said, _ = ping.communicate(timeout=10)
     counts = re.search(r"(\d+) packets transmitted, (\d+) packets received", said)

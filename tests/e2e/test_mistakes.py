@@ -22,7 +22,7 @@ def test_guest_memory_without_share_on(testbed: Testbed) -> None:
             assert testbed.show(other)["warning"] is None
     # The same port with a good command line.
     (vm3,) = testbed.require("vm3")
-    assert vm3.ping(vm1.ip, count=3, timeout_s=5)
+    assert vm3.ping(vm1.ip, count=3)
     assert testbed.show("vm3")["warning"] is None
 
 

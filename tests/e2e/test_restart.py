@@ -14,7 +14,8 @@ def test_traffic_resumes_after_a_restart(testbed: Testbed, how: str) -> None:
     guests = vm1, vm2 = testbed.require("vm1", "vm2")
     assert vm1.ping(vm2.ip)
     boots = [guest.check(BOOT_ID) for guest in guests]
-    transfer = Transfer(vm1, vm2, 20_000_000)
+    transfer = Transfer(vm1, vm2, 10_000_000, until_told=True)
+    transfer.moves_on()
 
     if how == "SIGTERM":
         assert testbed.switch.stop() == 0
@@ -24,15 +25,16 @@ def test_traffic_resumes_after_a_restart(testbed: Testbed, how: str) -> None:
         testbed.switch.kill()
         assert testbed.socket("vm1").exists()
     wait_until("the guests see the link go", lambda: not (vm1.carrier() or vm2.carrier()))
-    assert transfer.under_way(), "the transfer was over before the switch was stopped"
+    assert transfer.under_way(), "the connection ended with the switch"
     testbed.switch.start()
 
     for guest in guests:
         testbed.wait_state(guest.name, "ready")
         wait_until(f"{guest.name} sees the link come back", guest.carrier)
     pings_until_answered(vm1, vm2.ip)
-    assert vm2.ping(vm1.ip, count=10, timeout_s=5)
-    transfer.finish()
+    assert vm2.ping(vm1.ip, count=10)
+    transfer.moves_on()
+    transfer.finish(100)
     assert [guest.check(BOOT_ID) for guest in guests] == boots
 
 
@@ -55,15 +57,17 @@ def test_traffic_survives_a_killed_switch_again_and_again(
         for number in range(times):
             sender, receiver = guests if number % 2 else reversed(guests)
             assert sender.ping(receiver.ip)
-            transfer = Transfer(sender, receiver, 20_000_000)
+            transfer = Transfer(sender, receiver, 10_000_000, until_told=True)
             assert receiver.ping(sender.ip)
+            transfer.moves_on()
             testbed.switch.kill()
             wait_until("the guests see it", lambda: not any(one.carrier() for one in guests))
-            assert transfer.under_way(), "the transfer was over before the switch was killed"
+            assert transfer.under_way(), "the connection ended with the switch"
             testbed.switch.start()
             for guest in guests:
                 testbed.wait_state(guest.name, "ready")
                 wait_until(f"{guest.name} sees the link come back", guest.carrier)
-            transfer.finish()
-            assert sender.ping(receiver.ip, count=5, timeout_s=5)
+            transfer.moves_on()
+            transfer.finish(100)
+            assert sender.ping(receiver.ip, count=5)
         assert [guest.check(BOOT_ID) for guest in guests] == boots

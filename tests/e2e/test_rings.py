@@ -68,7 +68,7 @@ def check_pair(testbed: Testbed, one: dict[str, Any], other: dict[str, Any]) -> 
             sizes = [chosen.get(key, 256) for key in ("queue_size", "tx_queue_size")]
             assert [ring["size"] for ring in shown["rings"]] == sizes
         vm2, vm3 = guests
-        assert vm2.ping(vm3.ip, count=10, timeout_s=10)
+        assert vm2.ping(vm3.ip, count=10)
         assert "3 packets received" in vm3.check(f"ping -A -c 3 -w 10 -s 8000 {vm2.ip}")
         Transfer(vm2, vm3, TRANSFER_LEN).finish()
         Transfer(vm3, vm2, TRANSFER_LEN).finish()
@@ -156,10 +156,12 @@ def test_four_queue_pairs_and_two_workers(two_workers: Testbed, packed: bool) ->
         assert all(worker["frames"] > 0 for worker in testbed.ctl("worker", "show")["workers"])
 
         # Fewer pairs, and all again, while data flows.
-        transfer = Transfer(vm1, vm2, 4 * FLOW_LEN)
+        transfer = Transfer(vm1, vm2, FLOW_LEN, until_told=True)
         for pairs in (1, 3, 4):
+            transfer.moves_on()
             use_pairs(testbed, vm2, pairs)
-            assert vm1.ping(vm2.ip, count=3, timeout_s=10)
+            transfer.moves_on()
+            assert vm1.ping(vm2.ip, count=3)
         transfer.finish(90)
         use_pairs(testbed, vm2, 2)
         flows_both_ways(vm1, vm2)

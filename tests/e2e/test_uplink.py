@@ -42,7 +42,7 @@ def tap(testbed: Testbed) -> Iterator[str]:
 
 def test_guests_and_host_reach_each_other(testbed: Testbed, tap: str) -> None:
     for guest in testbed.require("vm1", "vm2"):
-        assert guest.ping(HOST_IP, count=3, timeout_s=5)
+        assert guest.ping(HOST_IP, count=3)
         assert host.ping_ms(guest.ip) is not None
     assert testbed.show(tap)["state"] == "up"
     (stats,) = testbed.ctl("stats", tap)
@@ -92,7 +92,7 @@ def test_uplink_goes_down_and_up(testbed: Testbed, tap: str) -> None:
         host.ip("link", "set", tap, "up")
         testbed.wait_state(tap, "up")
         pings_until_answered(vm2, HOST_IP)
-    assert vm1.ping(HOST_IP, count=3, timeout_s=5)
+    assert vm1.ping(HOST_IP, count=3)
 
 
 def test_network_namespace_behind_a_bridge(testbed: Testbed, bridged_namespace: str) -> None:
@@ -101,7 +101,7 @@ def test_network_namespace_behind_a_bridge(testbed: Testbed, bridged_namespace: 
     guests: list[Guest] = testbed.require("vm1", "vm2")
     pings_until_answered(guests[0], f"{NETWORK}.200")  # the bridge's ports may still be learning
     for guest in guests:
-        assert guest.ping(f"{NETWORK}.200", count=3, timeout_s=5)
+        assert guest.ping(f"{NETWORK}.200", count=3)
         host.ip("netns", "exec", namespace, "busybox", "ping", "-q", "-c", "2", "-W", "3", guest.ip)
     mac = host.ip("-n", namespace, "-brief", "link", "show", "eth0").split()[2]
     wait_until("the namespace's address is learned", lambda: testbed.fdb().get(mac) == uplink)

@@ -7,10 +7,14 @@ guest takes several times as long for SHA-256 as for the transfer.
 
 from __future__ import annotations
 
+from testbed import PATIENCE_S
+
 from vswitch.lab.guest import Guest
 
 BLOCK_LEN = 2_000_000
 RECORD_LEN = 65536
+PROGRESS_LEN = 200_000
+"""More than any test sends besides, in bytes."""
 
 
 class Transfer:
@@ -18,8 +22,8 @@ class Transfer:
 
     `address` is one of the receiver's, its usual one if left out. Transfers at the same time need
     ports of their own. With `made`, the hash that an earlier `make_data` returned, what that made
-    is sent once more. With `until_told` it goes on after `size` bytes until `goes_on_in` or
-    `finish` ends it, however long what is tested takes.
+    is sent once more. With `until_told` it goes on after `size` bytes until `finish` ends it,
+    however long what is tested takes: without it nobody knows whether it is still under way.
     """
 
     def __init__(
@@ -51,14 +55,17 @@ class Transfer:
             ">/dev/null 2>&1 &"
         )
         # Whoever breaks the network now shall break a connection, not an attempt at one.
-        receiver.check(f"until [ -e /tmp/taken-{port} ]; do usleep 20000; done")
+        receiver.check(f"until [ -e /tmp/taken-{port} ]; do usleep 20000; done", PATIENCE_S)
 
-    def finish(self, timeout_s: float = 60.0) -> None:
+    def finish(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait for the end; the receiver's hash must be the sender's."""
-        self._end()
+        if self._until_told:
+            self._sender.check(f": >/tmp/enough-{self._port}")
         received, records = received_data(self._receiver, self._port, timeout_s)
         sent = f"/tmp/sent-{self._port}"
-        said = self._sender.check(f"until [ -s {sent} ]; do usleep 20000; done; cat {sent}")
+        said = self._sender.check(
+            f"until [ -s {sent} ]; do usleep 20000; done; cat {sent}", PATIENCE_S
+        )
         assert said.strip() == "0", f"the sender's end: {said!r}, received: {records}"
         blocks, block_len = _blocks(self._size)
         if self._until_told:
@@ -69,21 +76,27 @@ class Transfer:
         assert records[-1] == _records_out(sent_len), f"{sent_len} bytes sent, received: {records}"
         assert received == self._sent_sum, f"received {received!r}, sent {self._sent_sum!r}"
 
-    def goes_on_in(self, guest: Guest) -> bool:
-        """The receiver has moved to another QEMU; whether the transfer is still under way there.
+    def moves_on(self) -> None:
+        """Wait until it has got further: it is under way, and the network carries it."""
+        assert self._until_told, "it may be over at any time"
+        counter = "/sys/class/net/eth0/statistics/rx_bytes"
+        self._receiver.check(
+            f"until=$(($(cat {counter}) + {PROGRESS_LEN}))\n"
+            f"while [ ! -e /tmp/sum-{self._port} ] && [ $(cat {counter}) -lt $until ]; do\n"
+            "    usleep 20000\n"
+            "done\n"
+            f"[ ! -e /tmp/sum-{self._port} ]",
+            PATIENCE_S,
+        )
 
-        From now on it need not go on.
-        """
+    def goes_on_in(self, guest: Guest) -> None:
+        """The receiver has moved to another QEMU: wait until the transfer has got further there."""
         self._receiver = guest
-        under_way = self.under_way()
-        self._end()
-        return under_way
-
-    def _end(self) -> None:
-        if self._until_told:
-            self._sender.check(f": >/tmp/enough-{self._port}")
+        self.moves_on()
 
     def under_way(self) -> bool:
+        """Whether the connection is still there, whatever it carries at the moment."""
+        assert self._until_told, "it may be over at any time"
         return self._receiver.run(f"[ -e /tmp/sum-{self._port} ]").exit_code != 0
 
 
@@ -151,16 +164,17 @@ def receive(guest: Guest, port: int) -> None:
         f"echo 'cat /tmp/dd-{port} >>{result}.part; mv {result}.part {result}' >>{program}\n"
         f"chmod +x {program}\n"
         f"nc -l -p {port} -e {program} >/dev/null 2>&1 &\n"
-        f"until netstat -ltn | grep -q ':{port} '; do usleep 20000; done"
+        f"until netstat -ltn | grep -q ':{port} '; do usleep 20000; done",
+        PATIENCE_S,
     )
 
 
-def received_sum(guest: Guest, port: int, timeout_s: float = 60.0) -> str:
+def received_sum(guest: Guest, port: int, timeout_s: float = PATIENCE_S) -> str:
     """Wait for the end of the connection that `receive` waits for; the hash of what came."""
     return received_data(guest, port, timeout_s)[0]
 
 
-def received_data(guest: Guest, port: int, timeout_s: float = 60.0) -> tuple[str, list[str]]:
+def received_data(guest: Guest, port: int, timeout_s: float = PATIENCE_S) -> tuple[str, list[str]]:
     """The same, and what dd says of it: errors, if any, and how many records it was."""
     result = f"/tmp/sum-{port}"
     said = guest.check(f"until [ -s {result} ]; do usleep 20000; done; cat {result}", timeout_s)

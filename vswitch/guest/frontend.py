@@ -36,7 +36,7 @@ from vswitch.vhost_user.protocol import (
     VringState,
 )
 
-DEFAULT_TIMEOUT_S = 10.0
+DEFAULT_TIMEOUT_S = 30.0
 
 
 class Listener:

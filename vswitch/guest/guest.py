@@ -418,7 +418,7 @@ class SoftwareGuest:
     def send(
         self,
         frames: Iterable[bytes],
-        timeout: float = 5.0,
+        timeout: float = DEFAULT_TIMEOUT_S,
         *,
         queue: int = 0,
         header: bytes | None = None,
@@ -448,7 +448,7 @@ class SoftwareGuest:
                     f"({len(frames) - sent} of {len(frames)} left)"
                 )
 
-    def drain(self, timeout: float = 5.0) -> None:
+    def drain(self, timeout: float = DEFAULT_TIMEOUT_S) -> None:
         """Wait until the device has given back every frame sent. BackendTimeoutError if not."""
         deadline = time.monotonic() + timeout
         for queue in self.transmitqs:
@@ -463,7 +463,7 @@ class SoftwareGuest:
                         f"in {timeout:g} s"
                     )
 
-    def recv(self, n: int, timeout: float = 5.0) -> list[bytes]:
+    def recv(self, n: int, timeout: float = DEFAULT_TIMEOUT_S) -> list[bytes]:
         """The next `n` frames of all receiveqs, or fewer when `timeout` seconds are over.
 
         While a responder runs, only frames that it does not take itself.
@@ -503,7 +503,9 @@ class SoftwareGuest:
                         queue.notify()
         return found
 
-    def recv_with_headers(self, n: int, timeout: float = 5.0) -> list[tuple[VnetHeader, bytes]]:
+    def recv_with_headers(
+        self, n: int, timeout: float = DEFAULT_TIMEOUT_S
+    ) -> list[tuple[VnetHeader, bytes]]:
         """As `recv`, each frame with its virtio-net header; not for guests with a responder."""
         deadline = time.monotonic() + timeout
         found: list[tuple[VnetHeader, bytes]] = []
@@ -603,7 +605,7 @@ class SoftwareGuest:
         if responder is not None:
             responder.stop()
 
-    def ping(self, ip: str, timeout: float = 5.0) -> bool:
+    def ping(self, ip: str, timeout: float = DEFAULT_TIMEOUT_S) -> bool:
         """Resolve `ip` and send it echo requests until one is answered; False at the timeout."""
         if self._responder is not None:
             return ping(self.stack, ip, timeout, self.send, self._responder.wait_for)

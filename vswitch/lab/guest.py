@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,12 @@ from vswitch.lab.shell import CommandResult, GuestShell
 BOOT_TIMEOUT_S = 90.0
 """Three seconds on an idle core under TCG; several guests share two cores with other work."""
 
+PATIENCE_S = 60.0
+"""What a guest does in milliseconds may take seconds on a loaded machine; after that it hangs."""
+
 _MIGRATION_LOOK_S = 0.05
+_TRICKLE = 1 << 20
+"""Bytes a second of postcopy that nobody has asked for: minutes for the smallest guest."""
 _AT_ONCE_MS = 10_000
 """A downtime limit with which a guest of the lab is stopped for the rest after the first round."""
 
@@ -155,12 +160,12 @@ class Guest:
             self._channel().wait_ready(None, Deadline(timeout_s))
         return self
 
-    def run(self, script: str, timeout_s: float = 30.0) -> CommandResult:
+    def run(self, script: str, timeout_s: float = PATIENCE_S) -> CommandResult:
         """Run a shell script in the guest; exit code and output (stdout and stderr mixed)."""
         with self._with_logs(f"running {script!r}"):
             return self._channel().run(script, timeout_s)
 
-    def check(self, script: str, timeout_s: float = 30.0) -> str:
+    def check(self, script: str, timeout_s: float = PATIENCE_S) -> str:
         """Like `run`, but raises GuestError unless the script exits with 0; returns the output."""
         result = self.run(script, timeout_s)
         if result.exit_code:
@@ -169,11 +174,11 @@ class Guest:
             )
         return result.output
 
-    def ping(self, address: str, count: int = 1, timeout_s: float = 3.0) -> bool:
+    def ping(self, address: str, count: int = 1, timeout_s: float = PATIENCE_S) -> bool:
         """Whether `address` answers every one of `count` echo requests within `timeout_s`."""
         return self.ping_ms(address, count, timeout_s) is not None
 
-    def ping_ms(self, address: str, count: int = 1, timeout_s: float = 3.0) -> float | None:
+    def ping_ms(self, address: str, count: int = 1, timeout_s: float = PATIENCE_S) -> float | None:
         """The shortest round trip of `count` echo requests in milliseconds; None if one got lost.
 
         Stops at the `count`th answer, at the latest after `timeout_s` seconds.
@@ -202,13 +207,19 @@ class Guest:
         return self
 
     def migrate_to(
-        self, target: Guest, through: Path, timeout_s: float = 60.0, *, postcopy: bool = False
+        self,
+        target: Guest,
+        through: Path,
+        timeout_s: float = 120.0,
+        *,
+        before_its_memory: Callable[[], None] | None = None,
     ) -> MigrationResult:
         """Move the running guest to another QEMU that waits for it (`incoming`).
 
         `through` is a Unix socket for the two to meet. Afterwards `target` is the guest; this QEMU
-        is still there, with the guest's last state, and does nothing. With `postcopy` the guest
-        runs over there at once, and its memory comes after it, slowly enough to be missed.
+        is still there, with the guest's last state, and does nothing. With `before_its_memory` it
+        is a postcopy migration: the guest runs over there at once, and until this function returns
+        its memory comes so slowly that it is not all there. GuestError if it was nevertheless.
         """
         deadline = Deadline(timeout_s)
         speed: dict[str, Any] = {"max-bandwidth": 1 << 30}
@@ -216,8 +227,8 @@ class Guest:
             speed["downtime-limit"] = _AT_ONCE_MS
         seen = set()
         with self._with_logs("migrating it"), target._with_logs("receiving it"):
-            if postcopy:
-                speed = {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 32 << 20}
+            if before_its_memory is not None:
+                speed = {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": _TRICKLE}
                 for qemu in (self.qmp, target.qmp):
                     qemu.command(
                         "migrate-set-capabilities",
@@ -236,8 +247,17 @@ class Guest:
                         break
                     if status in {"failed", "cancelled", "postcopy-paused"}:
                         raise GuestError(f"guest {self.name}: the migration {status}")
-                    if status == "active" and postcopy and qemu is self.qmp:
-                        qemu.command("migrate-start-postcopy", deadline.left())
+                    if qemu is self.qmp and before_its_memory is not None:
+                        if status == "active":
+                            qemu.command("migrate-start-postcopy", deadline.left())
+                        elif status == "postcopy-active":
+                            before_its_memory()
+                            answer = qemu.command("query-migrate", deadline.left())
+                            if answer["status"] != status:
+                                raise GuestError(f"guest {self.name}: its memory was there first")
+                            before_its_memory = None
+                            rest = {"max-postcopy-bandwidth": 1 << 30}
+                            qemu.command("migrate-set-parameters", deadline.left(), **rest)
                     time.sleep(_MIGRATION_LOOK_S)
                 if qemu is self.qmp:
                     requests = answer["ram"]["postcopy-requests"]
