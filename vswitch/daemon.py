@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vswitch import log, privileges
 from vswitch.control.api import SwitchApi
-from vswitch.control.protocol import default_socket_path
+from vswitch.control.protocol import default_socket_paths, is_own, temporary_directory
 from vswitch.control.server import ControlServer
 from vswitch.errors import SocketError, VswitchError
 from vswitch.heartbeat import Heartbeat
@@ -81,7 +81,7 @@ async def _create(settings: Settings, control: Path) -> RunningSwitch:
 
 def _become_the_user(settings: Settings) -> Path:
     """Make a directory for the control socket, then be who is to own it; returns its path."""
-    control = settings.switch.control or default_socket_path()
+    control = settings.switch.control or default_socket_paths()[0]
     who = privileges.identity(settings.switch.user, settings.switch.group)
     try:
         is_new = not control.parent.exists()
@@ -93,6 +93,13 @@ def _become_the_user(settings: Settings) -> Path:
             f"cannot create the directory {control.parent} for the control socket: {exc.strerror}",
             hint='name another one: `control = "PATH"` in the [switch] table',
         ) from exc
+    uid = os.geteuid()
+    if control.parent == temporary_directory(uid) and not is_own(control.parent, uid):
+        raise SocketError(
+            f"{control.parent}, where the control socket of this user would be, is somebody else's",
+            hint='name another place: `control = "PATH"` in the [switch] table; or set '
+            "XDG_RUNTIME_DIR to a directory of your own",
+        )
     if who is not None:
         # What is imported later, while it can still be read: root's home may hold all of it.
         for name in _IMPORTED_LATER:

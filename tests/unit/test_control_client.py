@@ -279,3 +279,25 @@ def test_a_late_answer_is_not_taken_for_that_of_the_next_call(impostor) -> None:
     assert client.log_level() == "now"
     second.set()
     client.close()
+
+
+def test_the_place_to_start_a_switch_is_the_first_to_look_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client goes through all of them, over what a crashed switch left behind."""
+    paths = [tmp_path / name / "c.sock" for name in ("a", "b", "c")]
+    monkeypatch.setattr(client_module, "default_socket_paths", lambda _: paths)
+    with pytest.raises(ControlError, match=r"a/c.sock: no such socket, nor at .*/b/.* or .*/c/"):
+        Client()
+    for path in paths:
+        path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(paths[0]))
+    with pytest.raises(ControlError, match=r"a/c.sock: nobody listens there, nor at"):
+        Client()
+    running = Controlled(paths[2])
+    try:
+        with Client() as found:
+            assert found.path == paths[2]
+    finally:
+        running.close()

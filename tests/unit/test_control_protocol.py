@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import msgpack
@@ -19,7 +20,7 @@ from vswitch.control.protocol import (
     Notification,
     Request,
     Response,
-    default_socket_path,
+    default_socket_paths,
     error_from_map,
     error_to_map,
     pack_notification,
@@ -156,12 +157,23 @@ def test_unknown_error_codes_are_control_errors() -> None:
     assert isinstance(error_from_map({"code": "invalid-params"}), ConfigError)
 
 
-def test_the_default_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_socket_path(uid=0) == Path("/run/vswitch/control.sock")
-    own = default_socket_path(uid=1000, runtime_dir=str(tmp_path))
-    assert own == tmp_path / "vswitch" / "control.sock"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/77")
-    assert default_socket_path(uid=77) == Path("/run/user/77/vswitch/control.sock")
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR is not set"):
-        default_socket_path(uid=2**31 - 5)
+def test_the_usual_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, uid = Path("/run/vswitch/control.sock"), os.geteuid() or 77
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert default_socket_paths(0) == [system]
+    os.chown(tmp_path, uid, -1)
+    tmp_path.chmod(0o700)
+    own, temporary = tmp_path / "vswitch/control.sock", Path(f"/tmp/vswitch-{uid}/control.sock")
+    assert default_socket_paths(uid)[0] == own
+    assert default_socket_paths(uid)[-2:] == [temporary, system]
+    # What is another's, or what others may change, is no runtime directory of this user.
+    tmp_path.chmod(0o770)
+    assert own not in default_socket_paths(uid)
+    tmp_path.chmod(0o700)
+    assert own in default_socket_paths(uid)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
+    assert own not in default_socket_paths(uid)
+    assert default_socket_paths(2**31 - 5) == [
+        Path(f"/tmp/vswitch-{2**31 - 5}/control.sock"),
+        system,
+    ]

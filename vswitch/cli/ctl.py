@@ -101,8 +101,8 @@ def _complete_ports(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     "--socket",
     envvar="VSWITCH_SOCKET",
     metavar="PATH",
-    help="Control socket of the switch  [default: $XDG_RUNTIME_DIR/vswitch/control.sock, or "
-    "/run/vswitch/control.sock as root]",
+    help="Control socket of the switch  [default: that of the user's own switch, in "
+    "$XDG_RUNTIME_DIR/vswitch or /tmp/vswitch-UID, else /run/vswitch/control.sock]",
 )
 @click.option(
     "--timeout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
@@ -28,9 +29,11 @@ from vswitch.control.protocol import (
     Decoder,
     Notification,
     Response,
-    default_socket_path,
+    default_socket_paths,
     error_from_map,
+    is_own,
     pack_request,
+    temporary_directory,
 )
 from vswitch.errors import ProtocolError
 from vswitch.unixsocket import connect_error
@@ -59,7 +62,8 @@ class Client:
 
         `timeout` is in seconds for connecting and for each answer; None waits for ever.
         """
-        self.path = Path(path) if path is not None else default_socket_path()
+        paths = _usual_paths() if path is None else [Path(path)]
+        self.path = paths[0]
         self.timeout = timeout
         self.events_lost = 0
         """Events that the switch or this client dropped because nobody took them in time."""
@@ -70,7 +74,7 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(timeout)
-            self._connect()
+            self._connect(paths)
             self.switch: HelloInfo = self._call(
                 "hello", protocol=PROTOCOL_VERSION, client=f"python {__version__}"
             )
@@ -78,12 +82,30 @@ class Client:
             self._socket.close()
             raise
 
-    def _connect(self) -> None:
-        try:
-            self._socket.connect(str(self.path))
-        except OSError as exc:
-            error = connect_error(self.path, exc, "control")
-            raise ControlError(error.message, hint=error.hint, code="unreachable") from exc
+    def _connect(self, paths: list[Path]) -> None:
+        """Connect to the first of `paths` where somebody listens, which becomes `path`.
+
+        A socket that a crashed switch left behind hides no other.
+        """
+        failed = None
+        for path in paths:
+            try:
+                self._socket.connect(str(path))
+            except OSError as exc:
+                absent = isinstance(exc, FileNotFoundError | ConnectionRefusedError)
+                if failed is None or not absent:
+                    failed, self.path = exc, path
+                if not absent:
+                    break
+            else:
+                self.path = path
+                return
+        assert failed is not None
+        error = connect_error(self.path, failed, "control")
+        others = [str(path) for path in paths if path != self.path]
+        if others and isinstance(failed, FileNotFoundError | ConnectionRefusedError):
+            error.message += f", nor at {' or '.join(others)}"
+        raise ControlError(error.message, hint=error.hint, code="unreachable") from failed
 
     def close(self) -> None:
         """Close the connection; may be called twice."""
@@ -399,3 +421,10 @@ class Client:
             hint="it was stopped, or it is another program's socket; look at the switch's log",
             code="disconnected",
         )
+
+
+def _usual_paths() -> list[Path]:
+    uid = os.geteuid()
+    paths = default_socket_paths(uid)
+    temporary = temporary_directory(uid)
+    return [path for path in paths if path.parent != temporary or is_own(temporary, uid)]

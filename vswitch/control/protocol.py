@@ -8,6 +8,7 @@ has one map with named parameters. docs/control-protocol.md has the whole of it.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ from vswitch.errors import (
 
 PROTOCOL_VERSION = 1
 """Raised when a change breaks existing clients; added methods, keys and events do not count."""
+
+SYSTEM_DIRECTORY = Path("/run/vswitch")
+"""Of the control socket of a switch that root runs, or the system."""
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 
@@ -93,25 +97,38 @@ class InvalidRequestError(ProtocolError):
         self.msgid = msgid
 
 
-def default_socket_path(*, uid: int | None = None, runtime_dir: str | None = None) -> Path:
-    """Where a switch has its control socket and a client looks for it, unless told otherwise.
+def default_socket_paths(uid: int | None = None) -> list[Path]:
+    """Where a switch of this user may have its control socket, unless told otherwise; best first.
 
-    `/run/vswitch/control.sock` for root, else `$XDG_RUNTIME_DIR/vswitch/control.sock`. Raises
-    ConfigError where neither exists.
+    A switch takes the first, a client goes through all of them. Of a user it is in
+    `$XDG_RUNTIME_DIR/vswitch` or `/run/user/UID/vswitch`, else, as in a shell that is no session of
+    its own, in `/tmp/vswitch-UID`. The last one is that of a switch that root or the system runs.
     """
     uid = os.geteuid() if uid is None else uid
-    if uid == 0:
-        return Path("/run/vswitch/control.sock")
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "") if runtime_dir is None else runtime_dir
-    if not runtime.startswith("/"):
-        runtime = f"/run/user/{uid}"
-        if not Path(runtime).is_dir():
-            raise ConfigError(
-                "no place for the control socket: XDG_RUNTIME_DIR is not set",
-                hint='set it, or name the socket: `control = "PATH"` in the [switch] table, '
-                "`vswitchctl --socket PATH`",
-            )
-    return Path(runtime, "vswitch", "control.sock")
+    found = []
+    if uid:
+        runtime = [Path(os.environ.get("XDG_RUNTIME_DIR", "")), Path(f"/run/user/{uid}")]
+        # `su` may leave us the directory of somebody else.
+        found = [one / "vswitch" for one in runtime if one.is_absolute() and is_own(one, uid)]
+        found.append(temporary_directory(uid))
+    return [one / "control.sock" for one in dict.fromkeys([*found, SYSTEM_DIRECTORY])]
+
+
+def temporary_directory(uid: int) -> Path:
+    """Where a user without a runtime directory has the control socket.
+
+    Anybody can make it first: it has to be looked at (`is_own`) before it is used.
+    """
+    return Path(f"/tmp/vswitch-{uid}")  # noqa: S108
+
+
+def is_own(directory: Path, uid: int) -> bool:
+    """Whether it is a directory, no link to one, of this user, and nobody else may write to it."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
 
 
 def pack_request(msgid: int, method: str, params: Mapping[str, Any]) -> bytes:
