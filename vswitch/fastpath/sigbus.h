@@ -6,7 +6,10 @@
  * left to whoever handled it before.
  *
  * Regions are added and removed by the main thread only. The handler may run in any thread, at any
- * time; it takes a slot as valid when its base is set.
+ * time, also while slots that do not concern it are emptied and filled with other regions. Each slot has a
+ * number that is odd meanwhile and another one afterwards, by which the handler knows that what it has read
+ * of one belongs together. A slot that changes is not the one it looks for: whoever touches a region
+ * keeps it mapped until it has done so.
  */
 #ifndef VSWITCH_SIGBUS_H
 #define VSWITCH_SIGBUS_H
@@ -19,10 +22,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef VS_SIGBUS_BETWEEN
+#define VS_SIGBUS_BETWEEN() /* where tests/unit/sigbus_slots.c has a slot change */
+#endif
+
 #define VS_SIGBUS_SLOTS 65536 /* MAX_PORTS ports of MAX_REGIONS regions */
 
 struct vs_region_slot {
-    char *base;
+    uint32_t version; /* odd while the rest changes */
+    char *base;       /* NULL: a free slot */
     size_t len;
     uint32_t *lost;
 };
@@ -32,22 +40,39 @@ static int vs_slots_used; /* slots at and beyond it were never in use */
 static int vs_lost_fd = -1;
 static struct sigaction vs_old_sigbus;
 
+/* A copy of the slot whose region holds an address; 0 if there is none. */
+static int vs_find_region(const char *address, struct vs_region_slot *found) {
+    int used = __atomic_load_n(&vs_slots_used, __ATOMIC_ACQUIRE);
+    for (int i = 0; i < used; i++) {
+        const struct vs_region_slot *slot = &vs_slots[i];
+        /* Acquire: the rest after the version; pairs with the release in vs_set_slot. */
+        found->version = __atomic_load_n(&slot->version, __ATOMIC_ACQUIRE);
+        VS_SIGBUS_BETWEEN();
+        found->base = __atomic_load_n(&slot->base, __ATOMIC_RELAXED);
+        VS_SIGBUS_BETWEEN();
+        found->len = __atomic_load_n(&slot->len, __ATOMIC_RELAXED);
+        VS_SIGBUS_BETWEEN();
+        found->lost = __atomic_load_n(&slot->lost, __ATOMIC_RELAXED);
+        VS_SIGBUS_BETWEEN();
+        /* The rest before the version is read once more; pairs with the fence in vs_set_slot. */
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (found->version & 1 || __atomic_load_n(&slot->version, __ATOMIC_RELAXED) != found->version)
+            continue;
+        if (found->base != NULL && address >= found->base && address < found->base + found->len)
+            return 1;
+    }
+    return 0;
+}
+
 static void vs_on_sigbus(int number, siginfo_t *info, void *context) {
     char *address = (char *)info->si_addr;
-    int used = __atomic_load_n(&vs_slots_used, __ATOMIC_ACQUIRE), saved = errno;
+    struct vs_region_slot region;
+    int saved = errno;
     /* An unaligned access is no missing page, and would be repeated for ever. */
-    if (info->si_code == BUS_ADRALN)
-        used = 0;
-    for (int i = 0; i < used; i++) {
-        struct vs_region_slot *slot = &vs_slots[i];
-        /* Acquire: length and flag after the base; pairs with the release in vs_add_region. */
-        char *base = __atomic_load_n(&slot->base, __ATOMIC_ACQUIRE);
-        if (base == NULL || address < base || address >= base + slot->len)
-            continue;
-        if (mmap(base, slot->len, PROT_READ | PROT_WRITE,
-                 MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) == MAP_FAILED)
-            break;
-        __atomic_store_n(slot->lost, 1, __ATOMIC_RELEASE);
+    if (info->si_code != BUS_ADRALN && vs_find_region(address, &region) &&
+        mmap(region.base, region.len, PROT_READ | PROT_WRITE,
+             MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED) {
+        __atomic_store_n(region.lost, 1, __ATOMIC_RELEASE);
         uint64_t one = 1;
         if (write(vs_lost_fd, &one, sizeof one) < 0) {
             /* Full: it is readable already. */
@@ -87,16 +112,23 @@ static int vs_watch_sigbus(void) {
     return fd;
 }
 
+static void vs_set_slot(struct vs_region_slot *slot, char *base, size_t len, uint32_t *lost) {
+    __atomic_store_n(&slot->version, slot->version + 1, __ATOMIC_RELAXED);
+    /* The odd version before the rest; pairs with the fence in vs_find_region. */
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    __atomic_store_n(&slot->base, base, __ATOMIC_RELAXED);
+    __atomic_store_n(&slot->len, len, __ATOMIC_RELAXED);
+    __atomic_store_n(&slot->lost, lost, __ATOMIC_RELAXED);
+    /* Release: the rest before the version; pairs with the acquire in vs_find_region. */
+    __atomic_store_n(&slot->version, slot->version + 1, __ATOMIC_RELEASE);
+}
+
 /* Returns a slot number for vs_remove_region, -1 if all are taken. */
 static int vs_add_region(char *base, size_t len, uint32_t *lost) {
     for (int i = 0; i < VS_SIGBUS_SLOTS; i++) {
-        struct vs_region_slot *slot = &vs_slots[i];
-        if (slot->base != NULL)
+        if (vs_slots[i].base != NULL)
             continue;
-        slot->len = len;
-        slot->lost = lost;
-        /* Release: pairs with the acquire in vs_on_sigbus. */
-        __atomic_store_n(&slot->base, base, __ATOMIC_RELEASE);
+        vs_set_slot(&vs_slots[i], base, len, lost);
         if (i >= vs_slots_used)
             __atomic_store_n(&vs_slots_used, i + 1, __ATOMIC_RELEASE);
         return i;
@@ -107,7 +139,7 @@ static int vs_add_region(char *base, size_t len, uint32_t *lost) {
 /* Before the region is unmapped; no worker touches it any more. */
 static void vs_remove_region(int slot) {
     if (slot >= 0)
-        __atomic_store_n(&vs_slots[slot].base, NULL, __ATOMIC_RELEASE);
+        vs_set_slot(&vs_slots[slot], NULL, 0, NULL);
 }
 
 #endif
