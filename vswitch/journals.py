@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from vswitch.fastpath.journal import SLOT_LEN, Journal
@@ -55,7 +56,11 @@ def open_shared(fd: int, size: int, offset: int, rings: int) -> Journal:
 
 
 class Journals:
-    """Opens the journal of each port in `directory`, which is made when it is needed."""
+    """Opens the journal of each port in `directory`, which is made when it is needed.
+
+    It must be the switch's own, and nobody else may write to it: who can put another file in the
+    place of one decides what guests are given back.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -70,7 +75,9 @@ class Journals:
         path = self._path(port)
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with self._opened() as directory:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(path.name, flags, 0o600, dir_fd=directory)
             try:
                 self._check(fd)
                 if os.fstat(fd).st_size != rings * SLOT_LEN:
@@ -94,10 +101,33 @@ class Journals:
 
     def forget(self, port: str) -> None:
         """Remove the journal of a port that is gone for good."""
-        with contextlib.suppress(OSError):
-            self._path(port).unlink()
+        with contextlib.suppress(OSError), self._opened() as directory:
+            os.unlink(self._path(port).name, dir_fd=directory)
         with contextlib.suppress(OSError):
             self._directory.rmdir()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A descriptor of the directory. Raises OSError if it is not ours alone."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._directory, flags)
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid():
+                raise OSError(
+                    errno.EPERM,
+                    f"the directory belongs to uid {status.st_uid} and the switch runs as uid "
+                    f"{os.geteuid()}: remove it, and the switch makes its own",
+                )
+            if status.st_mode & 0o022:
+                raise OSError(
+                    errno.EPERM,
+                    f"the directory's mode is {stat.S_IMODE(status.st_mode):04o}, so that others "
+                    f"may write to it: chmod 700 {self._directory}",
+                )
+            yield fd
+        finally:
+            os.close(fd)
 
     def _path(self, port: str) -> Path:
         return self._directory / f"{port}.rings"
@@ -106,4 +136,4 @@ class Journals:
     def _check(fd: int) -> None:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise OSError("it is not a file of ours")
+            raise OSError(errno.EPERM, "it is not a file of ours")

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from vswitch import offloads
 from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.journal import Journal
 from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
 from vswitch.fault_process import unavailable
 from vswitch.journals import make_shared, open_shared
@@ -77,6 +78,8 @@ class PortDatapath(PortMemory):
         self._faulted: set[int] = set()
         self._astray: dict[int, str] = {}
         """Rings that cannot run where their driver says they are, and why."""
+        self._inflight: Journal | None = None
+        """The journal that the frontend keeps for us, if it does."""
         self._limit_mtu(None)
 
     @abc.abstractmethod
@@ -188,9 +191,18 @@ class PortDatapath(PortMemory):
 
     def use_inflight(self, fd: int, size: int, offset: int) -> None:
         try:
-            self.fast.use_journal(open_shared(fd, size, offset, MAX_VRINGS))
+            journal = open_shared(fd, size, offset, MAX_VRINGS)
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
+        self._use_journal(journal)
+        self._inflight = journal
+
+    def _use_journal(self, journal: Journal) -> None:
+        """Have the port's rings make their notes there, no longer in one of the frontend's."""
+        self.fast.use_journal(journal)
+        if self._inflight is not None:
+            self._inflight.release()
+            self._inflight = None
 
     def forget_ring(self, index: int) -> None:
         ring = self.fast.rings.get(index)

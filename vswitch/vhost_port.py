@@ -140,7 +140,7 @@ class VhostPort(PortDatapath):
             self._faulted.clear()
             self._astray.clear()
             self.fast.rings.clear()
-            self.fast.use_journal(journal)
+            self._use_journal(journal)
             self._engine.fdb.flush(self.fast.id)
             log.info("port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)

@@ -11,6 +11,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from formats import FORMATS
@@ -219,6 +220,13 @@ def test_with_what_is_in_flight(wire: Wire, name: str) -> None:
     os.close(fds[0])
     crosses(a, b, 99)
     well(wire)
+    # Nothing of it stays mapped in the switch, nor of its own journals, when the ports are gone.
+    maps = Path(f"/proc/{wire.switch.process.pid}/maps")
+    assert "vswitch-inflight" in maps.read_text()
+    wire.remove("a")
+    assert "vswitch-inflight" not in maps.read_text()
+    wire.remove("b")
+    assert ".rings/" not in maps.read_text()
 
 
 @pytest.mark.parametrize("name", ["split", "packed"])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.journal import SLOT_LEN
+from vswitch.fastpath.port import MAX_VRINGS, Ring
 from vswitch.journals import Journals, make_shared, open_shared
 
 
@@ -48,6 +50,67 @@ def test_what_cannot_be_a_journal_is_done_without(
     assert Journals(directory).open("vm1", 2) is None
     assert "port vm1: no journal" in caplog.text
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("others may write", "mode is 0757, so that others may write to it: chmod 700"),
+        ("its group may write", "mode is 0770, so that others may write to it: chmod 700"),
+        ("sticky", "mode is 1777, so that others may write"),
+        ("somebody else's", "belongs to uid"),
+        ("a link", "Not a directory"),
+        ("a file", "File exists"),
+    ],
+)
+def test_a_directory_that_others_may_change_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    what: str, why: str,
+) -> None:  # fmt: skip
+    directory = tmp_path / "rings"
+    ours = Journals(directory)
+    assert ours.open("vm1", 2) is not None
+    modes = {"others may write": 0o757, "its group may write": 0o770, "sticky": 0o1777}
+    if what in modes:
+        directory.chmod(modes[what])
+    elif what == "somebody else's":
+        somebody = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: somebody)
+    else:
+        directory.rename(tmp_path / "elsewhere")
+        if what == "a link":
+            directory.symlink_to(tmp_path / "elsewhere")
+        else:
+            directory.touch()
+    assert ours.open("vm1", 2) is None
+    assert why in caplog.text
+    assert "port vm1: no journal" in caplog.text
+    ours.forget("vm1")
+    kept = tmp_path / ("rings" if what in modes or "else" in what else "elsewhere")
+    assert (kept / "vm1.rings").exists()
+
+
+def mapped(path: Path) -> bool:
+    """Whether a file, deleted or not, is mapped by this process."""
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_a_journal_lets_go_of_its_file_whoever_has_it(tmp_path: Path) -> None:
+    journals = Journals(tmp_path / "rings")
+    path = tmp_path / "rings" / "vm1.rings"
+    journal = journals.open("vm1", MAX_VRINGS)
+    assert journal is not None
+    assert mapped(path)
+    engine = Engine()
+    port = engine.add_port("vm1")
+    port.use_journal(journal)
+    ring = Ring(port, 0)
+    engine.remove_port(port)
+    engine.forget(port)
+    assert not mapped(path)
+    before = path.read_bytes()
+    ring.forget_journal()  # somebody who has not heard of it yet harms nothing
+    assert path.read_bytes() == before
 
 
 def test_shared_journals_come_back_and_nothing_else_does() -> None:

@@ -392,6 +392,7 @@ cdef class Engine:
         """Give a removed port's number free, after quiescence."""
         # Workers may have learned from the port until they passed their quiescent point.
         self.fdb.flush(port.id, True)
+        port.journal.release()
         del self.ports[port.id]
 
     def attach(self, Ring ring, int kick_fd, int worker=0):

@@ -43,7 +43,7 @@ from vswitch.fastpath.virtqueue cimport packed_ready, packed_step, write_used, w
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_ANONYMOUS, MAP_PRIVATE
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_ANONYMOUS, MAP_PRIVATE, MAP_FIXED, MAP_NORESERVE
     void *MAP_FAILED
 
 cdef enum:
@@ -71,6 +71,17 @@ cdef class Journal:
         if self.base == MAP_FAILED:
             self.base = NULL
             raise OSError(errno, f"journal: mmap of {self.length} bytes: {os.strerror(errno)}")
+
+    def release(self):
+        """Let go of the file now, whoever still has this object: rings, in cycles of references.
+
+        No worker may make notes here any more. What is noted by others goes to empty memory that
+        dies with the object.
+        """
+        mmap(
+            self.base, self.length, PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0,
+        )
 
     def __dealloc__(self):
         if self.base != NULL:
