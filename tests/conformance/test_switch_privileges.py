@@ -15,6 +15,8 @@ from running import RunningSwitch, Wire, teach
 
 from vswitch.errors import SocketError, UplinkError
 
+pytestmark = pytest.mark.root("becomes another user")
+
 NOBODY = 65534
 NET_ADMIN = 1 << 12
 TAP = f"vsp{os.getpid()}"[:15]

@@ -24,6 +24,8 @@ from vswitch.guest import VnetHeader, vnet
 from vswitch.guest.packets import parse_mac
 from vswitch.uplinks.tap import open_tap
 
+pytestmark = pytest.mark.root("makes network namespaces")
+
 SOL_PACKET, PACKET_VNET_HDR, ETH_P_ALL = 263, 15, 3
 SOL_UDP, UDP_SEGMENT = 17, 103
 TIMEOUT_S = 30.0

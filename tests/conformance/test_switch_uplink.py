@@ -19,6 +19,8 @@ import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import RunningSwitch, Wire, silent, teach
 
+pytestmark = pytest.mark.root("makes TAP interfaces")
+
 A, B = mac(1), mac(2)
 HOST = "52:54:00:00:ff:01"
 ETHERTYPE = 0x88B5

@@ -74,15 +74,18 @@ def test_every_pair_answers(environment: dict[str, str], kind: str) -> None:
     done = run_demo(environment, "--guests", kind)
     assert done.returncode == 0, done.stdout + done.stderr
     pings = matrix(done.stdout)
-    assert list(pings) == ["vm1", "vm2", "vm3", "host"]
+    # Only root can make a TAP interface.
+    stations = ["vm1", "vm2", "vm3"] + ["host"] * (os.geteuid() == 0)
+    assert list(pings) == stations
     for number, cells in enumerate(pings.values()):
         assert cells.pop(number) == "-"
-        assert len(cells) == 3
+        assert len(cells) == len(stations) - 1
         assert all(float(cell) > 0 for cell in cells)
     for port in ("vm1", "vm2", "vm3"):
         assert re.search(rf"^52:54:00:77:00:0\d +0 +{port} +learned", done.stdout, re.MULTILINE)
         assert re.search(rf"^{port} +[1-9]\d* ", done.stdout, re.MULTILINE)
-    assert "all 12 pings were answered" in done.stdout
+    pairs = len(stations) * (len(stations) - 1)
+    assert f"all {pairs} pings were answered" in done.stdout
 
 
 def test_software_guests_where_qemu_and_apt_are_missing(
@@ -115,6 +118,8 @@ def test_interrupted_demo_leaves_nothing_behind(
     environment: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     log = tmp_path / "demo.log"
+    # A job in the background of a shell ignores it, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     demo = process.start([str(VSWITCH), "demo", "--guests", "qemu"], log=log, env=environment)
     try:
         wait_until("guests boot", lambda: b"waiting for vm1 to boot" in log.read_bytes())
@@ -122,4 +127,5 @@ def test_interrupted_demo_leaves_nothing_behind(
         demo.send_signal(number)
         assert demo.wait(20) == 128 + number
     finally:
+        signal.signal(signal.SIGINT, before)
         process.kill(demo)

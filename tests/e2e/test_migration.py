@@ -63,6 +63,7 @@ def test_a_guest_moves_while_it_receives(testbed: Testbed, tmp_path: Path, how: 
         assert vm1.ping(target.ip, count=3)
 
 
+@pytest.mark.root("QEMU takes a userfaultfd")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -750,7 +750,7 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a TAP and packet sockets take root")
+@pytest.mark.root("makes TAP interfaces")
 def test_frames_to_and_from_the_host() -> None:
     wanted = {(case.kind, case.frame_len) for case in cases_of("host", ())}
     assert len(wanted) == 4

@@ -322,6 +322,7 @@ def test_too_many_clients(controlled: Controlled, monkeypatch: pytest.MonkeyPatc
     assert Raw(controlled.path).call("ping") == "pong"
 
 
+@pytest.mark.root("becomes another user")
 def test_those_turned_away_take_nobodys_place(
     controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,6 +471,7 @@ def test_who_may_do_what() -> None:
         (0o660, [4242], ["EACCES", "EACCES"]),
     ],
 )
+@pytest.mark.root("becomes another user")
 def test_another_user(tmp_path: Path, mode: int, gids: list[int], answers: list[object]) -> None:
     running = Controlled(tmp_path / "c", mode=mode)
     logger = logging.getLogger("vswitch")
@@ -511,6 +513,7 @@ def test_everything_that_changes_something_is_refused_to_those_who_may_look(
         running.close()
 
 
+@pytest.mark.root("becomes another user")
 def test_a_connection_made_with_rights_that_are_gone_is_refused(tmp_path: Path) -> None:
     # Who kept a descriptor of the directory, or is let in by the file system, is still looked at.
     running = Controlled(tmp_path / "c", mode=0o666)

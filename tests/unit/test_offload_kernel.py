@@ -23,6 +23,8 @@ from vswitch.guest import vnet
 from vswitch.guest.vnet import VnetHeader
 from vswitch.uplinks.tap import VNET_HDR_LEN, Tap, open_tap
 
+pytestmark = pytest.mark.root("makes network namespaces")
+
 MARKER = b"\xff" * 6 + SRC + b"\x88\xb5" + bytes(46)
 READ_LEN = 1 << 17
 

@@ -16,6 +16,8 @@ from vswitch.errors import UplinkError
 from vswitch.uplinks import tap
 from vswitch.uplinks.tap import VNET_HDR_LEN, Tap, open_tap
 
+pytestmark = pytest.mark.root("makes network namespaces")
+
 NOBODY = 65534
 CLONE_NEWNET = 0x40000000
 

@@ -99,6 +99,7 @@ def test_without_a_mode_the_umask_decides(tmp_path: Path, listen) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o750
 
 
+@pytest.mark.root("becomes another user")
 def test_owner_and_group(tmp_path: Path, listen) -> None:
     path = tmp_path / "s"
     listen(path, mode=0o640, owner=str(NOBODY), group="1")
@@ -110,6 +111,7 @@ def test_owner_and_group(tmp_path: Path, listen) -> None:
         listen(tmp_path / "t", group="no.body")
 
 
+@pytest.mark.root("becomes another user")
 def test_nobody_has_rights_before_the_owner_is_set(tmp_path: Path, listen, monkeypatch) -> None:
     seen: list[tuple[str, int]] = []
     chown, chmod = os.chown, Path.chmod
@@ -123,6 +125,7 @@ def test_nobody_has_rights_before_the_owner_is_set(tmp_path: Path, listen, monke
     assert seen == [("chown", 0), ("chmod", 0)]
 
 
+@pytest.mark.root("becomes another user")
 def test_a_failed_chown_leaves_no_socket(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents:
@@ -318,6 +321,7 @@ def test_the_longest_path_works(listen, tmp_path: Path) -> None:
     assert connects(path)
 
 
+@pytest.mark.root("becomes another user")
 def test_without_rights(tmp_path: Path) -> None:
     text = as_nobody(lambda: unixsocket.listen("/root/s", mode=None, owner=None, group=None))
     assert text.startswith(
