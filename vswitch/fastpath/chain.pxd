@@ -43,7 +43,7 @@ cdef inline void ring_fault(
     """Stop a ring for good; the worker loop reports it to the main thread."""
     ring.fault_value = value
     ring.fault_detail = detail
-    # Release: whoever sees the fault sees its value. Pairs with the acquire load in port.pyx.
+    # Release: whoever sees the fault sees its value. Pairs with the acquire in Ring.fault.
     vs_store_release32(&ring.fault, fault)
 
 

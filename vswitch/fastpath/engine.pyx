@@ -222,6 +222,7 @@ cdef class Worker:
 
     def stop(self):
         vs_store32(&self.c.stop, 1)
+        # Full fence: the order is visible before the wake-up; pairs with sleep_until_event.
         vs_fence()
         eventfd_write(self.c.wake_fd, 1)
 
@@ -654,6 +655,7 @@ cdef class Engine:
         waiting = False
         for worker in self.workers:
             vs_store32(&worker.c.event_armed, 1)
+            # Full fence: our wish before we look once more; pairs with post_event.
             vs_fence()
             if vs_load_acquire32(&worker.c.event_head) != worker.c.event_tail:
                 waiting = True

@@ -35,7 +35,7 @@ cdef inline void post_event(
     cdef EventC *event
     if kind == EVENT_MAC_LEARNED or kind == EVENT_MAC_MOVED:
         slots -= EVENT_RESERVE  # guests make as many of these as they like
-    # Acquire: the slot is free before it is written. Pairs with the release in Worker.take_events.
+    # Acquire: the slot is free before it is written. Pairs with the release in Worker._check.
     if head - vs_load_acquire32(&w.event_tail) >= slots:
         w.events_lost += 1
         return
@@ -44,9 +44,10 @@ cdef inline void post_event(
     event.port = port
     event.other = other
     event.key = key
-    # Release: the event before the index. Pairs with the acquire in Worker.take_events.
+    # Release: the event before the index. Pairs with the acquire in Worker._check.
     vs_store_release32(&w.event_head, head + 1)
-    # Full fence: the event is visible before the wish is read. Pairs with the fence in arm_events.
+    # Full fence: the event is visible before the wish is read. Pairs with the fence in
+    # Engine.arm_events.
     vs_fence()
     if vs_load32(&w.event_armed):
         vs_store32(&w.event_armed, 0)

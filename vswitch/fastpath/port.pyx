@@ -107,7 +107,8 @@ cdef class Ring:
     """One virtqueue of a port: even indices are receiveqs, odd ones transmitqs (5.1.2).
 
     Made stopped. `start` fills it in, Engine.publish then shows it to the workers. Changing a
-    started ring, other than through `set_call` and `enabled`, takes Engine.stop_ring first.
+    started ring, other than through methods that say so, takes `unpublish`, Engine.publish and a wait
+    for quiescence first, and `mark_stopped`.
     """
 
     def __cinit__(self, Port port, int index):

@@ -234,7 +234,7 @@ cdef inline void send_injected(WorkerC *w, const View *view) noexcept nogil:
             w.frames[0].drop = 0
             forward_burst(w, view, port, NULL, 1)
         following = oldest.next
-        # Release: we are done with it before main frees it. Pairs with the acquire in Engine.inject.
+        # Release: we are done with it before main frees it. Pairs with the acquire in Engine._reap.
         vs_store_release32(&oldest.done, 1)
         oldest = following
 
@@ -287,7 +287,7 @@ cdef inline void sleep_until_event(WorkerC *w, const View *view) noexcept nogil:
     cdef RingC *ring
     vs_store32(&w.state, STATE_SLEEPING)
     # Full fence: either main sees us sleeping, or we see its new view, its frame to inject or its
-    # order to stop. Pairs with the fence in Engine.publish and Engine._wake.
+    # order to stop. Pairs with the fences in Engine.publish, Engine.inject and Worker.stop.
     vs_fence()
     if (
         vs_load_acquire_ptr(&w.shared.view) != <void *>view
@@ -295,6 +295,7 @@ cdef inline void sleep_until_event(WorkerC *w, const View *view) noexcept nogil:
         or (w.id == 0 and vs_load_acquire_ptr(&w.shared.inject) != NULL)
     ):
         vs_store32(&w.state, STATE_RUNNING)
+        # Full fence: as below, and pairs with that in Engine.publish.
         vs_fence()
         return
     w.sleeps += 1
