@@ -10,11 +10,12 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from vswitch import offloads
+from vswitch import features, offloads
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.journal import Journal
 from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
 from vswitch.fault_process import unavailable
+from vswitch.features import FEATURES as FEATURES
 from vswitch.journals import make_shared, open_shared
 from vswitch.port_iotlb import PortIotlb
 from vswitch.port_memory import PortMemory
@@ -23,29 +24,6 @@ from vswitch.port_postcopy import PortPostcopy
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import Feature, MemRegion
-
-FEATURES = (
-    Feature.VERSION_1
-    | Feature.RING_INDIRECT_DESC
-    | Feature.RING_EVENT_IDX
-    | Feature.RING_PACKED
-    | Feature.IN_ORDER
-    | Feature.ANY_LAYOUT
-    | Feature.MRG_RXBUF
-    | Feature.MTU
-    | Feature.STATUS
-    | Feature.CTRL_VQ
-    | Feature.CTRL_RX
-    | Feature.CTRL_VLAN
-    | Feature.CTRL_RX_EXTRA
-    | Feature.CTRL_MAC_ADDR
-    | Feature.GUEST_ANNOUNCE
-    | Feature.MQ
-    | Feature.ACCESS_PLATFORM
-)
-"""What a port offers besides offloads. CTRL_*, STATUS, ANNOUNCE and MQ are the frontend's to
-implement; to offer them says that nothing here stands in their way. CTRL_GUEST_OFFLOADS does not
-belong to them: a guest changes its offloads by it, and no message tells a backend."""
 
 ETH_OVERHEAD = 14 + 4
 """Bytes of a frame beyond its MTU: Ethernet header and one VLAN tag."""
@@ -94,7 +72,7 @@ class PortDatapath(PortMemory):
 
     @property
     def features(self) -> Feature:
-        return FEATURES | offloads.offered(self.settings.offloads)
+        return features.offered(self.settings)
 
     async def start_ring(self, index: int, setup: RingSetup) -> int:
         if self._memory is None:

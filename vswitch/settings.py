@@ -6,6 +6,7 @@ socket, so that both accept the same values and complain in the same words.
 
 from __future__ import annotations
 
+import difflib
 import grp
 import os
 import pwd
@@ -25,6 +26,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from vswitch import feature_names
+from vswitch.feature_names import Frontend
 
 SUN_PATH_LEN_MAX = 107
 """Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
@@ -164,6 +168,33 @@ def _check_offloads(value: object) -> OffloadSetting:
     return value
 
 
+def _check_features(words: object, info: ValidationInfo) -> list[str]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise _bad('must be a list of features such as "-CTRL_VQ"')
+    for word in words:
+        name = word.removeprefix("-")
+        known = (*feature_names.OFFERED, *feature_names.NEVER_OFFERED)
+        if name not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            raise _bad(
+                f"names no feature with {word!r}"
+                + (f" (did you mean {word[: -len(name)] + close[0]!r}?)" if close else "")
+                + "; docs/compatibility.md has them all"
+            )
+        if word == name and name in feature_names.NEVER_OFFERED:
+            raise _bad(f"{name} is not offered by any port")
+        if word == name and name in feature_names.OF_OFFLOADS:
+            raise _bad(f"{name} is for `offloads` to offer; only -{name} can stand here")
+    names = [word.removeprefix("-") for word in words]
+    if len(set(names)) != len(names):
+        raise _bad("names a feature twice")
+    gone = feature_names.withheld(info.data.get("frontend"), words)
+    for name in gone.intersection(words):
+        raise _bad(f"{name} rests on {feature_names.missing(name, gone)}, which is not offered")
+    return words
+
+
+Features = Annotated[list[str], PlainValidator(_check_features)]
 Offloads = Annotated[OffloadSetting, PlainValidator(_check_offloads)]
 Name = Annotated[str, AfterValidator(check_name)]
 InterfaceName = Annotated[str, AfterValidator(check_interface_name)]
@@ -270,6 +301,13 @@ class PortSettings(_Model):
     mtu: Mtu | None = Field(default=None, description="MTU offered to the guest, in bytes")
     offloads: Offloads = Field(
         default=True, description="checksum and segmentation offloads offered to the guest"
+    )
+    frontend: Frontend | None = Field(
+        default=None,
+        description="frontend that needs another offer than others",
+    )
+    features: Features = Field(
+        default=[], description="virtio features not to offer, as -NAME, or to offer all the same"
     )
     max_macs: MacLimit | None = Field(
         default=None,

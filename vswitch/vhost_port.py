@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from vswitch import limits
+from vswitch import features, limits
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
@@ -110,7 +110,15 @@ class VhostPort(PortDatapath):
     async def _serve(self, connection: Connection) -> None:
         """One frontend, from its connection to its end."""
         pid = connection.peer_pid
-        backend = Backend(self.name, connection, self, self._rings_changed)
+        backend = Backend(
+            self.name,
+            connection,
+            self,
+            self._rings_changed,
+            withheld=features.withheld(self.settings),
+            counts_virtqueues=self.settings.frontend in features.COUNT_VIRTQUEUES,
+            translates=self.settings.frontend not in features.TRANSLATE_NOTHING,
+        )
         journal = self.fast.journal
         self._backend = backend
         self._connects += 1
@@ -183,7 +191,7 @@ class VhostPort(PortDatapath):
 
     def info(self) -> PortInfo:
         backend = self._backend
-        features = backend.features if backend else Feature(0)
+        negotiated = backend.features if backend else Feature(0)
         protocol_features = backend.protocol_features if backend else ProtocolFeature(0)
         return PortInfo(
             name=self.name,
@@ -195,8 +203,10 @@ class VhostPort(PortDatapath):
             mode=self.settings.mode,
             queues=self.settings.queues,
             mtu=self.settings.mtu,
-            features=int(features),
-            feature_names=[str(f.name) for f in features],
+            features=int(negotiated),
+            feature_names=[str(f.name) for f in negotiated],
+            frontend=self.settings.frontend,
+            withheld=[str(f.name) for f in features.withheld(self.settings)],
             protocol_features=int(protocol_features),
             protocol_feature_names=[str(f.name) for f in protocol_features],
             peer_pid=backend.connection.peer_pid if backend else None,

@@ -66,8 +66,17 @@ def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     assert controlled.do(lambda: controlled.switch.settings.ports[2].offloads) == ["csum", "tso4"]
     assert "must have" in run("add-port", "vm4", "/nowhere/4", "--offloads", "tso4").err
     assert run("add-port", "vm4", "/nowhere/4", "--client", "--offloads", "off").code == 0
+    done = run(
+        "add-port", "vm5", "/nowhere/5", "--client", "--frontend", "uml",
+        "--features", "-IN_ORDER,STATUS",
+    )  # fmt: skip
+    assert done.code == 0
+    port = controlled.do(lambda: controlled.switch.settings.ports[4])
+    assert (port.frontend, port.features) == ("uml", ["-IN_ORDER", "STATUS"])
+    assert "names no feature" in run("add-port", "vm6", "/nowhere/6", "--features", "-FOO").err
+    assert run("add-port", "vm6", "/nowhere/6", "--frontend", "xen").code == 2
     assert controlled.do(lambda: controlled.switch.settings.ports[3].offloads) is False
-    assert run("del-port", "vm3", "vm4").code == 0
+    assert run("del-port", "vm3", "vm4", "vm5").code == 0
 
     table = run("list-ports").out.splitlines()
     assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "MODE", "SOCKET"]
@@ -346,6 +355,31 @@ def test_event_lines_cannot_drive_the_terminal() -> None:
     )
     assert "\x1b" not in line
     assert ".250 port-fault" in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered", "not_offered"),
+    [
+        ("--frontend=", {"uml", "crosvm", "cloud-hypervisor"}, set()),
+        ("--features=", {"-CTRL_VQ", "CTRL_VQ", "-CSUM"}, {"CSUM"}),
+        ("--features=STATUS,-C", {"STATUS,-CTRL_VQ", "STATUS,-CSUM"}, {"STATUS,-MQ", "-CTRL_VQ"}),
+    ],
+)
+def test_what_add_port_takes_is_completed(
+    typed: str, offered: set[str], not_offered: set[str]
+) -> None:
+    words = {
+        "_VSWITCHCTL_COMPLETE": "zsh_complete",
+        "COMP_WORDS": f"vswitchctl add-port a b {typed}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from vswitch.cli.ctl import main; main()"],
+        env={**os.environ, **words, "COMP_CWORD": "4"},
+        capture_output=True, text=True, check=True, timeout=30,
+    )  # fmt: skip
+    said = set(done.stdout.splitlines())
+    assert offered <= said
+    assert said.isdisjoint(not_offered)
 
 
 def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path: Path) -> None:

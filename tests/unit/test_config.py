@@ -9,7 +9,9 @@ import pytest
 
 from vswitch.config import ConfigFileError, load, parse, port_settings, uplink_settings
 from vswitch.errors import ConfigError
+from vswitch.features import offered, withheld
 from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.vhost_user.protocol import Feature
 
 CONFIG = Path(__file__).parents[2] / "config"
 
@@ -264,8 +266,8 @@ def test_values_given_at_run_time() -> None:
         'port "vm1".socket: must be an absolute path (got "s")',
         'port "vm1".queues: must be at least 1 (got 0)',
         'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
-        "queues, mtu, offloads, max_macs, storm_broadcast, storm_multicast, storm_unknown, "
-        "storm_burst)",
+        "queues, mtu, offloads, frontend, features, max_macs, storm_broadcast, storm_multicast, "
+        "storm_unknown, storm_burst)",
     ]
     assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
     with pytest.raises(ConfigError, match=r"uplink.name: is missing"):
@@ -317,6 +319,63 @@ def test_offloads_that_cannot_be(table: str, value: str, reason: str) -> None:
     (problem,) = caught.value.problems
     assert problem.key.endswith('"a".offloads')
     assert problem.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ('"-CTRL_VQ"', 'must be a list of features such as "-CTRL_VQ"'),
+        ("[1]", "must be a list of features"),
+        ('["-ctrl_vq"]', "names no feature with '-ctrl_vq' (did you mean '-CTRL_VQ'?)"),
+        ('["-"]', "names no feature with '-'"),
+        ('["--MQ"]', "names no feature with '--MQ'"),
+        ('["RSS"]', "RSS is not offered by any port"),
+        ('["CSUM"]', "CSUM is for `offloads` to offer; only -CSUM can stand here"),
+        ('["-MQ", "-MQ"]', "names a feature twice"),
+        ('["-MQ", "MQ"]', "names a feature twice"),
+        ('["-CTRL_VQ", "MQ"]', "MQ rests on CTRL_VQ, which is not offered"),
+        ('["RING_PACKED", "-VERSION_1"]', "RING_PACKED rests on VERSION_1"),
+    ],
+)
+def test_features_that_cannot_be(value: str, reason: str) -> None:
+    with pytest.raises(ConfigFileError) as caught:
+        parse(f"[[port]]\nname = 'a'\nsocket = '/x/s'\nfeatures = {value}\n")
+    (problem,) = caught.value.problems
+    assert problem.key == 'port "a".features'
+    assert problem.reason.startswith(reason)
+
+
+def test_features_and_frontends() -> None:
+    text = "[[port]]\nname = 'a'\nsocket = '/x/s'\n"
+
+    def not_offered(more: str) -> set[str]:
+        names = {str(feature.name) for feature in withheld(parse(text + more).ports[0])}
+        assert names.isdisjoint(str(f.name) for f in offered(parse(text + more).ports[0]))
+        return names
+
+    control = {"CTRL_VQ", "CTRL_RX", "CTRL_VLAN", "CTRL_RX_EXTRA", "CTRL_MAC_ADDR", "MQ"}
+    control.add("GUEST_ANNOUNCE")
+    assert not_offered("") == not_offered("features = []") == set()
+    assert not_offered("features = ['-CTRL_VQ']") == control
+    assert not_offered("features = ['-HOST_TSO4']") == {"HOST_TSO4"}
+    assert not_offered("features = ['-HOST_TSO4', '-HOST_TSO6']") == {
+        "HOST_TSO4", "HOST_TSO6", "HOST_ECN",
+    }  # fmt: skip
+    assert not_offered("features = ['-CSUM']\noffloads = ['csum', 'uso']") == {"CSUM", "HOST_USO"}
+    assert not_offered("features = ['-RSS', '-LOG_ALL']") == {"LOG_ALL"}
+    uml = {*control, "MTU", "STATUS", "ACCESS_PLATFORM", "RING_PACKED"}
+    # Virtio feature bits 3, 16 to 23, 33 and 34.
+    assert {Feature[name].bit_length() - 1 for name in uml} == {3, *range(16, 24), 33, 34}
+    assert not_offered("frontend = 'uml'") == uml
+    assert not_offered("frontend = 'uml'\nfeatures = ['STATUS', '-IN_ORDER']") == {
+        *uml - {"STATUS"}, "IN_ORDER",
+    }  # fmt: skip
+    assert not_offered("frontend = 'crosvm'") == {*control, "MTU", "STATUS"}
+    assert not_offered("frontend = 'cloud-hypervisor'") == set()
+    with pytest.raises(ConfigFileError, match="MQ rests on CTRL_VQ, which is not offered"):
+        parse(f"{text}frontend = 'uml'\nfeatures = ['MQ']")
+    with pytest.raises(ConfigFileError, match='frontend: must be "uml", "crosvm" or "cloud-hyp'):
+        parse(f"{text}frontend = 'qemu'")
 
 
 def test_offloads() -> None:

@@ -58,6 +58,8 @@ def configurations(draw: st.DrawFn) -> Settings:
                 owner=draw(st.sampled_from([None, "root", "0"])) if server else None,
                 group=draw(st.sampled_from([None, "root"])) if server else None,
                 permissions=draw(st.sampled_from([None, "0660", "777"])) if server else None,
+                frontend=draw(st.sampled_from([None, "uml", "crosvm", "cloud-hypervisor"])),
+                features=draw(st.sampled_from([[], ["-CSUM"], ["-IN_ORDER", "VERSION_1"]])),
                 queues=draw(st.integers(1, 128)),
                 mtu=draw(MTU),
             )

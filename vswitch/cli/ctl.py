@@ -20,6 +20,7 @@ import click
 from vswitch._version import __version__
 from vswitch.cli.common import completion_script, run_program
 from vswitch.errors import VswitchError
+from vswitch.feature_names import FRONTENDS, OF_OFFLOADS, OFFERED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -135,6 +136,18 @@ def _offload_names(_ctx: click.Context, _: click.Parameter, value: str) -> bool 
     return {"on": True, "off": False}.get(value, value.split(","))
 
 
+def _feature_words(_ctx: click.Context, _: click.Parameter, value: str) -> list[str]:
+    """Words with commas between them; which there are, the switch knows."""
+    return value.split(",") if value else []
+
+
+def _complete_features(_ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The word behind the last comma. A first one with `-` is an option to click, and not asked."""
+    before, comma, last = incomplete.rpartition(",")
+    names = [f"-{name}" for name in OFFERED] + [n for n in OFFERED if n not in OF_OFFLOADS]
+    return [before + comma + name for name in names if name.startswith(last)]
+
+
 _offloads = click.option(
     "--offloads",
     default="on",
@@ -178,6 +191,19 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--group", help="Group of the socket.")
 @click.option("--permissions", metavar="OCTAL", help="Permissions of the socket, e.g. 0660.")
 @_offloads
+@click.option(
+    "--frontend",
+    type=click.Choice(FRONTENDS),
+    help="Frontend that cannot use all that is offered, or means other things by it.",
+)
+@click.option(
+    "--features",
+    default="",
+    callback=_feature_words,
+    shell_complete=_complete_features,
+    metavar="LIST",
+    help="Virtio features not to offer, e.g. -CTRL_VQ,-STATUS; without -, to offer all the same.",
+)
 @_limits
 @pass_state
 def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:

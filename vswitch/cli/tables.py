@@ -155,6 +155,9 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
         peer = "" if port["peer_pid"] is None else f"pid {port['peer_pid']} "
         connects = f"{peer}since {since}, {connects} so far"
     yield "frontend", connects
+    if port.get("withheld"):
+        named = f" (frontend {port['frontend']})" if port.get("frontend") else ""
+        yield "not offered", " ".join(port["withheld"]) + named
     yield "features", f"{port['features']:#x} {' '.join(port['feature_names'])}".rstrip()
     names = " ".join(port["protocol_feature_names"])
     yield "protocol features", f"{port['protocol_features']:#x} {names}".rstrip()

@@ -69,6 +69,8 @@ class PortInfo(TypedDict):
     """A guest's port or an uplink.
 
     `link` is what `set_link` said, `mtu` is in bytes, `connected_since` a Unix time in seconds,
+    `frontend` is that of the settings, `withheld` names the features that are not offered because
+    of it or of `features` (both for guests' ports only),
     `macs` how many MAC addresses were learned from it, of `max_macs` at most, `error` why the port
     does not forward, `warning` what is worth knowing although it does.
     """
@@ -84,6 +86,8 @@ class PortInfo(TypedDict):
     mtu: int | None
     features: int
     feature_names: list[str]
+    frontend: NotRequired[str | None]
+    withheld: NotRequired[list[str]]
     protocol_features: int
     protocol_feature_names: list[str]
     peer_pid: int | None

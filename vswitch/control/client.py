@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -163,12 +163,15 @@ class Client:
         group: str | None = None,
         permissions: str | None = None,
         offloads: bool | list[str] = True,
+        frontend: str | None = None,
+        features: Sequence[str] = (),
         **limits: int | None,
     ) -> PortInfo:
         """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes.
 
         `offloads`: all, none, or those of settings.OFFLOADS that are named.
-        `limits` as for `set_port`.
+        `frontend`: one of feature_names.FRONTENDS; `features`: names of virtio features, behind a
+        `-` not to be offered. `limits` as for `set_port`.
         """
         return cast(
             PortInfo,
@@ -183,6 +186,8 @@ class Client:
                 group=group,
                 permissions=permissions,
                 offloads=offloads,
+                frontend=frontend,
+                features=list(features),
                 **limits,
             ),
         )

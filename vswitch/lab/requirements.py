@@ -88,8 +88,9 @@ TEST = (
     _program("ethtool", "ethtool"),
     _program("setpriv", "util-linux"),
     _program("spin", "spin"),
+    _program("linux.uml", "user-mode-linux"),
 )
-"""For `make test`: QEMU guests, DPDK as an independent vhost-user frontend, a model checker."""
+"""For `make test`: QEMU guests, DPDK and User Mode Linux as other frontends, a model checker."""
 
 GROUPS = {"build": BUILD, "demo": DEMO, "test": TEST}
 

@@ -59,14 +59,26 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         connection: Connection,
         datapath: Datapath,
         changed: Callable[[], None] = lambda: None,
+        *,
+        withheld: int = 0,
+        counts_virtqueues: bool = False,
+        translates: bool = True,
     ) -> None:
+        """`withheld`: features not to offer although they are the backend's own.
+
+        `counts_virtqueues`: the frontend takes the answer to GET_QUEUE_NUM for a number of
+        virtqueues. `translates`: with ACCESS_PLATFORM its addresses are I/O virtual.
+        """
         super().__init__(name, connection, datapath, changed)
+        self._counts_virtqueues = counts_virtqueues
+        self._translates = translates
         self.status = Status(0)
         self._features_refused = False
         self._offered_protocol = PROTOCOL_FEATURES
         if not datapath.has_postcopy:
             self._offered_protocol &= ~ProtocolFeature.PAGEFAULT
         self._offered = self._datapath.features | Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
+        self._offered &= ~Feature(withheld)
         self._handlers: dict[Request, Callable[[Message], Awaitable[bytes | None]]] = {
             Request.GET_FEATURES: self._get_features,
             Request.SET_FEATURES: self._set_features,
@@ -220,7 +232,8 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         self.protocol_features = ProtocolFeature(value)
 
     async def _get_queue_num(self, _: Message) -> bytes:
-        return protocol.encode_u64(self._datapath.queue_pairs)
+        per_pair = 2 if self._counts_virtqueues else 1
+        return protocol.encode_u64(per_pair * self._datapath.queue_pairs)
 
     # Ownership
 

@@ -50,6 +50,7 @@ class Device:
         self._channel: BackendChannel | None = None
         self._log_fd = -1
         self._repeated: Counter[tuple[int, int, int]] = Counter()
+        self._translates = True
         self._datapath = datapath
         self._changed = changed
         self._log = logging.getLogger("vswitch.vhost_user")
@@ -82,10 +83,12 @@ class Device:
         """Whether addresses are I/O virtual.
 
         A frontend that negotiated ACCESS_PLATFORM and has no channel to be asked by cannot mean
-        that: some pass the bit on for guests whose memory is protected, and translate nothing.
+        that: some pass the bit on for guests whose memory is protected, and translate nothing. Of
+        others that is known from their name.
         """
         return (
-            Feature.ACCESS_PLATFORM in self.features
+            self._translates
+            and Feature.ACCESS_PLATFORM in self.features
             and ProtocolFeature.BACKEND_REQ in self.protocol_features
         )
 
@@ -144,10 +147,11 @@ class Device:
         for vring in vrings:
             if self._inband and not vring.callable and not vring.relayed:
                 self._relay_calls(vring)
+            setup = vring.setup(self.features)
             # Before, not after: whoever is cancelled in the call has to stop it again.
             vring.started, vring.homeless = True, False
             try:
-                base = await self._datapath.start_ring(vring.index, vring.setup(self.features))
+                base = await self._datapath.start_ring(vring.index, setup)
             except TranslationPending:
                 vring.started = False
                 continue
@@ -161,7 +165,8 @@ class Device:
                 )  # fmt: skip
             vring.base = base
             # The driver may wait for what happened before: to be woken once too often is harmless.
-            self._signal(vring.call_fd)
+            if not setup.quiet:
+                self._signal(vring.call_fd)
         if vrings:
             self._changed()
 
