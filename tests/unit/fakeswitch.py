@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vswitch.control.api import Event, FdbEntry, PortInfo, PortStats, WorkerInfo
@@ -27,8 +27,8 @@ class FakeSwitch:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.may_go_on = asyncio.Event()
-        """Until then, adding a port named `slow` waits. One named `blocked` blocks the loop for as
-        many milliseconds as its MTU has bytes."""
+        """Until then, adding a port named `slow` waits. One named `blocked` blocks the loop until
+        somebody has written to its socket, which is a named pipe, and closed it."""
 
     @classmethod
     async def create(cls, settings: Settings, **_: object) -> FakeSwitch:
@@ -71,7 +71,9 @@ class FakeSwitch:
         if settings.name == "slow":
             await self.may_go_on.wait()
         if settings.name == "blocked":
-            time.sleep(settings.mtu / 1000)  # noqa: ASYNC251 - the loop is to be blocked
+            pipe = Path(settings.socket)
+            pipe.read_bytes()
+            pipe.unlink()
         if settings.name == "bug":
             raise RuntimeError("an error nobody thought of")
         if settings.mode == "server":

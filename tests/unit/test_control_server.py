@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import logging
 import os
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import msgpack
 import pytest
 from controlled import DEADLINE_S, Controlled
+from otheruser import ask, call_as
 
 from vswitch.control import server as server_module
 from vswitch.control.methods import METHODS, READ_ONLY
@@ -479,7 +479,7 @@ def test_another_user(tmp_path: Path, mode: int, gids: list[int], answers: list[
     try:
         open_the_way_to(tmp_path)
         assert [
-            as_user(4242, gids, tmp_path / "c", *request)
+            call_as(4242, gids, ask, tmp_path / "c", *request)
             for request in (("ping",), ("log_level", {"level": "debug"}))
         ] == answers
     finally:
@@ -520,7 +520,7 @@ def test_a_connection_made_with_rights_that_are_gone_is_refused(tmp_path: Path) 
     try:
         open_the_way_to(tmp_path)
         running.do(setattr, server_module, "access_of", lambda *_: Access.NONE)
-        assert as_user(4242, [4242], tmp_path / "c", "ping") == "permission-denied"
+        assert call_as(4242, [4242], ask, tmp_path / "c", "ping") == "permission-denied"
     finally:
         server_module.access_of = access_of
         running.close()
@@ -532,33 +532,6 @@ def open_the_way_to(directory: Path) -> None:
         mode = each.stat().st_mode
         if not mode & stat.S_IXOTH:
             each.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
-
-
-def as_user(uid: int, gids: list[int], path: Path, method: str, *params: object) -> object:
-    """What a request gives another user: its result, the code of an error, or a name of errno."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups(gids[1:])
-            os.setgid(gids[0])
-            os.setuid(uid)
-            try:
-                client = Raw(path)
-                with contextlib.suppress(BrokenPipeError):
-                    client.send([0, 77, method, list(params)])
-                _, _, error, result = client.receive()
-                answer = result or error["code"]
-            except OSError as exc:
-                answer = errno.errorcode[exc.errno]
-            os.write(writing, msgpack.packb(answer))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = msgpack.unpackb(pipe.read())
-    os.waitpid(pid, 0)
-    return answer
 
 
 def test_the_log_level(raw: Raw) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +15,7 @@ from vswitch.cli.main import cli, start
 
 UNIT = Path(__file__).parents[2] / "config" / "vswitch.service"
 EXPOSURE_MAX = 2.5
+PLAIN = os.environ | {"SYSTEMD_COLORS": "0", "SYSTEMD_URLIFY": "0", "LC_ALL": "C"}
 
 
 @pytest.fixture
@@ -59,6 +62,7 @@ def test_what_systemd_thinks_of_it() -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=PLAIN,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nknown" not in done.stderr, "a key that systemd does not know"
@@ -71,6 +75,23 @@ def test_its_filter_leaves_what_postcopy_takes(service: configparser.SectionProx
     assert {"userfaultfd", "pidfd_open", "vfork", "execve", "prctl", "mmap", "ioctl"} <= left
 
 
+def test_the_names_in_what_systemd_prints() -> None:
+    """systemd 255 underlines and colours them, into a pipe as well."""
+    plain = "@io-event\n    # Event loop system calls\n    @timer\n    poll\n\n    epoll_ctl\n"
+    coloured = (
+        "\x1b[0;1;39m@io-event\x1b[0m\n    \x1b[38;5;245m# Event loop system calls\x1b[0m\n"
+        "    \x1b[0;34m@timer\x1b[0m\n    poll\n\n    \x1b[0;4;39mepoll_ctl\x1b[0m\n"
+    )
+    assert names_in(plain) == names_in(coloured) == {"@timer", "poll", "epoll_ctl"}
+
+
+def names_in(said: str) -> set[str]:
+    """System calls and other groups in what systemd-analyze says of a group."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", said).splitlines()
+    names = [line.strip() for line in lines[1:]]
+    return {name for name in names if name and name[0] != "#"}
+
+
 def system_calls(group: str) -> set[str]:
     """Those of a group of systemd's, and of the groups in it."""
     done = subprocess.run(
@@ -78,7 +99,8 @@ def system_calls(group: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
+        env=PLAIN,
     )
-    names = [line.strip() for line in done.stdout.splitlines()[1:]]
-    found = {name for name in names if name and name[0] not in "@#"}
-    return found.union(*(system_calls(name) for name in names if name.startswith("@")))
+    names = names_in(done.stdout)
+    groups = {name for name in names if name[0] == "@"}
+    return (names - groups).union(*map(system_calls, groups))

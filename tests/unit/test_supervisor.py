@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ class Manager:
             self.socket.settimeout(DEADLINE_S)
 
     def hear_for(self, seconds: float) -> list[dict[str, str]]:
-        """What has come, and what comes in so many seconds."""
+        """What has come, and what comes in so many seconds: silence is heard in no other way."""
         heard = []
         deadline = time.monotonic() + seconds
         try:
@@ -118,10 +119,9 @@ def test_a_manager_that_is_gone_or_does_not_read_costs_nothing(tmp_path: Path, c
     assert "did not hear 'READY=1'" in caplog.text
     manager = Manager(str(tmp_path / "n"))
     supervisor = Supervisor({"NOTIFY_SOCKET": str(tmp_path / "n"), "WATCHDOG_USEC": "9"})
-    begun = time.monotonic()
+    # Nobody reads. Were the socket waited for, this would go on for ever.
     for _ in range(1000):
         supervisor.alive()
-    assert time.monotonic() - begun < DEADLINE_S
     assert "did not hear 'WATCHDOG=1'" in caplog.text
     manager.socket.close()
 
@@ -161,9 +161,7 @@ def started(tmp_path: Path) -> Iterator[Started]:
 
 
 def test_from_ready_to_stopping(started: Started, tmp_path: Path) -> None:
-    heard = started.manager.hear_for(2 * PERIOD_S)
-    assert len(heard) >= 3
-    assert all(message == {"WATCHDOG": "1"} for message in heard)
+    assert [started.manager.hear() for _ in range(4)] == [{"WATCHDOG": "1"}] * 4
     started.client.add_port("b", tmp_path / "b")
     assert started.manager.hear_until("STATUS")[-1] == {"STATUS": "2 ports"}
     started.client.stop()
@@ -188,10 +186,12 @@ def test_a_worker_that_hangs_silences_the_watchdog(started: Started, tmp_path: P
 
 
 def test_a_loop_that_is_blocked_silences_the_watchdog(started: Started, tmp_path: Path) -> None:
-    blocked_s = 1.0
-    begun = time.monotonic()
-    started.manager.heard()
-    started.client.add_port("blocked", tmp_path / "blocked", mtu=int(blocked_s * 1000))
-    assert time.monotonic() - begun >= blocked_s
-    assert len(started.manager.heard()) <= 5, "ten were due"
+    pipe = tmp_path / "blocked"
+    os.mkfifo(pipe)
+    adding = threading.Thread(target=started.client.add_port, args=("blocked", pipe))
+    adding.start()
+    with pipe.open("wb"):  # which takes until the loop has opened the other end
+        started.manager.heard()
+        assert started.manager.hear_for(2 * PERIOD_S) == []
+    adding.join()
     assert started.manager.hear_until("WATCHDOG")

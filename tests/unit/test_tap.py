@@ -7,10 +7,11 @@ import os
 import select
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from otheruser import NOBODY, as_nobody
 
 from vswitch.errors import UplinkError
 from vswitch.uplinks import tap
@@ -18,7 +19,6 @@ from vswitch.uplinks.tap import VNET_HDR_LEN, Tap, open_tap
 
 pytestmark = pytest.mark.root("makes network namespaces")
 
-NOBODY = 65534
 CLONE_NEWNET = 0x40000000
 
 
@@ -59,28 +59,6 @@ def failure(name: str, **options: object) -> UplinkError:
     assert caught.value.message.startswith(f'uplink "{name}": ')
     assert caught.value.hint
     return caught.value
-
-
-def as_nobody(action: Callable[[], object]) -> str:
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            try:
-                text = repr(action())
-            except Exception as exc:
-                text = str(exc)
-            os.write(writing, text.encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return text
 
 
 def open_fds() -> int:
@@ -185,11 +163,11 @@ def test_an_interface_that_another_process_holds() -> None:
 
 
 def test_no_rights() -> None:
-    text = as_nobody(lambda: open_tap("t0"))
+    text = as_nobody(open_tap, "t0")
     assert f"uid {NOBODY} may not create a TAP (CAP_NET_ADMIN is missing)" in text
     assert "ip tuntap add dev t0 mode tap user $USER" in text
     ip("tuntap", "add", "dev", "p0", "mode", "tap", "user", "1")
-    text = as_nobody(lambda: open_tap("p0"))
+    text = as_nobody(open_tap, "p0")
     assert f"the TAP exists and belongs to another user than uid {NOBODY}" in text
 
 
@@ -197,20 +175,20 @@ def test_a_tap_of_the_user_needs_no_rights() -> None:
     ip("link", "add", "br0", "type", "bridge")
     ip("tuntap", "add", "dev", "p0", "mode", "tap", "user", str(NOBODY))
     ip("link", "set", "p0", "master", "br0", "up", "mtu", "1400")
-    text = as_nobody(lambda: open_tap("p0", mtu=1400, bridge="br0"))
+    text = as_nobody(open_tap, "p0", mtu=1400, bridge="br0")
     assert text.startswith("Tap(fd=")
     assert "created=False, offloads=0, warning=None" in text
-    text = as_nobody(lambda: open_tap("p0", mtu=1500))
+    text = as_nobody(open_tap, "p0", mtu=1500)
     assert 'uplink "p0": cannot set mtu 1500' in text
     assert "ip link set p0 mtu 1500" in text
 
 
 def test_a_tap_of_the_user_that_is_down_is_a_warning() -> None:
     ip("tuntap", "add", "dev", "p0", "mode", "tap", "user", str(NOBODY))
-    text = as_nobody(lambda: open_tap("p0"))
+    text = as_nobody(open_tap, "p0")
     assert "the interface is down; bring it up as root: ip link set p0 up" in text
     ip("link", "add", "br0", "type", "bridge")
-    text = as_nobody(lambda: open_tap("p0", bridge="br0"))
+    text = as_nobody(open_tap, "p0", bridge="br0")
     assert 'cannot join bridge "br0": not permitted' in text
 
 

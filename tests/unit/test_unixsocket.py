@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from otheruser import NOBODY, as_nobody
 
 from vswitch import unixsocket
 from vswitch.errors import SocketError
 from vswitch.unixsocket import InUseError, ListeningSocket, connect_error, unlink_if_ours
-
-NOBODY = 65534
 
 
 @pytest.fixture
@@ -35,29 +36,6 @@ def listen() -> Iterator[Callable[..., ListeningSocket]]:
     yield function
     for sock in made:
         sock.close()
-
-
-def as_nobody(action: Callable[[], object]) -> str:
-    """What `action` returns or raises, as text, in a child process without any rights."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            try:
-                text = repr(action())
-            except Exception as exc:
-                text = f"{type(exc).__name__}: {exc}"
-            os.write(writing, text.encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return text
 
 
 def connects(path: Path) -> bool:
@@ -131,9 +109,7 @@ def test_a_failed_chown_leaves_no_socket(tmp_path: Path) -> None:
     for parent in tmp_path.parents:
         if parent != Path("/tmp") and str(parent).startswith("/tmp"):
             parent.chmod(0o755)
-    text = as_nobody(
-        lambda: unixsocket.listen(tmp_path / "s", mode=0o600, owner="root", group=None)
-    )
+    text = as_nobody(unixsocket.listen, tmp_path / "s", mode=0o600, owner="root", group=None)
     assert f'cannot give {tmp_path}/s to user "root": uid {NOBODY} may not' in text
     assert "hint: run as root" in text
     assert not (tmp_path / "s").exists()
@@ -211,41 +187,78 @@ def test_a_socket_that_replaced_the_stale_one_meanwhile_keeps_its_name(
     winners[0].close()
 
 
+# Listens where and when it is told to, until the next line.
+CONTENDER = """
+import sys, time
+from pathlib import Path
+from vswitch import unixsocket
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    path, _, at_ns = line.rpartition(" ")
+    sock = None
+    while time.monotonic_ns() < int(at_ns):
+        pass
+    try:
+        sock = unixsocket.listen(Path(path), mode=0o600, owner=None, group=None)
+        print("listens", flush=True)
+    except Exception as exc:
+        print(type(exc).__name__, flush=True)
+    sys.stdin.readline()
+    if sock is not None:
+        sock.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def contenders() -> Iterator[list[subprocess.Popen[str]]]:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONTENDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for _ in range(5)
+    ]
+    assert [hear(process) for process in processes] == ["ready"] * 5
+    yield processes
+    for process in processes:
+        process.communicate()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+
+
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_several_that_start_at_once_one_gets_the_path(tmp_path: Path, stale: bool) -> None:
+def test_of_several_that_start_at_once_one_gets_the_path(
+    tmp_path: Path, stale: bool, contenders: list[subprocess.Popen[str]]
+) -> None:
     """And whoever connects reaches that one: nobody's socket is taken for a stale one."""
     for round_ in range(20):
         path = tmp_path / str(round_)
         if stale:
             unixsocket.listen(path, mode=0o600, owner=None, group=None).close()
-        barrier, over = multiprocessing.Barrier(5), multiprocessing.Event()
-        outcomes: multiprocessing.Queue[tuple[int, str]] = multiprocessing.Queue()
-
-        def run() -> None:
-            barrier.wait()  # noqa: B023
-            try:
-                sock = unixsocket.listen(path, mode=0o600, owner=None, group=None)  # noqa: B023
-            except Exception as exc:
-                outcomes.put((os.getpid(), type(exc).__name__))  # noqa: B023
-                return
-            outcomes.put((os.getpid(), "listens"))  # noqa: B023
-            over.wait()  # noqa: B023
-            sock.close()
-
-        processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(5)]
-        for process in processes:
-            process.start()
-        found = [outcomes.get(timeout=20) for _ in processes]
-        winners = [pid for pid, what in found if what == "listens"]
+        at_ns = time.monotonic_ns() + 2_000_000  # when all have been told, more or less
+        for process in contenders:
+            tell(process, f"{path} {at_ns}")
+        found = {process.pid: hear(process) for process in contenders}
+        winners = [pid for pid, what in found.items() if what == "listens"]
         assert len(winners) == 1, found
-        assert sorted(what for _, what in found) == ["InUseError"] * 4 + ["listens"]
+        assert sorted(found.values()) == ["InUseError"] * 4 + ["listens"]
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             assert struct.unpack("=iII", raw)[0] == winners[0]
-        over.set()
-        for process in processes:
-            process.join(20)
+        for process in contenders:
+            tell(process, "")
 
 
 def test_a_directory_that_somebody_keeps_locked_is_not_waited_for(
@@ -323,11 +336,11 @@ def test_the_longest_path_works(listen, tmp_path: Path) -> None:
 
 @pytest.mark.root("becomes another user")
 def test_without_rights(tmp_path: Path) -> None:
-    text = as_nobody(lambda: unixsocket.listen("/root/s", mode=None, owner=None, group=None))
+    text = as_nobody(unixsocket.listen, "/root/s", mode=None, owner=None, group=None)
     assert text.startswith(
         f"SocketError: cannot listen on /root/s: permission denied to uid {NOBODY}"
     )
-    text = as_nobody(lambda: unixsocket.listen("/etc/s", mode=None, owner=None, group=None))
+    text = as_nobody(unixsocket.listen, "/etc/s", mode=None, owner=None, group=None)
     assert f"permission denied to uid {NOBODY} in /etc" in text
 
 
