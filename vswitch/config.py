@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _FILE_LEN_MAX = 16 << 20
+_KEY_LEN_MAX = 64  # of an unknown key, to guess what was meant
 _TABLES = ("switch", "port", "uplink")
 _AT_LINE = re.compile(r" \(at (line (\d+), column \d+|end of document)\)$")
 _M = TypeVar("_M", bound=BaseModel)
@@ -230,10 +231,15 @@ def _usable(model: type[BaseModel], table: dict[str, Any], base: Path) -> dict[s
     return {key: getattr(whole, key) for key in values}
 
 
-def problems_of(exc: ValidationError, model: type[BaseModel], label: str) -> list[Problem]:
-    """What pydantic found, in words for people; `label` names the table (may be empty)."""
+def problems_of(
+    exc: ValidationError, model: type[BaseModel], label: str, most: int | None = None
+) -> list[Problem]:
+    """What pydantic found, in words for people; `label` names the table (may be empty).
+
+    All of it, or the first `most`.
+    """
     problems = []
-    for error in exc.errors(include_url=False):
+    for error in exc.errors(include_url=False)[:most]:
         loc = error["loc"]
         key = ".".join(filter(None, [label, _spell(loc)]))
         reason = _reason(error, model, loc)
@@ -256,7 +262,7 @@ def _reason(error: Any, model: type[BaseModel], loc: tuple[int | str, ...]) -> s
         case "missing":
             return "is missing"
         case "extra_forbidden":
-            return unknown_key_reason(str(loc[-1]), model.model_fields)
+            return unknown_key_reason(str(loc[-1])[:_KEY_LEN_MAX], model.model_fields)
         case "literal_error":
             return f"must be {context['expected']}".replace("'", '"')
         case "string_type":

@@ -230,9 +230,7 @@ def _open_control_socket(settings: Settings, path: Path) -> ListeningSocket:
 
 
 def _summary(switch: SwitchApi) -> str:
-    ports = switch.ports()
-    n_uplinks = sum(port["kind"] != "vhost-user" for port in ports)
-    n_ports = len(ports) - n_uplinks
+    n_ports, n_uplinks = switch.n_ports
     parts = [f"{n_ports} port{'s' * (n_ports != 1)}"]
     if n_uplinks:
         parts.append(f"{n_uplinks} uplink{'s' * (n_uplinks != 1)}")

@@ -21,6 +21,7 @@ class _Seen:
 
     ring: Ring
     frames: int
+    at: float
     rate: float = 0.0
 
 
@@ -29,32 +30,35 @@ class Placement:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._seen: dict[tuple[int, int], _Seen] = {}
+        self._seen: dict[int, dict[int, _Seen]] = {}
+        """By port and ring."""
         self._pins: dict[str, int] = {}
-        self._counted_at = time.monotonic()
 
     @property
     def pins(self) -> dict[str, int]:
         """Ports by name, and the worker that is to poll all of their transmitqs."""
         return self._pins
 
-    def count(self) -> None:
-        """Once a second: bring the rates up to date."""
+    def count(self, port: Port) -> None:
+        """Once a second: bring the rates of a port's rings up to date."""
         now = time.monotonic()
-        passed = max(now - self._counted_at, 1e-3)
-        self._counted_at = now
+        before = self._seen.get(port.id, {})
         seen = {}
-        for port, ring in self._transmitqs():
+        for ring in _transmitqs(port):
             frames = ring.frames
-            last = self._seen.get((port.id, ring.index))
+            last = before.get(ring.index)
             if last is None or last.ring is not ring or frames < last.frames:
-                last = _Seen(ring, frames)
+                last = _Seen(ring, frames, now)
             else:
-                rate = (frames - last.frames) / passed
+                rate = (frames - last.frames) / max(now - last.at, 1e-3)
                 last.rate += RATE_SMOOTHING * (rate - last.rate)
-                last.frames = frames
-            seen[port.id, ring.index] = last
-        self._seen = seen
+                last.frames, last.at = frames, now
+            seen[ring.index] = last
+        self._seen[port.id] = seen
+
+    def forget(self, port: Port) -> None:
+        """A port is gone."""
+        self._seen.pop(port.id, None)
 
     def choose(self, ring: Ring) -> int:
         """The worker for a ring that starts: pinned, or with the least to do."""
@@ -94,28 +98,30 @@ class Placement:
             dealt = []
         return [(ring, worker) for ring, worker in pinned + dealt if ring.worker != worker]
 
-    def queues(self, worker: int) -> list[QueueInfo]:
-        """The transmitqs that a worker polls."""
+    def queues(self, port: Port) -> list[tuple[int, QueueInfo]]:
+        """The transmitqs of a port that are polled, each with its worker."""
         return [
-            QueueInfo(
-                port=port.name,
-                index=ring.index,
-                frames=ring.frames,
-                frames_per_s=round(self._rate(ring)),
-                pinned=port.name in self._pins,
+            (
+                ring.worker,
+                QueueInfo(
+                    port=port.name,
+                    index=ring.index,
+                    frames=ring.frames,
+                    frames_per_s=round(self._rate(ring)),
+                    pinned=port.name in self._pins,
+                ),
             )
-            for port, ring in self._transmitqs()
-            if ring.worker == worker
+            for ring in _transmitqs(port)
+            if ring.worker >= 0
         ]
 
     def _transmitqs(self) -> list[tuple[Port, Ring]]:
-        return [
-            (port, ring)
-            for port in self._engine.ports.values()
-            for ring in port.rings.values()
-            if ring.started and ring.is_transmitq
-        ]
+        return [(port, ring) for port in self._engine.ports.values() for ring in _transmitqs(port)]
 
     def _rate(self, ring: Ring) -> float:
-        seen = self._seen.get((ring.port.id, ring.index))
+        seen = self._seen.get(ring.port.id, {}).get(ring.index)
         return seen.rate if seen is not None and seen.ring is ring else 0.0
+
+
+def _transmitqs(port: Port) -> list[Ring]:
+    return [ring for ring in port.rings.values() if ring.started and ring.is_transmitq]

@@ -11,13 +11,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
-from operator import itemgetter
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
-from vswitch import limits, offloads
-from vswitch.control.api import Event, EventName, FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch import addresses, limits, offloads
+from vswitch.control.api import (
+    PAGE_MAX,
+    Event,
+    EventName,
+    FdbEntry,
+    Page,
+    PortInfo,
+    PortStats,
+    QueueInfo,
+    WorkerInfo,
+)
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import watch_lost_memory
@@ -26,7 +36,13 @@ from vswitch.fastpath.table import key_mac, mac_key
 from vswitch.fault_process import unavailable
 from vswitch.journals import Journals
 from vswitch.placement import Placement
-from vswitch.settings import PortSettings, Settings, UplinkSettings, find_clashes
+from vswitch.settings import (
+    PortSettings,
+    Settings,
+    SwitchSettings,
+    UplinkSettings,
+    find_clashes,
+)
 from vswitch.tap_port import TapPort
 from vswitch.uplinks.tap import open_tap
 from vswitch.vhost_port import VhostPort
@@ -37,7 +53,13 @@ log = logging.getLogger("vswitch.switch")
 AnyPort = VhostPort | TapPort
 Subscriber = Callable[[Event], None]
 
+_T = TypeVar("_T")
+
 _SETTLE_STEP_S = 0.0002
+_PORT_WEIGHT = 8
+"""What a port takes on a page, in elements; each ring and region takes one more."""
+_EVENTS_A_TURN = 64
+_PORTS_A_TURN = 16
 
 
 class Switch:
@@ -54,12 +76,15 @@ class Switch:
             log.warning("postcopy migration is not offered: %s", reason)
         self._placement = Placement(self._engine)
         self._lost_fd = watch_lost_memory()
-        self._threads = WorkerThreads(self._engine, switch.cpus, self._placement)
+        self._threads = WorkerThreads(self._engine, switch.cpus)
         self._ports: dict[str, AnyPort] = {}
         self._by_id: dict[int, AnyPort] = {}
+        self._serials: dict[str, int] = {}
+        self._next_serial = count(1)
         self._subscribers: list[Subscriber] = []
         self._tick_started = time.monotonic()
         self._ticker: asyncio.TimerHandle | None = None
+        self._looking = self._aging = False
         self._lock = asyncio.Lock()
         self._journals = None if journals is None else Journals(journals)
 
@@ -111,13 +136,32 @@ class Switch:
         return self._threads.stuck()
 
     @property
+    def name(self) -> str:
+        return self._switch_settings.name
+
+    @property
+    def switch_settings(self) -> SwitchSettings:
+        return self._switch_settings
+
+    @property
     def settings(self) -> Settings:
         ports = self._ports.values()
-        return Settings(
+        # Without validation: each of them has been, and that their paths differ has as well.
+        return Settings.model_construct(
             switch=self._switch_settings,
             ports=[port.settings for port in ports if isinstance(port, VhostPort)],
             uplinks=[port.settings for port in ports if isinstance(port, TapPort)],
         )
+
+    def port_settings(
+        self, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortSettings | UplinkSettings]:
+        return self._page(after, most, lambda port: (port.settings, _PORT_WEIGHT))
+
+    @property
+    def n_ports(self) -> tuple[int, int]:
+        n_uplinks = sum(isinstance(port, TapPort) for port in self._ports.values())
+        return len(self._ports) - n_uplinks, n_uplinks
 
     # Ports and uplinks
 
@@ -198,21 +242,57 @@ class Switch:
             log.info("uplink %s: removed", name)
             self._emit("uplink-removed", name)
 
-    def ports(self) -> list[PortInfo]:
-        return [port.info() for port in self._ports.values()]
+    def ports(self, after: int = 0, most: int = PAGE_MAX) -> Page[PortInfo]:
+        def one(port: AnyPort) -> tuple[PortInfo, int]:
+            info = port.info()
+            return info, _PORT_WEIGHT + len(info["rings"]) + len(info["memory"])
+
+        return self._page(after, most, one)
 
     def port(self, name: str) -> PortInfo:
         return self._find(name).info()
 
-    def stats(self, name: str | None = None) -> list[PortStats]:
-        ports = list(self._ports.values()) if name is None else [self._find(name)]
-        return [
-            PortStats(name=port.name, id=port.fast.id, **self._engine.stats(port.fast))
-            for port in ports
-        ]
+    def stats(
+        self, name: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortStats]:
+        def one(port: AnyPort) -> tuple[PortStats, int]:
+            counters = self._engine.stats(port.fast)
+            stats = PortStats(name=port.name, id=port.fast.id, **counters)
+            return stats, _PORT_WEIGHT + len(self._engine.workers)
 
-    def workers(self) -> list[WorkerInfo]:
-        return self._threads.info()
+        if name is not None:
+            return Page([one(self._find(name))[0]], None)
+        return self._page(after, most, one)
+
+    def _page(self, after: int, most: int, one: Callable[[AnyPort], tuple[_T, int]]) -> Page[_T]:
+        """What `one` makes of each port, from the one on that was added after number `after`.
+
+        It also says what that weighs: a page is full with `most` of them, or PAGE_MAX of weight.
+        """
+        items: list[_T] = []
+        room = PAGE_MAX
+        last = after
+        for name, port in self._ports.items():
+            if self._serials[name] <= after:
+                continue
+            if room <= 0 or len(items) == most:
+                return Page(items, last)
+            item, weight = one(port)
+            items.append(item)
+            room -= weight
+            last = self._serials[name]
+        return Page(items, None)
+
+    def workers(self, after: int = 0, most: int = PAGE_MAX) -> Page[WorkerInfo]:
+        def one(port: AnyPort) -> tuple[list[tuple[int, QueueInfo]], int]:
+            return self._placement.queues(port.fast), _PORT_WEIGHT + len(port.fast.rings)
+
+        ports = self._page(after, most, one)
+        queues: dict[int, list[QueueInfo]] = {}
+        for of_port in ports.items:
+            for worker, queue in of_port:
+                queues.setdefault(worker, []).append(queue)
+        return Page(self._threads.info(queues), ports.next)
 
     async def worker_pin(self, port: str, worker: int | None) -> int:
         self._guest_port(port)
@@ -255,27 +335,27 @@ class Switch:
 
     # FDB
 
-    def fdb(self) -> list[FdbEntry]:
-        names = {number: port.name for number, port in self._by_id.items()}
+    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
+        entries, following = self._engine.fdb.page(after, most)
         found = []
-        for key, number, static, age in self._engine.fdb.entries():
-            if number not in names:
-                continue  # of a port that is just being removed
+        for key, number, static, age in entries:
+            port = self._by_id.get(number)
+            if port is None:
+                continue  # it is just being removed
             mac, vlan = key_mac(key)
-            found.append(FdbEntry(mac=mac, vlan=vlan, port=names[number], static=static, age_s=age))
-        found.sort(key=itemgetter("vlan", "mac"))
-        return found
+            found.append(FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age))
+        return Page(found, following)
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
         key = _key(mac, vlan)
         target = self._find(port)
-        for other, number, static, _ in self._engine.fdb.entries():
-            if other == key and static and number != target.fast.id:
-                raise ExistsError(
-                    f"{mac} (VLAN {vlan}) is a static entry of port {self._by_id[number].name}",
-                    hint="delete it first: vswitchctl fdb del "
-                    + (mac if not vlan else f"{mac} --vlan {vlan}"),
-                )
+        number, static = self._engine.fdb.find(key) or (-1, False)
+        if static and number != target.fast.id:
+            raise ExistsError(
+                f"{mac} (VLAN {vlan}) is a static entry of port {self._by_id[number].name}",
+                hint="delete it first: vswitchctl fdb del "
+                + (mac if not vlan else f"{mac} --vlan {vlan}"),
+            )
         if not self._engine.fdb.add_static(key, target.fast.id):
             raise VswitchError(
                 f"no room for {mac} in the FDB ({self._engine.fdb.size} addresses)",
@@ -288,8 +368,9 @@ class Switch:
                 f"{mac} (VLAN {vlan}) is not in the FDB", hint="vswitchctl fdb show lists it"
             )
 
-    def fdb_flush(self, port: str | None = None) -> int:
-        return self._engine.fdb.flush(None if port is None else self._find(port).fast.id)
+    async def fdb_flush(self, port: str | None = None) -> int:
+        number = None if port is None else self._find(port).fast.id
+        return await addresses.flush(self._engine.fdb, number)
 
     # Events
 
@@ -319,7 +400,7 @@ class Switch:
     def _on_events(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._engine.event_fd)
-        for event in self._engine.take_events():
+        for event in self._engine.take_events(_EVENTS_A_TURN):
             self._on_event(*event)
         if self._engine.arm_events():
             # More have come: after everybody else's turn.
@@ -369,22 +450,48 @@ class Switch:
         fdb = self._engine.fdb
         # From 1: 0 in an entry's stamp would look like one that was never set.
         fdb.tick = 1 + int(time.monotonic() - self._tick_started)
-        limit = self._switch_settings.mac_aging_s
-        if limit and len(fdb):
-            for key, number in fdb.age(limit):
-                port = self._by_id.get(number)
-                if port is not None and self._subscribers:
-                    mac, vlan = key_mac(key)
-                    self._send(
-                        Event(
-                            event="mac-aged", time=time.time(), port=port.name, mac=mac, vlan=vlan
-                        )
-                    )
-        self._placement.count()
-        for port in self._ports.values():
+        # The rest of a turn each: whoever has a big switch waits no longer than others.
+        if self._switch_settings.mac_aging_s and len(fdb) and not self._aging:
+            self._aging = True
+            self._age(0)
+        if not self._looking:
+            self._looking = True
+            self._look(iter(list(self._ports.values())))
+
+    def _age(self, start: int) -> None:
+        """Forget addresses that have been silent for too long, from a place of the FDB on."""
+        self._aging = False
+        if self._ticker is None:
+            return  # closed meanwhile
+        gone, following = self._engine.fdb.age_on(start, self._switch_settings.mac_aging_s)
+        for key, number in gone:
+            port = self._by_id.get(number)
+            if port is not None and self._subscribers:
+                mac, vlan = key_mac(key)
+                self._send(
+                    Event(event="mac-aged", time=time.time(), port=port.name, mac=mac, vlan=vlan)
+                )
+        if following is not None:
+            self._aging = True
+            self._loop.call_soon(self._age, following)
+
+    def _look(self, ports: Iterator[AnyPort]) -> None:
+        """Look at the sockets of some ports, and at what came through their rings."""
+        if self._ticker is None:
+            return
+        fdb = self._engine.fdb
+        some = list(islice(ports, _PORTS_A_TURN))
+        for port in some:
+            if self._by_id.get(port.fast.id) is not port:
+                continue  # removed meanwhile
+            self._placement.count(port.fast)
             port.check()
             if 2 * fdb.learned(port.fast.id) < limits.max_macs(port.settings, fdb):
                 port.fast.mac_limit_told = False  # to be told again, should it come to that again
+        if some:
+            self._loop.call_soon(self._look, ports)
+        else:
+            self._looking = False
 
     # Helpers
 
@@ -451,6 +558,7 @@ class Switch:
 
     def _enter(self, port: AnyPort) -> None:
         self._ports[port.name] = port
+        self._serials[port.name] = next(self._next_serial)
         self._by_id[port.fast.id] = port
 
     async def _remove(self, port: AnyPort) -> None:
@@ -459,14 +567,19 @@ class Switch:
         await self._retire(port.fast)
         self._by_id.pop(port.fast.id, None)
         self._ports.pop(port.name, None)
+        self._serials.pop(port.name, None)
         if isinstance(port, TapPort):
             port.close()
 
     async def _retire(self, fast: Port) -> None:
         """Take a port out of the engine and wait until no worker knows it."""
+        # Both flush the FDB, which has little of the port any more: that takes turns.
+        await addresses.flush(self._engine.fdb, fast.id, statics=True)
         self._engine.remove_port(fast)
         await self._settle()
+        await addresses.flush(self._engine.fdb, fast.id, statics=True)
         self._engine.forget(fast)
+        self._placement.forget(fast)
 
 
 def _key(mac: str, vlan: int) -> int:

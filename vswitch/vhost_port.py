@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from vswitch import features, limits
+from vswitch import addresses, features, limits
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
@@ -149,7 +149,7 @@ class VhostPort(PortDatapath):
             self._astray.clear()
             self.fast.rings.clear()
             self._use_journal(journal)
-            self._engine.fdb.flush(self.fast.id)
+            await addresses.flush(self._engine.fdb, self.fast.id)
             log.info("port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)
 
@@ -169,9 +169,10 @@ class VhostPort(PortDatapath):
         self.fast.link_down = not up
         for index, ring in self.fast.rings.items():
             ring.enabled = self._enabled.get(index, False) and up
-        if not up:
-            self._engine.fdb.flush(self.fast.id)
         await self._settle()
+        if not up:
+            # Its addresses are nobody's now: what is for them is flooded to the others.
+            await addresses.flush(self._engine.fdb, self.fast.id)
         self._rings_changed()
 
     # State

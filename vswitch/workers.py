@@ -8,13 +8,13 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from vswitch.control.api import WorkerInfo
+from vswitch.control.api import QueueInfo, WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
 from vswitch.fastpath.engine import Engine, Worker, cycles
-from vswitch.placement import Placement
 from vswitch.privileges import limit_capabilities
 
 log = logging.getLogger("vswitch.worker")
@@ -30,10 +30,9 @@ class WorkerThreads:
     `failed` gets an exception should one of them end without being told to.
     """
 
-    def __init__(self, engine: Engine, cpus: list[int] | None, placement: Placement) -> None:
+    def __init__(self, engine: Engine, cpus: list[int] | None) -> None:
         self._engine = engine
         self._cpus = cpus
-        self._placement = placement
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._stopping = False
@@ -105,20 +104,20 @@ class WorkerThreads:
         self._progress = progress
         return found
 
-    def info(self) -> list[WorkerInfo]:
+    def info(self, queues: Mapping[int, list[QueueInfo]]) -> list[WorkerInfo]:
+        """All workers, each with those of its queues that are in `queues`."""
         found = []
         now_cycles, now_ns = cycles()
         cycles_per_ns = (now_cycles - self._cycles) / max(1, now_ns - self._ns)
         for number, worker in enumerate(self._engine.workers):
             stats = worker.stats()
-            queues = self._placement.queues(number)
             frames, busy_ns = stats["frames"], stats["busy_ns"]
             per_frame = round(cycles_per_ns * busy_ns / frames, 1) if frames else None
             found.append(
                 WorkerInfo(
                     id=number,
                     cpu=self._cpus[number] if self._cpus else None,
-                    rings=len(queues),
+                    rings=self._engine.n_transmitqs(number),
                     state=stats["state"],
                     loops=stats["loops"],
                     bursts=stats["bursts"],
@@ -130,7 +129,7 @@ class WorkerThreads:
                     idle_ns=stats["idle_ns"],
                     cycles_per_frame=per_frame or None,
                     turns=worker.turns(),
-                    queues=queues,
+                    queues=queues.get(number, []),
                 )
             )
         return found

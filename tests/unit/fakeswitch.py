@@ -7,9 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vswitch.control.api import Event, FdbEntry, PortInfo, PortStats, WorkerInfo
+from vswitch.control.api import (
+    PAGE_MAX,
+    Event,
+    FdbEntry,
+    Page,
+    PortInfo,
+    PortStats,
+    QueueInfo,
+    WorkerInfo,
+)
 from vswitch.errors import ExistsError, NotFoundError, SocketError
-from vswitch.settings import PortSettings, Settings, UplinkSettings
+from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.unixsocket import listen, unlink_if_ours
 
 
@@ -26,6 +35,11 @@ class FakeSwitch:
         self._ids: dict[str, int] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
+        self.page_max = PAGE_MAX
+        self.pages = 0
+        self.queues: list[QueueInfo] = [
+            {"port": "vm1", "index": 1, "frames": 1007, "frames_per_s": 12, "pinned": False}
+        ]
         self.may_go_on = asyncio.Event()
         """Until then, adding a port named `slow` waits. One named `blocked` blocks the loop until
         somebody has written to its socket, which is a named pipe, and closed it."""
@@ -42,6 +56,30 @@ class FakeSwitch:
             await switch.close()
             raise
         return switch
+
+    @property
+    def name(self) -> str:
+        return self._switch.name
+
+    @property
+    def switch_settings(self) -> SwitchSettings:
+        return self._switch
+
+    def port_settings(
+        self, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortSettings | UplinkSettings]:
+        return self._page([*self._ports.values(), *self._uplinks.values()], after, most)
+
+    @property
+    def n_ports(self) -> tuple[int, int]:
+        return len(self._ports), len(self._uplinks)
+
+    def _page(self, items: list[Any], after: int, most: int) -> Page[Any]:
+        """Counts the pages that were given."""
+        self.pages += 1
+        most = min(most, self.page_max)
+        end = after + most
+        return Page(items[after:end], end if end < len(items) else None)
 
     @property
     def settings(self) -> Settings:
@@ -95,8 +133,8 @@ class FakeSwitch:
             listener.close()
         self.emit("port-removed", name)
 
-    def ports(self) -> list[PortInfo]:
-        return [self.port(name) for name in self._ids]
+    def ports(self, after: int = 0, most: int = PAGE_MAX) -> Page[PortInfo]:
+        return self._page([self.port(name) for name in self._ids], after, most)
 
     def port(self, name: str) -> PortInfo:
         if name not in self._ids:
@@ -180,9 +218,11 @@ class FakeSwitch:
         del self._uplinks[name], self._ids[name]
         self.emit("uplink-removed", name)
 
-    def stats(self, name: str | None = None) -> list[PortStats]:
+    def stats(
+        self, name: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortStats]:
         names = list(self._ids) if name is None else [self.port(name)["name"]]
-        return [
+        stats: list[PortStats] = [
             {
                 "name": each,
                 "id": self._ids[each],
@@ -198,9 +238,10 @@ class FakeSwitch:
             }
             for each in names
         ]
+        return self._page(stats, after, most)
 
-    def fdb(self) -> list[FdbEntry]:
-        return list(self._fdb.values())
+    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
+        return self._page(list(self._fdb.values()), after, most)
 
     def learn(self, mac: str, port: str, vlan: int = 0) -> None:
         self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": False, "age_s": 9}
@@ -217,7 +258,7 @@ class FakeSwitch:
             raise NotFoundError(f"no entry for {mac} in VLAN {vlan}")
         del self._fdb[mac, vlan]
 
-    def fdb_flush(self, port: str | None = None) -> int:
+    async def fdb_flush(self, port: str | None = None) -> int:
         if port is not None:
             self.port(port)
         dynamic = [
@@ -229,46 +270,38 @@ class FakeSwitch:
             del self._fdb[key]
         return len(dynamic)
 
-    def workers(self) -> list[WorkerInfo]:
-        return [
-            {
-                "id": 0,
-                "cpu": None,
-                "rings": 3,
-                "state": "sleeping",
-                "loops": 10,
-                "bursts": 4,
-                "frames": 1007,
-                "sleeps": 2,
-                "wakeups": 2,
-                "notify": "aio",
-                "busy_ns": 5_000_000,
-                "idle_ns": 95_000_000,
-                "cycles_per_frame": 130.5,
-                "turns": {
-                    "last_10_s": {"longest_ns": 21_000, "run_delay_ns": 0, "own_ns": 21_000},
-                    "last_minute": {
-                        "longest_ns": 4_000_000,
-                        "run_delay_ns": 3_950_000,
-                        "own_ns": 60_000,
-                    },
-                    "since_start": {
-                        "longest_ns": 9_800_000,
-                        "run_delay_ns": None,
-                        "own_ns": 9_800_000,
-                    },
+    def workers(self, after: int = 0, most: int = PAGE_MAX) -> Page[WorkerInfo]:
+        queues = self._page(self.queues, after, most)
+        worker: WorkerInfo = {
+            "id": 0,
+            "cpu": None,
+            "rings": 3,
+            "state": "sleeping",
+            "loops": 10,
+            "bursts": 4,
+            "frames": 1007,
+            "sleeps": 2,
+            "wakeups": 2,
+            "notify": "aio",
+            "busy_ns": 5_000_000,
+            "idle_ns": 95_000_000,
+            "cycles_per_frame": 130.5,
+            "turns": {
+                "last_10_s": {"longest_ns": 21_000, "run_delay_ns": 0, "own_ns": 21_000},
+                "last_minute": {
+                    "longest_ns": 4_000_000,
+                    "run_delay_ns": 3_950_000,
+                    "own_ns": 60_000,
                 },
-                "queues": [
-                    {
-                        "port": "vm1",
-                        "index": 1,
-                        "frames": 1007,
-                        "frames_per_s": 12,
-                        "pinned": False,
-                    }
-                ],
-            }
-        ]
+                "since_start": {
+                    "longest_ns": 9_800_000,
+                    "run_delay_ns": None,
+                    "own_ns": 9_800_000,
+                },
+            },
+            "queues": queues.items,
+        }
+        return Page([worker], queues.next)
 
     async def worker_pin(self, port: str, worker: int | None) -> int:
         self.port(port)

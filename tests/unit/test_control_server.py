@@ -22,7 +22,8 @@ from otheruser import ask, call_as
 from vswitch.control import server as server_module
 from vswitch.control.methods import METHODS, READ_ONLY
 from vswitch.control.protocol import REQUEST_LEN_MAX
-from vswitch.control.server import CLIENTS_RESERVED, EVENTS_QUEUED_MAX, Access, Peer, access_of
+from vswitch.control.server import CLIENTS_RESERVED, Access, Peer, access_of
+from vswitch.control.subscriptions import EVENTS_QUEUED_MAX
 
 
 class Raw:
@@ -378,6 +379,7 @@ def test_a_client_that_reads_nothing_is_dropped_after_a_while(
     controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch, caplog, what: str
 ) -> None:
     monkeypatch.setattr(server_module, "READ_PATIENCE_S", 0.1)
+    assert raw.call("ping") == "pong", "it is among those who are served"
     if what == "answers":
         raw.socket.setblocking(False)
         requests = msgpack.packb([0, 1, "version", []]) * 1000

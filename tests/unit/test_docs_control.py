@@ -17,7 +17,7 @@ from test_daemon import environment
 from vswitch.cli import common
 from vswitch.cli.ctl import cli as ctl
 from vswitch.cli.main import cli as main
-from vswitch.control import protocol, server
+from vswitch.control import protocol, server, subscriptions
 from vswitch.control.api import (
     EventLoopInfo,
     EventName,
@@ -107,7 +107,7 @@ def test_the_limits() -> None:
     assert f"that has begun | {server.REQUEST_PATIENCE_S:g} s |" in PROTOCOL
     assert f"| connections | {server.CLIENTS_MAX} |" in PROTOCOL
     assert f"closed; {server.CLIENTS_RESERVED} more " in PROTOCOL
-    assert f"does not read | {server.EVENTS_QUEUED_MAX} |" in PROTOCOL
+    assert f"does not read | {subscriptions.EVENTS_QUEUED_MAX} |" in PROTOCOL
     assert f"while something waits | {server.READ_PATIENCE_S:g} s |" in PROTOCOL
 
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vswitch.fastpath.table import Fdb, key_mac, mac_key
+from vswitch.fastpath.table import GONE_A_TURN, SLOTS_A_TURN, Fdb, key_mac, mac_key
 
 LIMIT = 64
 keys = st.integers(1, 100).map(lambda n: mac_key(f"52:54:00:00:00:{n:02x}", n % 3))
@@ -221,3 +221,71 @@ def test_addresses_as_text() -> None:
 def test_what_is_no_address(text: str, vlan: int, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         mac_key(text, vlan)
+
+
+def test_pages_have_what_stays_once_while_others_come_and_go() -> None:
+    fdb = Fdb(4 * SLOTS_A_TURN)
+    staying = {mac(n) for n in range(2000)}
+    for key in staying:
+        assert fdb.learn(key, 1)
+    seen: list[int] = []
+    pages, start, fresh = 0, 0, 3000
+    while start is not None:
+        some, start = fdb.page(start, 100)
+        assert len(some) <= 100
+        seen += [key for key, *_ in some if key in staying]
+        pages += 1
+        for key, *_ in some:
+            if key not in staying:
+                fdb.delete(key)
+        for _ in range(50):
+            fdb.learn(mac(fresh), 2)
+            fresh += 1
+    assert len(seen) == len(set(seen)) == len(staying)
+    assert pages >= max(len(staying) // 100, fdb.slots // SLOTS_A_TURN)
+    assert fdb.page(1 << 40, 100) == ([], None)
+
+
+def test_a_turn_of_flushing_and_aging_is_limited() -> None:
+    fdb = Fdb(4 * SLOTS_A_TURN)
+    assert fdb.slots > 5 * SLOTS_A_TURN
+    for n in range(2000):
+        assert fdb.learn(mac(n), n % 2)
+    fdb.add_static(mac(9000), 0)
+    removed, start = fdb.flush_on(0, 0)
+    assert start == SLOTS_A_TURN, "so many places, and no more"
+    assert 0 < removed < 1000
+    while start is not None:
+        some, start = fdb.flush_on(start, 0)
+        removed += some
+    assert removed == 1000
+    assert (fdb.learned(0), fdb.pinned(0), fdb.learned(1)) == (0, 1, 1000)
+    # Who has nothing costs nothing, however big the table.
+    assert fdb.flush_on(0, 0) == (0, None)
+    assert fdb.flush_on(0, 7, True) == (0, None)
+    fdb.tick += 10
+    turns, gone, start = 0, [], 0
+    while start is not None:
+        some, start = fdb.age_on(start, 10)
+        assert len(some) <= GONE_A_TURN
+        gone += some
+        turns += 1
+    assert sorted(gone) == sorted((mac(n), 1) for n in range(1, 2000, 2))
+    assert turns >= fdb.slots // SLOTS_A_TURN
+    assert fdb.flush(0, True) == 1
+    assert fdb.pinned(0) == 0
+
+
+def test_static_entries_are_counted_a_port() -> None:
+    fdb = Fdb(16)
+    fdb.learn(mac(1), 1)
+    assert fdb.find(mac(1)) == (1, False)
+    fdb.add_static(mac(1), 2)
+    fdb.add_static(mac(1), 2)
+    assert (fdb.pinned(2), fdb.learned(1)) == (1, 0)
+    fdb.add_static(mac(1), 3)
+    assert (fdb.pinned(2), fdb.pinned(3)) == (0, 1)
+    assert fdb.find(mac(1)) == (3, True)
+    fdb.delete(mac(1))
+    assert fdb.pinned(3) == 0
+    assert fdb.find(mac(1)) is None

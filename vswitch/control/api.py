@@ -7,11 +7,25 @@ same values back. Every result is made of what MessagePack can carry.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NotRequired, Protocol, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Generic,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    TypedDict,
+    TypeVar,
+)
 
 if TYPE_CHECKING:
     # The client imports this module and must start quickly, hence without pydantic.
-    from vswitch.settings import PortSettings, Settings, UplinkSettings
+    from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+
+T = TypeVar("T")
+
+PAGE_MAX = 256
+"""Most elements of a page."""
 
 PortKind = Literal["vhost-user", "tap"]
 PortState = Literal["listening", "connecting", "connected", "ready", "fault", "up", "down"]
@@ -29,6 +43,17 @@ EventName = Literal[
     "uplink-added",
     "uplink-removed",
 ]
+
+
+class Page(NamedTuple, Generic[T]):
+    """A part of what there is; `next` is the `after` of the next part, None behind the last one.
+
+    What is there from the first page to the last is in exactly one of them. What comes or goes
+    meanwhile may be in one or not.
+    """
+
+    items: list[T]
+    next: int | None
 
 
 class MemoryRegion(TypedDict):
@@ -231,11 +256,36 @@ class Event(TypedDict):
 
 
 class SwitchApi(Protocol):
-    """A running switch. Errors are VswitchError subclasses; nothing here blocks."""
+    """A running switch. Errors are VswitchError subclasses; nothing here blocks.
+
+    What grows with the switch is given in pages: `most` is how many elements one may have, and it
+    has fewer where they are long, so that a page never takes the event loop for long.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the switch is called."""
+        ...
 
     @property
     def settings(self) -> Settings:
         """What runs now, ports and uplinks as added and removed; `save` writes it."""
+        ...
+
+    @property
+    def switch_settings(self) -> SwitchSettings:
+        """The `[switch]` table of `settings`."""
+        ...
+
+    def port_settings(
+        self, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortSettings | UplinkSettings]:
+        """The ports and uplinks of `settings`, a page of them."""
+        ...
+
+    @property
+    def n_ports(self) -> tuple[int, int]:
+        """How many guests' ports and how many uplinks there are."""
         ...
 
     async def add_port(self, settings: PortSettings) -> PortInfo:
@@ -246,8 +296,8 @@ class SwitchApi(Protocol):
         """Close a port and forget its MAC addresses. NotFoundError; not for uplinks."""
         ...
 
-    def ports(self) -> list[PortInfo]:
-        """All guests' ports and uplinks."""
+    def ports(self, after: int = 0, most: int = PAGE_MAX) -> Page[PortInfo]:
+        """Guests' ports and uplinks, in the order in which they were added."""
         ...
 
     def port(self, name: str) -> PortInfo:
@@ -262,12 +312,14 @@ class SwitchApi(Protocol):
         """Close an uplink. NotFoundError; not for guests' ports."""
         ...
 
-    def stats(self, name: str | None = None) -> list[PortStats]:
+    def stats(
+        self, name: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[PortStats]:
         """Counters of one port or of all. NotFoundError."""
         ...
 
-    def fdb(self) -> list[FdbEntry]:
-        """All MAC addresses known."""
+    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
+        """The MAC addresses known, in no order."""
         ...
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
@@ -278,12 +330,12 @@ class SwitchApi(Protocol):
         """Delete an entry, static or dynamic. NotFoundError."""
         ...
 
-    def fdb_flush(self, port: str | None = None) -> int:
+    async def fdb_flush(self, port: str | None = None) -> int:
         """Delete the dynamic entries, of one port or all; returns how many. NotFoundError."""
         ...
 
-    def workers(self) -> list[WorkerInfo]:
-        """The poll threads."""
+    def workers(self, after: int = 0, most: int = PAGE_MAX) -> Page[WorkerInfo]:
+        """All poll threads, each with those of its queues that belong to a page of the ports."""
         ...
 
     async def worker_pin(self, port: str, worker: int | None) -> int:

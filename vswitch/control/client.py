@@ -7,12 +7,14 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from vswitch._version import __version__
 from vswitch.control.api import (
+    PAGE_MAX,
     Event,
     EventLoopInfo,
     EventName,
@@ -46,7 +48,8 @@ _T = TypeVar("_T")
 class Client:
     """A connection to the control socket of a switch; a context manager.
 
-    Every method is one request of docs/control-protocol.md and waits for its answer. Errors are the
+    Every method is a request of docs/control-protocol.md (for lists, one a page) and waits for its
+    answer. Errors are the
     VswitchError subclasses that the switch raised (NotFoundError, ExistsError, ...), and
     ControlError, whose `code` is `unreachable`, `timeout` or `disconnected`, for the connection.
     For use by one thread at a time.
@@ -133,7 +136,12 @@ class Client:
 
     def settings(self) -> dict[str, Any]:
         """The running configuration: `switch`, `ports`, `uplinks` with the keys of ports.toml."""
-        return cast("dict[str, Any]", self._call("settings"))
+        pages = list(self._pages("settings"))
+        return {
+            "switch": pages[-1]["switch"],
+            "ports": [port for page in pages for port in page["ports"]],
+            "uplinks": [uplink for page in pages for uplink in page["uplinks"]],
+        }
 
     def log_level(self, level: str | None = None) -> str:
         """The level of the log: debug, info, warning or error; sets it first if one is given."""
@@ -198,7 +206,7 @@ class Client:
 
     def ports(self) -> list[PortInfo]:
         """All ports and uplinks."""
-        return cast("list[PortInfo]", self._call("ports"))
+        return self._all("ports")
 
     def port(self, name: str) -> PortInfo:
         """One port or uplink."""
@@ -234,7 +242,7 @@ class Client:
 
     def stats(self, name: str | None = None) -> list[PortStats]:
         """Counters of one port or of all."""
-        return cast("list[PortStats]", self._call("stats", name=name))
+        return self._all("stats", name=name)
 
     def event_loop(self) -> EventLoopInfo:
         """The loop of the main thread."""
@@ -242,7 +250,14 @@ class Client:
 
     def workers(self) -> list[WorkerInfo]:
         """The poll threads."""
-        return cast("list[WorkerInfo]", self._call("workers"))
+        workers: dict[int, WorkerInfo] = {}
+        for page in self._pages("workers"):
+            for worker in page["items"]:
+                # Each page has all of them, with queues of its own.
+                if (before := workers.get(worker["id"])) is not None:
+                    worker["queues"] = before["queues"] + worker["queues"]
+                workers[worker["id"]] = worker
+        return list(workers.values())
 
     def worker_pin(self, port: str, worker: int | None) -> int:
         """Have one worker poll all queues of a port, or any (None); returns how many moved."""
@@ -266,8 +281,14 @@ class Client:
     # MAC addresses.
 
     def fdb(self) -> list[FdbEntry]:
-        """All MAC addresses known."""
-        return cast("list[FdbEntry]", self._call("fdb"))
+        """All MAC addresses known, by VLAN and address.
+
+        They are asked for a page at a time: what is learned or forgotten meanwhile may be among
+        them or not.
+        """
+        entries: list[FdbEntry] = self._all("fdb")
+        entries.sort(key=itemgetter("vlan", "mac"))
+        return entries
 
     def fdb_add(self, mac: str, port: str, *, vlan: int = 0) -> None:
         """Add a static entry."""
@@ -310,6 +331,18 @@ class Client:
             yield self._events.popleft()
 
     # Requests and responses.
+
+    def _pages(self, method: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """The answers to one request after the other, until there is no next page."""
+        after: int | None = 0
+        while after is not None:
+            page = self._call(method, after=after, limit=PAGE_MAX, **params)
+            yield page
+            after = page["next"]
+
+    def _all(self, method: str, **params: Any) -> list[Any]:
+        """What is in all pages."""
+        return [item for page in self._pages(method, **params) for item in page["items"]]
 
     def _call(self, method: str, **params: Any) -> Any:
         """One request, by its name on the wire, and its result."""

@@ -10,28 +10,39 @@ import platform
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vswitch._version import __version__
 from vswitch.config import problems_of
 from vswitch.control.api import (
+    PAGE_MAX,
     EventLoopInfo,
     EventName,
     HelloInfo,
+    Page,
     SwitchApi,
     TurnsInfo,
     VersionInfo,
 )
-from vswitch.control.protocol import PROTOCOL_VERSION, ControlError
+from vswitch.control.protocol import PROTOCOL_VERSION, ControlError, Packed, pack
 from vswitch.errors import ConfigError
 from vswitch.settings import LogLevel, MacLimit, PortSettings, StormRate, UplinkSettings
 
 _log = logging.getLogger(__name__)
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
+_PROBLEMS_MAX = 16  # told of one request
 _P = TypeVar("_P", bound=BaseModel)
 
 
@@ -40,6 +51,8 @@ class Session(NamedTuple):
 
     subscribe: Callable[[frozenset[str] | None], None]
     unsubscribe: Callable[[], None]
+    again: Callable[[], Awaitable[None]]
+    """In the midst of a long answer: returns when it is this connection's turn again."""
     may_change: bool
     """Whether the client may call what is not in READ_ONLY."""
 
@@ -83,7 +96,23 @@ class NameParams(_Params):
     name: str
 
 
-class MaybeNameParams(_Params):
+class PageParams(_Params):
+    """`limit`: answer with a page of so many elements at most; `after`: the `next` of the last one.
+
+    Without `limit` the answer is all there is.
+    """
+
+    after: Annotated[int, Field(ge=0, lt=2**48)] = 0
+    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.after and self.limit is None:
+            raise PydanticCustomError("vswitch", "`after` goes with `limit`, which is missing")
+        return self
+
+
+class StatsParams(PageParams):
     """A port's or uplink's name; all of them without."""
 
     name: str | None = None
@@ -199,7 +228,7 @@ class Methods:
                 code="unsupported-version",
             )
         return HelloInfo(
-            name=self._switch.settings.switch.name,
+            name=self._switch.name,
             version=__version__,
             protocol=PROTOCOL_VERSION,
             pid=os.getpid(),
@@ -210,7 +239,7 @@ class Methods:
 
     async def _version(self, params: NoParams, session: Session) -> VersionInfo:  # noqa: ARG002
         return VersionInfo(
-            name=self._switch.settings.switch.name,
+            name=self._switch.name,
             version=__version__,
             protocol=PROTOCOL_VERSION,
             pid=os.getpid(),
@@ -219,8 +248,22 @@ class Methods:
             uptime_s=round(time.monotonic() - self._start, 3),
         )
 
-    async def _settings(self, params: NoParams, session: Session) -> dict[str, Any]:  # noqa: ARG002
-        return self._switch.settings.model_dump(mode="json")
+    async def _settings(self, params: PageParams, session: Session) -> Any:
+        tables: dict[str, list[bytes]] = {"ports": [], "uplinks": []}
+        after: int | None = params.after
+        while after is not None:
+            page = self._switch.port_settings(after, params.limit or PAGE_MAX)
+            for each in page.items:
+                kind = "ports" if isinstance(each, PortSettings) else "uplinks"
+                tables[kind].append(pack(each.model_dump(mode="json")))
+            after = page.next
+            if params.limit is not None:
+                break
+            if after is not None:
+                await session.again()
+        found: dict[str, object] = {"switch": self._switch.switch_settings.model_dump(mode="json")}
+        found |= {kind: Packed.array(len(all_), all_) for kind, all_ in tables.items()}
+        return Packed.map(found if params.limit is None else found | {"next": after})
 
     async def _add_port(self, params: PortSettings, session: Session) -> Any:  # noqa: ARG002
         return await self._switch.add_port(params)
@@ -228,8 +271,8 @@ class Methods:
     async def _del_port(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
         await self._switch.del_port(params.name)
 
-    async def _ports(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
-        return self._switch.ports()
+    async def _ports(self, params: PageParams, session: Session) -> Any:
+        return await _listed(self._switch.ports, params, session)
 
     async def _port(self, params: NameParams, session: Session) -> Any:  # noqa: ARG002
         return self._switch.port(params.name)
@@ -240,14 +283,30 @@ class Methods:
     async def _del_uplink(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
         await self._switch.del_uplink(params.name)
 
-    async def _stats(self, params: MaybeNameParams, session: Session) -> Any:  # noqa: ARG002
-        return self._switch.stats(params.name)
+    async def _stats(self, params: StatsParams, session: Session) -> Any:
+        return await _listed(partial(self._switch.stats, params.name), params, session)
 
     async def _event_loop(self, params: NoParams, session: Session) -> EventLoopInfo:  # noqa: ARG002
         return EventLoopInfo(turns=self._turns())
 
-    async def _workers(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
-        return self._switch.workers()
+    async def _workers(self, params: PageParams, session: Session) -> Any:
+        if params.limit is not None:
+            return await _listed(self._switch.workers, params, session)
+        # Each page has all workers; what their queues are in all of them goes together.
+        queues: dict[int, list[bytes]] = {}
+        after: int | None = 0
+        while after is not None:
+            page = self._switch.workers(after)
+            for worker in page.items:
+                queues.setdefault(worker["id"], []).extend(map(pack, worker["queues"]))
+            after = page.next
+            if after is not None:
+                await session.again()
+        parts = []
+        for worker in page.items:
+            mine = queues[worker["id"]]
+            parts += Packed.map({**worker, "queues": Packed.array(len(mine), mine)}).parts
+        return Packed.array(len(page.items), parts)
 
     async def _worker_pin(self, params: WorkerPinParams, session: Session) -> Any:  # noqa: ARG002
         return {"moved": await self._switch.worker_pin(params.port, params.worker)}
@@ -262,8 +321,8 @@ class Methods:
         changes = params.model_dump(exclude_unset=True)
         return await self._switch.set_port(changes.pop("name"), changes)
 
-    async def _fdb(self, params: NoParams, session: Session) -> Any:  # noqa: ARG002
-        return self._switch.fdb()
+    async def _fdb(self, params: PageParams, session: Session) -> Any:
+        return await _listed(self._switch.fdb, params, session)
 
     async def _fdb_add(self, params: FdbAddParams, session: Session) -> None:  # noqa: ARG002
         self._switch.fdb_add(params.mac, params.port, params.vlan)
@@ -272,7 +331,7 @@ class Methods:
         self._switch.fdb_del(params.mac, params.vlan)
 
     async def _fdb_flush(self, params: MaybePortParams, session: Session) -> Any:  # noqa: ARG002
-        return {"removed": self._switch.fdb_flush(params.port)}
+        return {"removed": await self._switch.fdb_flush(params.port)}
 
     async def _log_level(self, params: LogLevelParams, session: Session) -> Any:  # noqa: ARG002
         logger = logging.getLogger("vswitch")
@@ -316,27 +375,46 @@ class Methods:
         session.unsubscribe()
 
 
+async def _listed(
+    pages: Callable[[int, int], Page[Any]], params: PageParams, session: Session
+) -> Any:
+    """A page of a list, or all of it, which is made in one turn of the event loop a page."""
+    if params.limit is not None:
+        return pages(params.after, params.limit)._asdict()
+    parts: list[bytes] = []
+    n_items = 0
+    after: int | None = 0
+    while after is not None:
+        page = pages(after, PAGE_MAX)
+        n_items += len(page.items)
+        parts.append(b"".join(map(pack, page.items)))
+        after = page.next
+        if after is not None:
+            await session.again()
+    return Packed.array(n_items, parts)
+
+
 _Function = Callable[[Methods, Any, Session], Awaitable[Any]]
 
 METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "hello": (HelloParams, Methods._hello),
     "ping": (NoParams, Methods._ping),
     "version": (NoParams, Methods._version),
-    "settings": (NoParams, Methods._settings),
+    "settings": (PageParams, Methods._settings),
     "add_port": (PortSettings, Methods._add_port),
     "del_port": (NameParams, Methods._del_port),
-    "ports": (NoParams, Methods._ports),
+    "ports": (PageParams, Methods._ports),
     "port": (NameParams, Methods._port),
     "add_uplink": (UplinkSettings, Methods._add_uplink),
     "del_uplink": (NameParams, Methods._del_uplink),
-    "stats": (MaybeNameParams, Methods._stats),
+    "stats": (StatsParams, Methods._stats),
     "event_loop": (NoParams, Methods._event_loop),
-    "workers": (NoParams, Methods._workers),
+    "workers": (PageParams, Methods._workers),
     "worker_pin": (WorkerPinParams, Methods._worker_pin),
     "worker_rebalance": (NoParams, Methods._worker_rebalance),
     "set_port": (SetPortParams, Methods._set_port),
     "set_link": (SetLinkParams, Methods._set_link),
-    "fdb": (NoParams, Methods._fdb),
+    "fdb": (PageParams, Methods._fdb),
     "fdb_add": (FdbAddParams, Methods._fdb_add),
     "fdb_del": (FdbKeyParams, Methods._fdb_del),
     "fdb_flush": (MaybePortParams, Methods._fdb_flush),
@@ -367,10 +445,15 @@ READ_ONLY = frozenset(
 
 
 def _checked(method: str, model: type[_P], params: Mapping[str, Any]) -> _P:
+    # Each unknown key is compared with the known ones, to guess what was meant.
+    unknown = [key for key in params if key not in model.model_fields]
+    left_out = frozenset(unknown[_PROBLEMS_MAX:])
     try:
-        return model.model_validate(dict(params))
+        return model.model_validate({k: v for k, v in params.items() if k not in left_out})
     except ValidationError as exc:
-        problems = problems_of(exc, model, "")
-        raise ConfigError(
-            "\n".join(f"{method}: {problem}" for problem in problems), code="invalid-params"
-        ) from exc
+        problems = problems_of(exc, model, "", most=_PROBLEMS_MAX)
+        lines = [f"{method}: {problem}" for problem in problems]
+        more = exc.error_count() - len(problems) + len(left_out)
+        if more:
+            lines.append(f"{method}: and {more} more")
+        raise ConfigError("\n".join(lines), code="invalid-params") from exc

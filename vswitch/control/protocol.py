@@ -37,7 +37,8 @@ REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 REQUEST_LEN_MAX = 1 << 15
 """Bytes of a request; a longer one costs its sender the connection."""
 RESPONSE_LEN_MAX = 256 << 20
-"""Bytes of a response that a client accepts: a full FDB of a million entries has some 60 MB."""
+"""Bytes of a response that a client accepts: a full FDB of a million entries has some 60 MB if it
+is not asked for in pages."""
 
 FEED_LEN_MAX = 1 << 16
 """Bytes that a Decoder takes at a time."""
@@ -133,23 +134,49 @@ def is_own(directory: Path, uid: int) -> bool:
 
 def pack_request(msgid: int, method: str, params: Mapping[str, Any]) -> bytes:
     """A request as bytes."""
-    return _pack([REQUEST, msgid, method, [dict(params)] if params else []])
+    return pack([REQUEST, msgid, method, [dict(params)] if params else []])
 
 
 def pack_response(msgid: int | None, error: VswitchError | None, result: object = None) -> bytes:
     """A response as bytes; `result` counts only without `error`."""
     if error is not None:
-        return _pack([RESPONSE, msgid, error_to_map(error), None])
-    return _pack([RESPONSE, msgid, None, result])
+        return pack([RESPONSE, msgid, error_to_map(error), None])
+    return pack([RESPONSE, msgid, None, result])
+
+
+class Packed(NamedTuple):
+    """A value that is MessagePack already, in pieces: a long one is not made in one go."""
+
+    parts: list[bytes]
+
+    @classmethod
+    def array(cls, n_elements: int, parts: list[bytes]) -> Packed:
+        """An array of so many elements, which are in `parts`."""
+        return cls([msgpack.Packer().pack_array_header(n_elements), *parts])
+
+    @classmethod
+    def map(cls, members: Mapping[str, object]) -> Packed:
+        """A map; members may themselves be Packed."""
+        parts = [msgpack.Packer().pack_map_header(len(members))]
+        for key, value in members.items():
+            parts.append(pack(key))
+            parts += value.parts if isinstance(value, Packed) else [pack(value)]
+        return cls(parts)
+
+
+def pack_packed_response(msgid: int, result: Packed) -> list[bytes]:
+    """A response as bytes, in pieces."""
+    return [pack([RESPONSE, msgid, None, None])[:-1], *result.parts]  # without the last nil
 
 
 def pack_notification(method: str, params: Mapping[str, Any]) -> bytes:
     """A notification as bytes."""
-    return _pack([NOTIFICATION, method, [dict(params)]])
+    return pack([NOTIFICATION, method, [dict(params)]])
 
 
-def _pack(message: list[Any]) -> bytes:
-    packed = msgpack.packb(message, use_bin_type=True)
+def pack(value: object) -> bytes:
+    """A value as MessagePack."""
+    packed = msgpack.packb(value, use_bin_type=True)
     assert isinstance(packed, bytes)
     return packed
 

@@ -14,21 +14,23 @@ import logging
 import os
 import socket
 import struct
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vswitch.control.api import Event, SwitchApi, TurnsInfo
+from vswitch.control.api import SwitchApi, TurnsInfo
 from vswitch.control.methods import Methods, Session
 from vswitch.control.protocol import (
     ControlError,
     Decoder,
     InvalidRequestError,
+    Packed,
     Request,
-    pack_notification,
+    pack_packed_response,
     pack_response,
 )
+from vswitch.control.subscriptions import EventQueue, Subscriptions
+from vswitch.control.turns import Queue, Turn, Turns
 from vswitch.errors import ProtocolError, VswitchError
 from vswitch.unixsocket import ListeningSocket, unlink_if_ours
 
@@ -38,14 +40,14 @@ CLIENTS_MAX = 64
 """Connections at a time; one more is told `busy` and closed."""
 CLIENTS_RESERVED = 8
 """More of them, which only those get who may change something."""
-EVENTS_QUEUED_MAX = 1024
-"""Events held for a subscriber that does not read; further ones are dropped and counted."""
 REQUEST_PATIENCE_S = 10.0
 """How long a client may take for the rest of a request it began."""
 READ_PATIENCE_S = 30.0
 """How long a client for whom something waits may read nothing."""
 _CHUNK_LEN = 1 << 14
 _GOODBYE_S = 1.0
+_BACKLOG = 128
+_ACCEPT_AGAIN_S = 0.5  # where there are no more descriptors
 _SO_PEERGROUPS = 59
 _GROUPS_MAX = 256  # more than that do not fit into what getsockopt() of Python returns
 
@@ -116,37 +118,67 @@ class ControlServer:
         self._methods = Methods(
             switch, config_path=config_path, request_stop=request_stop, turns=turns
         )
-        self._server: asyncio.Server | None = None
+        self._turns = Turns()
+        self._door = Turn(self._turns, Queue.DOOR)
+        self._subscriptions = Subscriptions(switch)
+        self._doorkeeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._clients = 0
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
         """Accept clients from now on."""
-        self._server = await asyncio.start_unix_server(
-            self._accepted, sock=self._listener, limit=_CHUNK_LEN
-        )
+        self._listener.setblocking(False)
+        self._listener.listen(_BACKLOG)
+        self._doorkeeper = asyncio.get_running_loop().create_task(self._let_in())
 
     async def close(self) -> None:
         """Remove the socket and close all connections, after what was sent on them has left."""
         unlink_if_ours(self._listener.path, self._listener)
-        if self._server is not None:
-            self._server.close()
-        self._listener.close()
         tasks = list(self._tasks)
+        if self._doorkeeper is not None:
+            tasks.append(self._doorkeeper)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
 
-    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+    async def _let_in(self) -> None:
+        """Accept one connection after the other, each in a turn of its own."""
+        loop = asyncio.get_running_loop()
+        while True:
+            came = asyncio.Event()
+            loop.add_reader(self._listener, came.set)
+            try:
+                await came.wait()
+            finally:
+                loop.remove_reader(self._listener)
+            async with self._door:
+                again = self._accept()
+            if not again:
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+
+    def _accept(self) -> bool:
+        """Begin to serve a connection that waits; False if there can be none at present."""
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+            return True
+        except OSError as exc:
+            _log.error("no control client can be accepted: %s", exc.strerror)
+            return False
+        sock.setblocking(False)
+        task = asyncio.get_running_loop().create_task(self._serve(sock))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return True
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, sock: socket.socket) -> None:
+        writer: asyncio.StreamWriter | None = None
         try:
-            peer = Peer.of(writer.get_extra_info("socket"))
+            peer = Peer.of(sock)
             access = self._access(peer)
+            reader, writer = await _streams(sock)
             refusal = self._refusal(peer, access)
             if refusal is not None:
                 _log.warning(
@@ -158,7 +190,14 @@ class ControlServer:
                 writer.write(pack_response(None, refusal))
                 return
             client = _Connection(
-                next(self._numbers), peer, access, reader, writer, self._methods, self._switch
+                next(self._numbers),
+                peer,
+                access,
+                reader,
+                writer,
+                self._methods,
+                self._subscriptions,
+                self._turns,
             )
             self._clients += 1
             try:
@@ -168,7 +207,10 @@ class ControlServer:
         except OSError as exc:
             _log.debug("control client went away: %s", exc)
         finally:
-            await _close(writer)
+            if writer is None:
+                sock.close()
+            else:
+                await _close(writer)
 
     def _access(self, peer: Peer) -> Access:
         try:
@@ -194,6 +236,15 @@ class ControlServer:
         return None
 
 
+async def _streams(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """What asyncio.start_unix_server would have made of an accepted socket."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_CHUNK_LEN, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
 async def _close(writer: asyncio.StreamWriter) -> None:
     """Close gently, for a second: a peer that does not read must not hold us up."""
     try:
@@ -215,19 +266,23 @@ class _Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         methods: Methods,
-        switch: SwitchApi,
+        subscriptions: Subscriptions,
+        turns: Turns,
     ) -> None:
         self._label = f"control client {number} (pid {peer.pid}, uid {peer.uid})"
         self._reader = reader
         self._writer = writer
         self._methods = methods
-        self._switch = switch
-        self._session = Session(self._subscribe, self._unsubscribe, may_change=access is Access.ALL)
-        self._end_subscription: Callable[[], None] | None = None
-        self._names: frozenset[str] | None = None
-        self._events: deque[bytes] = deque()
-        self._lost = 0
-        self._has_events = asyncio.Event()
+        self._subscriptions = subscriptions
+        may_change = access is Access.ALL
+        # Requests and events have turns of their own; it is the queue that has the share.
+        queue = Queue.CHANGING if may_change else Queue.LOOKING
+        self._turn = Turn(turns, queue)
+        self._event_turn = Turn(turns, queue)
+        self._session = Session(
+            self._subscribe, self._unsubscribe, self._turn.again, may_change=may_change
+        )
+        self._events = EventQueue(self._say_it_loses)
 
     async def run(self) -> None:
         """Serve until the client goes away or breaks the protocol."""
@@ -238,7 +293,7 @@ class _Connection:
             await self._serve(decoder)
         except ProtocolError as exc:
             _log.warning("%s: closed: %s", self._label, exc.message)
-            await self._send(pack_response(None, exc))
+            await self._send([pack_response(None, exc)])
         finally:
             self._unsubscribe()
             pump.cancel()
@@ -264,29 +319,37 @@ class _Connection:
             await self._handle(decoder, data)
 
     async def _handle(self, decoder: Decoder, data: bytes) -> None:
+        messages = decoder.feed(data)
         while True:
-            try:
-                for message in decoder.feed(data):
-                    if isinstance(message, Request):
-                        await self._answer(message)
-                    else:
+            # Reading a request, doing what it says and packing the answer: a turn for each.
+            async with self._turn:
+                try:
+                    message = next(messages, None)
+                    if message is None:
+                        return
+                    if not isinstance(message, Request):
                         raise InvalidRequestError(
                             "a client sends requests, [0, msgid, method, params]"
                         )
+                    response = await self._answer(message)
+                except InvalidRequestError as exc:
+                    if exc.msgid is None:
+                        raise  # no client at all: the first letter of HTTP would be a message
+                    _log.warning("%s: invalid request: %s", self._label, exc.message)
+                    response = [pack_response(exc.msgid, exc)]
+                    messages = decoder.feed(b"")
+            await self._send(response)
+            if not decoder.pending:
                 return
-            except InvalidRequestError as exc:
-                if exc.msgid is None:
-                    raise  # no client at all: the first letter of HTTP would be a message
-                _log.warning("%s: invalid request: %s", self._label, exc.message)
-                await self._send(pack_response(exc.msgid, exc))
-                data = b""
 
-    async def _answer(self, request: Request) -> None:
+    async def _answer(self, request: Request) -> list[bytes]:
+        """The response as bytes, in pieces."""
         error: VswitchError | None = None
-        result: object = None
         try:
             result = await self._methods.call(request.method, request.params, self._session)
-            response = pack_response(request.msgid, None, result)
+            if isinstance(result, Packed):
+                return pack_packed_response(request.msgid, result)
+            return [pack_response(request.msgid, None, result)]
         except VswitchError as exc:
             error = exc
         except Exception:
@@ -296,21 +359,17 @@ class _Connection:
                 f"{request.method} failed inside the switch",
                 hint="this is a bug; the log of the switch has the details",
             )
-        if error is not None:
-            _log.debug("%s: %.64r: %r", self._label, request.method, error.message)
-            response = pack_response(request.msgid, error)
-        await self._send(response)
-        # Somebody else's turn: a client that never stops asking is never waited for.
-        await asyncio.sleep(0)
+        _log.debug("%s: %.64r: %r", self._label, request.method, error.message)
+        return [pack_response(request.msgid, error)]
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, pieces: list[bytes]) -> None:
         """Return when the client has read most of it: memory stays bounded.
 
         Raises OSError when it went away or has read nothing for READ_PATIENCE_S.
         """
         if self._writer.is_closing():
             raise ConnectionResetError  # uvloop's own error for that is a RuntimeError
-        self._writer.write(data)
+        self._writer.writelines(pieces)
         transport = self._writer.transport
         while True:
             waiting = transport.get_write_buffer_size()
@@ -326,36 +385,21 @@ class _Connection:
             raise ConnectionAbortedError
 
     def _subscribe(self, names: frozenset[str] | None) -> None:
-        self._names = names
-        if self._end_subscription is None:
-            self._end_subscription = self._switch.subscribe(self._on_event)
+        self._events.names = names
+        self._subscriptions.add(self._events)
 
     def _unsubscribe(self) -> None:
-        if self._end_subscription is not None:
-            self._end_subscription()
-            self._end_subscription = None
+        self._subscriptions.remove(self._events)
         self._events.clear()
-        self._lost = 0
 
-    def _on_event(self, event: Event) -> None:
-        if self._names is not None and event["event"] not in self._names:
-            return
-        if len(self._events) >= EVENTS_QUEUED_MAX:
-            if not self._lost:
-                _log.warning("%s: reads too slowly and loses events", self._label)
-            self._lost += 1
-            return
-        self._events.append(pack_notification("event", event))
-        self._has_events.set()
+    def _say_it_loses(self) -> None:
+        _log.warning("%s: reads too slowly and loses events", self._label)
 
     async def _pump(self) -> None:
         """Send events as fast as the client reads them, and how many were lost when it did not."""
         with contextlib.suppress(OSError):
             while True:
-                await self._has_events.wait()
-                self._has_events.clear()
-                while self._events:
-                    await self._send(self._events.popleft())
-                    if self._lost and not self._events:
-                        lost, self._lost = self._lost, 0
-                        await self._send(pack_notification("lost", {"count": lost}))
+                await self._events.filled()
+                async with self._event_turn:
+                    some = self._events.take()
+                await self._send([some])

@@ -1,3 +1,5 @@
+from libc.stdint cimport uint32_t
+
 from vswitch.fastpath.notify cimport vs_notifier
 from vswitch.fastpath.table cimport Fdb
 from vswitch.fastpath.types cimport Shared, View, WorkerC
@@ -6,7 +8,7 @@ from vswitch.fastpath.types cimport Shared, View, WorkerC
 cdef class Worker:
     cdef WorkerC *c
     cdef readonly int id
-    cdef _check(self)
+    cdef _check(self, uint32_t most)
 
 
 cdef class Engine:
@@ -21,4 +23,5 @@ cdef class Engine:
     cdef readonly int uring_error  # errno, where there is an uplink and no io_uring for it
     cdef list injected         # addresses of Inject
     cdef unsigned long long tickets
+    cdef int events_from       # the worker whose events are taken first
     cdef View *_build(self) except NULL

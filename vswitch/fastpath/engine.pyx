@@ -270,8 +270,8 @@ cdef class Worker:
             unfinished = ticks_to_ns(&self.c.turns, now - began)
         return describe_turns(&self.c.turns, vs_now_ns(), unfinished)
 
-    cdef _check(self):
-        """Take the events that have come; returns (kind, port, other, key) tuples."""
+    cdef _check(self, uint32_t most):
+        """Take up to `most` events that have come; returns (kind, port, other, key) tuples."""
         cdef WorkerC *c = self.c
         cdef uint32_t tail = c.event_tail
         cdef uint32_t head
@@ -279,6 +279,8 @@ cdef class Worker:
         found = []
         # Acquire: the index before the events; pairs with the release in post_event.
         head = vs_load_acquire32(&c.event_head)
+        if head - tail > most:
+            head = tail + most
         while tail != head:
             event = &c.events[tail & (EVENT_SLOTS - 1)]
             found.append((event.kind, event.port, event.other, event.key))
@@ -627,14 +629,15 @@ cdef class Engine:
             "drops": {DROP_REASONS[i][0]: drops[i] for i in range(N_DROPS) if drops[i]},
         }
 
-    def take_events(self):
-        """What the workers have to tell, as (name, port number, other, key) tuples.
+    def take_events(self, uint32_t most=0xFFFFFFFF):
+        """What the workers have to tell, as (name, port number, other, key) tuples; `most` of it.
 
         "mac-learned" and "mac-moved" (other: the old port), "ring-fault" and "iotlb-miss" (other:
         vring index), "tap-lost", "mac-limit" (once, until Port.mac_limit_told is reset). Call
         `arm_events` to be woken again.
         """
         cdef Worker worker
+        cdef int i
         names = {
             EVENT_MAC_LEARNED: "mac-learned",
             EVENT_MAC_MOVED: "mac-moved",
@@ -644,10 +647,21 @@ cdef class Engine:
             EVENT_IOTLB_MISS: "iotlb-miss",
         }
         found = []
-        for worker in self.workers:
-            for kind, port, other, key in worker._check():
+        for i in range(<int>self.shared.n_workers):
+            if <uint32_t>len(found) == most:
+                break
+            # Another worker is first each time: none waits for what others never stop telling.
+            worker = self.workers[self.events_from]
+            self.events_from = (self.events_from + 1) % <int>self.shared.n_workers
+            for kind, port, other, key in worker._check(most - <uint32_t>len(found)):
                 found.append((names[kind], port, other, key))
         return found
+
+    def n_transmitqs(self, int worker):
+        """How many rings a worker polls, as published last."""
+        if not 0 <= worker < <int>self.shared.n_workers:
+            raise ValueError(f"there is no worker {worker}")
+        return (<const View *>self.shared.view).workers[worker].n_transmitqs
 
     def arm_events(self):
         """Make `event_fd` readable at the next event; True when events have come meanwhile."""

@@ -46,7 +46,9 @@ cdef enum:
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 NO_LIMIT = 0xFFFFFFFF  # entries of a port: as many as the table takes
-SWEEP = 4096  # buckets looked at before the lock is given up for a moment
+SWEEP = 4096  # places looked at before the lock is given up for a moment
+SLOTS_A_TURN = 16384  # places that `page`, `flush_on` and `age_on` look at: 256 KiB of the table
+GONE_A_TURN = 256  # entries that `age_on` takes out, for somebody is told of each
 
 
 def mac_key(mac: str, vlan: int = 0) -> int:
@@ -91,6 +93,7 @@ cdef class Fdb:
 
     def __cinit__(self, size=65536):
         cdef uint64_t buckets = 1
+        memset(self.statics, 0, sizeof(self.statics))
         # Half as many places more than entries: two choices of four places fill a table that far.
         while buckets * 4 < <uint64_t>size * 3 // 2:
             buckets *= 2
@@ -150,6 +153,15 @@ cdef class Fdb:
         """How many dynamic entries a port has."""
         return vs_load32(&self.c.learned[_port(port)])
 
+    def pinned(self, uint16_t port):
+        """How many static entries a port has."""
+        return self.statics[_port(port)]
+
+    @property
+    def slots(self):
+        """Places of the table; those of `page` and the like are counted from 0."""
+        return 4 * (self.c.mask + 1)
+
     def limit(self, uint16_t port, uint32_t most):
         """Let a port have `most` dynamic entries; those it has beyond that stay until they age."""
         vs_store32(&self.c.learned_max[_port(port)], most)
@@ -185,14 +197,30 @@ cdef class Fdb:
         result = fdb_learn(self.c, _key(key), _port(port), vs_load32(&self.c.tick), &old)
         return result != FDB_NO_ROOM and result != FDB_PORT_FULL
 
+    def find(self, uint64_t key):
+        """The port number of a key and whether the entry is static, or None."""
+        cdef FdbEntryC *entry
+        cdef uint64_t val
+        key = _key(key)
+        entry = fdb_find(self.c, key)
+        if entry == NULL or not fdb_read(entry, key, &val):
+            return None
+        return fdb_port(val), bool(fdb_pinned(val))
+
     def add_static(self, uint64_t key, uint16_t port):
         """Pin an address to a port: never aged, never moved. False when the table is full."""
         cdef int32_t old = -1
+        cdef FdbEntryC *entry
         cdef FdbResult result
         port = _port(port)
         key = _key(key)
         self._lock()
+        entry = fdb_find(self.c, key)
+        if entry != NULL and fdb_pinned(entry.val):
+            self.statics[fdb_port(entry.val)] -= 1
         result = fdb_insert(self.c, key, port, True, vs_load32(&self.c.tick), &old)
+        if result != FDB_NO_ROOM:
+            self.statics[port] += 1
         # A worker may have noted the address as its port's own.
         vs_store32(&self.c.generation, self.c.generation + 1)
         vs_unlock(&self.c.lock)
@@ -205,66 +233,113 @@ cdef class Fdb:
         self._lock()
         entry = fdb_find(self.c, key)
         if entry != NULL:
-            fdb_remove(self.c, entry)
+            self._remove(entry)
         vs_unlock(&self.c.lock)
         return entry != NULL
+
+    cdef void _remove(self, FdbEntryC *entry) noexcept:
+        """Delete an entry; the caller holds the lock."""
+        if fdb_pinned(entry.val):
+            self.statics[fdb_port(entry.val)] -= 1
+        fdb_remove(self.c, entry)
 
     def flush(self, port=None, statics=False):
         """Remove the dynamic entries of one port or of all; returns how many.
 
-        `statics` removes the static ones too.
+        `statics` removes the static ones too. All in one go: who has others to serve meanwhile
+        takes `flush_on`.
         """
-        cdef int32_t only = -1 if port is None else port
-        return self._sweep(only, statics, 0, None)
+        removed, start = 0, 0
+        while start is not None:
+            some, start = self.flush_on(start, port, statics)
+            removed += some
+        return removed
+
+    def flush_on(self, uint64_t start, port=None, bint statics=False):
+        """What `flush` does, from one place on and for SLOTS_A_TURN places.
+
+        Returns how many were removed and where to go on, None at the end, which comes at once when
+        there are no more such entries.
+        """
+        cdef int32_t only = -1 if port is None else _port(port)
+        if only >= 0 and not vs_load32(&self.c.learned[only]) and not (statics and self.statics[only]):
+            return 0, None
+        return self._sweep(start, only, statics, 0, None)
 
     def age(self, uint32_t limit):
         """Remove dynamic entries not seen for `limit` ticks; returns a list of (key, port)."""
-        gone = []
-        self._sweep(-1, False, limit, gone)
+        gone, start = [], 0
+        while start is not None:
+            some, start = self.age_on(start, limit)
+            gone += some
         return gone
 
-    cdef _sweep(self, int32_t port, bint statics, uint32_t limit, list gone):
-        cdef uint64_t i, val, start = 0, end
+    def age_on(self, uint64_t start, uint32_t limit):
+        """What `age` does, from one place on: SLOTS_A_TURN places, or fewer with GONE_A_TURN entries.
+
+        Returns what was removed and where to go on, None at the end.
+        """
+        gone = []
+        _, start_again = self._sweep(start, -1, False, limit, gone)
+        return gone, start_again
+
+    cdef _sweep(self, uint64_t start, int32_t port, bint statics, uint32_t limit, list gone):
+        cdef uint64_t i, val, places = 4 * (self.c.mask + 1), end, part
         cdef uint32_t tick = vs_load32(&self.c.tick), removed = 0
-        cdef int k
         cdef FdbEntryC *entry
-        while start <= self.c.mask:
-            end = min(start + SWEEP, self.c.mask + 1)
+        end = min(start + SLOTS_A_TURN, places)
+        while start < end and (gone is None or len(gone) < GONE_A_TURN):
+            part = min(start + SWEEP, end)
             self._lock()
-            for i in range(start, end):
-                for k in range(4):
-                    entry = &self.c.buckets[i].entries[k]
-                    if entry.key == FDB_EMPTY:
-                        continue
-                    val = vs_load64(&entry.val)
-                    if port >= 0 and fdb_port(val) != port:
-                        continue
-                    if fdb_pinned(val) and not statics:
-                        continue
-                    if limit and tick - fdb_tick(val) < limit:
-                        continue
-                    if gone is not None:
-                        gone.append((entry.key, fdb_port(val)))
-                    fdb_remove(self.c, entry)
-                    removed += 1
+            for i in range(start, part):
+                start = i + 1
+                entry = &self.c.buckets[i >> 2].entries[i & 3]
+                if entry.key == FDB_EMPTY:
+                    continue
+                val = vs_load64(&entry.val)
+                if port >= 0 and fdb_port(val) != port:
+                    continue
+                if fdb_pinned(val) and not statics:
+                    continue
+                if limit and tick - fdb_tick(val) < limit:
+                    continue
+                if gone is not None:
+                    gone.append((entry.key, fdb_port(val)))
+                self._remove(entry)
+                removed += 1
+                if gone is not None and len(gone) >= GONE_A_TURN:
+                    break
             vs_unlock(&self.c.lock)
-            start = end
-        return removed
+        return removed, start if start < places else None
 
     def entries(self):
         """All entries as (key, port, static, age in ticks), in no order."""
-        cdef uint64_t i, key, val
+        found, start = [], 0
+        while start is not None:
+            some, start = self.page(start, self.c.limit)
+            found += some
+        return found
+
+    def page(self, uint64_t start, uint64_t most):
+        """Entries as `entries` has them, from one place on: SLOTS_A_TURN places, `most` entries.
+
+        Returns them and where to go on, None at the end. An entry keeps its place, so one that is
+        there all the time is found once.
+        """
+        cdef uint64_t i, key, val, places = 4 * (self.c.mask + 1), end
         cdef uint32_t tick = vs_load32(&self.c.tick)
-        cdef int k
         cdef FdbEntryC *entry
         found = []
-        for i in range(self.c.mask + 1):
-            for k in range(4):
-                entry = &self.c.buckets[i].entries[k]
-                key = vs_load_acquire64(&entry.key)
-                if key != FDB_EMPTY and fdb_read(entry, key, &val):
-                    found.append((
-                        key, fdb_port(val), bool(fdb_pinned(val)),
-                        max(0, <int32_t>(tick - fdb_tick(val))),
-                    ))
-        return found
+        end = min(start + SLOTS_A_TURN, places)
+        for i in range(start, end):
+            if <uint64_t>len(found) >= most:
+                end = i
+                break
+            entry = &self.c.buckets[i >> 2].entries[i & 3]
+            key = vs_load_acquire64(&entry.key)
+            if key != FDB_EMPTY and fdb_read(entry, key, &val):
+                found.append((
+                    key, fdb_port(val), bool(fdb_pinned(val)),
+                    max(0, <int32_t>(tick - fdb_tick(val))),
+                ))
+        return found, end if end < places else None
