@@ -14,12 +14,14 @@ SANITIZED := build/sanitized
 SECONDS ?= 60
 MINUTES ?= 10
 
-.PHONY: help setup demo test test-all check bench fuzz soak model format clean
+.PHONY: help setup demo test test-all roots check bench fuzz soak model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
 	@echo 'make test      run the tests (unit, conformance, end to end with QEMU guests)'
 	@echo 'make test-all  the same and the longer matrices'
+	@echo 'make roots     as root: both of these in fresh roots of Debian 13, Ubuntu 24.04 and 26.04;'
+	@echo '               ARGS="debian-13 --commands demo" for less, ARGS=--help for more'
 	@echo 'make check     ruff, mypy, and which package may import which'
 	@echo 'make bench     measure this switch beside others, with tables and a plot'
 	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
@@ -41,6 +43,10 @@ test: setup
 
 test-all: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Needs nothing of what is built here: it clones and builds in each root.
+roots:
+	@$(PYTHON) tests/roots/roots.py $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .
