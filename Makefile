@@ -7,14 +7,14 @@ SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
 # The first interpreter that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # The sanitizers' build of `make fuzz`, besides the one that is installed.
 SANITIZED := build/sanitized
 SECONDS ?= 60
 MINUTES ?= 10
 
-.PHONY: help setup demo test test-all roots check bench fuzz soak model format clean
+.PHONY: help setup required demo test test-all roots check bench fuzz soak model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -33,7 +33,16 @@ help:
 	@echo 'make clean     remove what was built, the virtual environment too'
 
 setup: $(VENV)/.built
-	@$(BIN)/python -m vswitch.lab.requirements --install test
+
+# All that is missing, at once and before anything is built. The demo has other guests without QEMU.
+NEEDS := build
+setup test test-all bench fuzz soak model: NEEDS := build test
+demo: NEEDS := --without demo build
+
+required:
+	@[ -n "$(PYTHON)" ] || { echo 'error: vswitch needs Python 3.11 or newer, and none is on PATH' >&2; \
+		echo '  hint: install it and try again, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m vswitch.lab.requirements --install $(NEEDS)
 
 demo: $(VENV)/.built
 	@$(BIN)/vswitch demo $(ARGS)
@@ -77,16 +86,13 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/.installed:
-	@[ -n "$(PYTHON)" ] || { echo 'error: vswitch needs Python 3.11 or newer, and none is on PATH' >&2; \
-		echo '  hint: install it and try again, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@$(PYTHON) -m vswitch.lab.requirements --install build
+$(VENV)/.installed: | required
 	@echo 'creating the virtual environment in $(VENV)'
-	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -I -m venv --clear $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check 'setuptools>=77' 'cython>=3.1'
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES) | required
 	@echo 'building the Cython extensions and installing vswitch into $(VENV) (about a minute)'
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -1,9 +1,17 @@
 """Builds the Cython extensions; everything else about the package is in pyproject.toml."""
 
 import os
+import sys
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+sys.path.insert(0, str(Path(__file__).parent))
+from vswitch.lab import requirements
+
+METADATA = {"egg_info", "dist_info", "sdist"}
+"""What tells about the package, for which nothing is compiled."""
 
 CFLAGS = ["-O3", "-fno-strict-aliasing", "-fno-plt", "-Wall", "-Wno-unused-function"]
 LDFLAGS = []
@@ -76,4 +84,11 @@ EXTENSIONS = [
     extension("vswitch.guest.scribble"),
 ]
 
-setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES))
+if METADATA.isdisjoint(sys.argv):
+    # Else the compiler's log would have to be read for it, after a minute.
+    if lacking := requirements.missing(requirements.COMPILE):
+        names = ", ".join(one.what for one in lacking)
+        sys.exit(f"error: missing: {names}\n  hint: {requirements.advice(lacking)}")
+    EXTENSIONS = cythonize(EXTENSIONS, compiler_directives=DIRECTIVES)
+
+setup(ext_modules=EXTENSIONS)

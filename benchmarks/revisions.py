@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
-from vswitch.lab import programs
+from vswitch.lab import programs, requirements
 
 ROOT = Path(__file__).parents[1]
 BUILDS = ROOT / "build" / "revisions"
@@ -127,7 +127,8 @@ def _git(root: Path, *arguments: str) -> str:
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        raise BenchmarkError("git is not installed", hint="apt-get install git") from None
+        hint = requirements.installing("git")
+        raise BenchmarkError("git is not installed", hint=hint) from None
     if ran.returncode:
         said = ran.stderr.strip() or f"exit code {ran.returncode}"
         raise BenchmarkError(f"git {arguments[0]}: {said}")

@@ -14,8 +14,12 @@ from transfer import Transfer
 
 from vswitch.lab.guest import GuestSettings
 from vswitch.lab.image import GuestImage
-from vswitch.lab.uml import UmlGuest, build_image
+from vswitch.lab.programs import find
+from vswitch.lab.uml import UML, UmlGuest, build_image
 
+pytestmark = pytest.mark.skipif(
+    find(UML) is None, reason="User Mode Linux is not installed, and Ubuntu has no package of it"
+)
 TRANSFER_LEN = 20_000_000
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -130,7 +130,7 @@ class Roots:
             "unshare", "--mount", "--pid", "--fork", "--kill-child",
             "debootstrap", "--variant=minbase", f"--components={release.components}",
             f"--keyring={keyring}", "--force-check-gpg", release.suite, str(new), release.mirror,
-            release.script,
+            release.script, log=self._directory / f"{release.name}-debootstrap.log",
         )  # fmt: skip
         # A release as it is today, not as it was on its first day.
         entries = (f"{release.mirror} {release.suite}", *release.sources)
@@ -225,10 +225,14 @@ def _remove(root: Path) -> None:
     _run("rm", "-rf", "--one-file-system", "--", str(root))
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+def _run(*command: str, log: Path | None = None) -> None:
+    with log.open("w") if log else nullcontext() as file:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+        )
     if done.returncode:
-        raise RootsError(f"`{' '.join(command)}` ended with {done.returncode}, see above")
+        where = f"see {log}" if log else "see above"
+        raise RootsError(f"`{' '.join(command)}` ended with {done.returncode}, {where}")
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,8 +67,31 @@ def test_others_are_told_what_to_install(
     as_user(monkeypatch, 1000)
     with pytest.raises(LabError, match="missing: the tool; only root may install it") as caught:
         requirements.ensure([file_requirement(tmp_path / "tool")])
-    assert caught.value.hint == "sudo apt-get update && sudo apt-get install tool-package"
+    install = "apt-get install --no-install-recommends tool-package"
+    # The PATH has what is installed here: sudo or not.
+    assert caught.value.hint in (
+        f"sudo apt-get update && sudo {install}",
+        f"as root: apt-get update && {install}",
+    )
     assert not calls.exists()
+
+
+@pytest.mark.parametrize("sudo", [True, False])
+def test_the_printed_command_can_be_typed(
+    apt_get: PackageManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sudo: bool
+) -> None:
+    apt_get("exit 0")
+    as_user(monkeypatch, 1000)
+    found = "/usr/bin/sudo" if sudo else None
+    monkeypatch.setattr(requirements.programs, "find", lambda _: found)
+    said = requirements.installing("one", "two")
+    install = "apt-get install --no-install-recommends one two"
+    if sudo:
+        assert said == f"sudo apt-get update && sudo {install}"
+    else:
+        assert said == f"as root: apt-get update && {install}"
+    as_user(monkeypatch, 0)
+    assert requirements.installing("one", "two") == f"apt-get update && {install}"
 
 
 def test_without_apt_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +128,85 @@ def test_runs_without_anything_installed() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "groups"),
+    [
+        ("setup", "build test"),
+        ("test", "build test"),
+        ("test-all", "build test"),
+        ("demo", "--without demo build"),
+        ("check", "build"),
+    ],
+)
+def test_make_says_all_that_is_missing_before_it_builds(
+    tmp_path: Path, target: str, groups: str
+) -> None:
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{calls}\nexit 1\n')
+    python.chmod(0o755)
+    makefile = Path(requirements.__file__).parents[2] / "Makefile"
+    done = subprocess.run(
+        ["make", "-j", "4", "-f", str(makefile), target, f"PYTHON={python}"],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert calls.read_text() == f"-m vswitch.lab.requirements --install {groups}\n"
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["requirements", *words])
+    return requirements.main()
+
+
+def test_all_groups_are_named_at_once(
+    apt_get: PackageManager, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apt_get("exit 0")
+    as_user(monkeypatch, 1000)
+    groups = {
+        name: (Requirement(f"the {name}", f"{name}-package", lambda: False),)
+        for name in ("build", "test", "demo")
+    }
+    monkeypatch.setattr(requirements, "GROUPS", groups)
+    assert run_main(monkeypatch, "--install", "build", "test") == 1
+    said = capsys.readouterr().err
+    assert "missing: the build, the test; only root may install it" in said
+    assert said.rstrip().endswith("build-package test-package")
+    assert run_main(monkeypatch, "--install", "--without", "demo", "build") == 1
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("build-package demo-package")
+    groups["build"] = ()
+    assert run_main(monkeypatch, "--install", "--without", "demo", "build") == 0
+    said = capsys.readouterr().err
+    assert "missing, but not needed: the demo" in said
+    assert said.rstrip().endswith("demo-package")
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "headers"])
+def test_setup_says_what_it_needs_before_it_compiles(tmp_path: Path, lacking: str) -> None:
+    """In two lines; `pip install .` prints what setup.py says."""
+    root = Path(requirements.__file__).parents[2]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    if lacking == "compiler":
+        environment["CC"] = "no-such-compiler -O2"
+    else:
+        code = (
+            "import sys, sysconfig, runpy; get = sysconfig.get_path\n"
+            f"there = {str(tmp_path)!r}\n"
+            "sysconfig.get_path = lambda name: there if name == 'include' else get(name)\n"
+            "runpy.run_path('setup.py')"
+        )
+        command[1:2] = ["-c", code]
+    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects")]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: missing: ")
+    assert {"compiler": "a C compiler", "headers": "Python's headers"}[lacking] in error
+    assert {"compiler": "gcc", "headers": "-dev"}[lacking] in hint
+    assert not (tmp_path / "objects").exists()

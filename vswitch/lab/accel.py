@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from vswitch.lab import process
+from vswitch.lab import process, requirements
 from vswitch.lab.errors import LabError
 from vswitch.lab.image import GuestImage, cache_dir
 
@@ -34,7 +34,8 @@ def qemu_version() -> tuple[int, int]:
             [QEMU, "--version"], capture_output=True, text=True, timeout=30, check=False
         ).stdout
     except FileNotFoundError:
-        raise LabError(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86") from None
+        hint = requirements.installing("qemu-system-x86")
+        raise LabError(f"{QEMU} is not installed", hint=hint) from None
     found = re.search(r"version (\d+)\.(\d+)", text)
     if not found:
         raise LabError(f"`{QEMU} --version` says {text.strip()!r}, which has no version in it")

@@ -14,6 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from vswitch.lab import requirements
 from vswitch.lab.errors import LabError
 
 _CAP_NET_ADMIN = 12
@@ -30,7 +31,7 @@ def tap_obstacle() -> str | None:
     if found is None or not int(found[1], 16) >> _CAP_NET_ADMIN & 1:
         return "a TAP interface takes root (CAP_NET_ADMIN)"
     if shutil.which("ip") is None:
-        return "`ip` is not installed (apt-get install iproute2)"
+        return f"`ip` is not installed ({requirements.installing('iproute2')})"
     return None
 
 

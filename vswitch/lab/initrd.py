@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vswitch.lab import requirements
 from vswitch.lab.errors import LabError
 
 WANTED_MODULES = ("virtio_pci", "virtio_net", "8021q")
@@ -76,7 +77,7 @@ def read_module(path: Path) -> bytes:
         if not shutil.which("zstd"):
             raise LabError(
                 f"kernel module {path.name} is compressed with zstd and `zstd` is not installed",
-                hint="apt-get install zstd",
+                hint=requirements.installing("zstd"),
             )
         return subprocess.run(
             ["zstd", "-dcq", str(path)], check=True, capture_output=True, timeout=60

@@ -55,22 +55,41 @@ def _versioned(package: str) -> str:
     return f"python{sys.version_info.major}.{sys.version_info.minor}-{package}"
 
 
+def _compiler() -> bool:
+    """Whether what setuptools will call is there: `$CC`, else what Python was built with."""
+    command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc"
+    return programs.find(command.split()[0]) is not None
+
+
+COMPILE = (
+    Requirement("a C compiler", "gcc", _compiler),
+    Requirement("Python's headers", _versioned("dev"), _python_headers),
+    Requirement("the C library's headers", "libc6-dev", _c_library_headers),
+)
+"""For the Cython extensions; setup.py asks for it too."""
+
 BUILD = (
     Requirement("Python's venv module", _versioned("venv"), lambda: bool(find_spec("ensurepip"))),
-    Requirement("Python's headers", _versioned("dev"), _python_headers),
-    _program("gcc", "gcc"),
-    Requirement("the C library's headers", "libc6-dev", _c_library_headers),
+    *COMPILE,
 )
 """For the virtual environment and the Cython extensions."""
 
 
+def _is_ubuntu() -> bool:
+    try:
+        return "ubuntu" in Path("/etc/os-release").read_text().lower()
+    except OSError:
+        return False
+
+
 def _can_read_modules() -> bool:
     """Ubuntu compresses kernel modules with zstd; Debian does not."""
-    try:
-        release = Path("/etc/os-release").read_text()
-    except OSError:
-        release = ""
-    return "ubuntu" not in release.lower() or shutil.which("zstd") is not None
+    return not _is_ubuntu() or programs.find("zstd") is not None
+
+
+def _has_uml() -> bool:
+    """Ubuntu has no package of User Mode Linux; its tests are skipped there."""
+    return _is_ubuntu() or programs.find("linux.uml") is not None
 
 
 DEMO = (
@@ -88,11 +107,11 @@ TEST = (
     _program("ethtool", "ethtool"),
     _program("setpriv", "util-linux"),
     _program("spin", "spin"),
-    _program("linux.uml", "user-mode-linux"),
+    Requirement("linux.uml", "user-mode-linux", _has_uml),
 )
 """For `make test`: QEMU guests, DPDK and User Mode Linux as other frontends, a model checker."""
 
-GROUPS = {"build": BUILD, "demo": DEMO, "test": TEST}
+GROUPS = {"build": BUILD, "compile": COMPILE, "demo": DEMO, "test": TEST}
 
 
 def missing(requirements: Iterable[Requirement]) -> list[Requirement]:
@@ -108,13 +127,26 @@ def has_apt() -> bool:
     return shutil.which("apt-get") is not None
 
 
+def _may_install() -> bool:
+    return has_apt() and os.geteuid() == 0
+
+
 def advice(wanted: Iterable[Requirement]) -> str:
     """The exact command that installs `wanted`, or what to look for where there is no apt."""
-    packages = " ".join(_packages(wanted))
+    packages = _packages(wanted)
     if has_apt():
-        root = "" if os.geteuid() == 0 else "sudo "
-        return f"{root}apt-get update && {root}apt-get install {packages}"
-    return f"this system has no apt; install what Debian packages as: {packages}"
+        return installing(*packages)
+    return f"this system has no apt; install what Debian packages as: {' '.join(packages)}"
+
+
+def installing(*packages: str) -> str:
+    """What to type to install Debian packages, without the hundreds that these only recommend."""
+    command = f"apt-get install --no-install-recommends {' '.join(packages)}"
+    if os.geteuid() == 0:
+        return f"apt-get update && {command}"
+    if programs.find("sudo"):
+        return f"sudo apt-get update && sudo {command}"
+    return f"as root: apt-get update && {command}"
 
 
 def ensure(requirements: Iterable[Requirement], progress: Progress = lambda _: None) -> None:
@@ -126,7 +158,7 @@ def ensure(requirements: Iterable[Requirement], progress: Progress = lambda _: N
     if not wanted:
         return
     names = ", ".join(one.what for one in wanted)
-    if not has_apt() or os.geteuid() != 0:
+    if not _may_install():
         why = "only root may install it" if has_apt() else "there is no apt here to install it with"
         raise LabError(f"missing: {names}; {why}", hint=advice(wanted))
     packages = _packages(wanted)
@@ -168,25 +200,37 @@ def _apt(arguments: list[str], progress: Progress) -> None:
 
 
 def main() -> int:
-    """`python3 -m vswitch.lab.requirements [--install] GROUP...`; exit code 0: all is there."""
+    """`python3 -m vswitch.lab.requirements [--install] [--without GROUP] GROUP...`.
+
+    Exit code 0: all is there, but for what can be done without.
+    """
     programs.only_installed()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--install", action="store_true", help="install what is missing")
+    parser.add_argument(
+        "--without", choices=sorted(GROUPS), metavar="GROUP", help="what can be done without"
+    )
     parser.add_argument("groups", nargs="+", choices=sorted(GROUPS), metavar="GROUP")
     arguments = parser.parse_args()
-    wanted = missing(one for name in arguments.groups for one in GROUPS[name])
+    needed = missing(one for name in arguments.groups for one in GROUPS[name])
+    wished = missing(GROUPS[arguments.without]) if arguments.without else []
+    wanted = [*needed, *(one for one in wished if one not in needed)]
     if not wanted:
         return 0
-    if arguments.install:
-        try:
-            ensure(wanted, lambda line: print(f"  {line}", flush=True))
-        except LabError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
-    print("missing: " + ", ".join(one.what for one in wanted), file=sys.stderr)
-    print(advice(wanted), file=sys.stderr)
-    return 1
+    if not arguments.install or (not needed and not _may_install()):
+        _tell("missing" if needed else "missing, but not needed", wanted)
+        return bool(needed)
+    try:
+        ensure(wanted, lambda line: print(f"  {line}", flush=True))
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _tell(how: str, wanted: list[Requirement]) -> None:
+    print(f"{how}: {', '.join(one.what for one in wanted)}", file=sys.stderr)
+    print(f"  hint: {advice(wanted)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
-from vswitch.lab import initrd, process, programs
+from vswitch.lab import initrd, process, programs, requirements
 from vswitch.lab.errors import GuestError, LabError
 from vswitch.lab.guest import Guest
 from vswitch.lab.image import GuestImage
@@ -28,7 +28,7 @@ def build_image(directory: Path) -> GuestImage:
     if kernel is None or busybox is None or not releases:
         raise LabError(
             f"no {UML}, no busybox, or no modules in {MODULES}",
-            hint="apt-get install user-mode-linux busybox-static",
+            hint=requirements.installing("user-mode-linux", "busybox-static"),
         )
     modules = initrd.load_order(releases[-1], ("virtio_net",))
     packed = directory / "uml-initrd.gz"
