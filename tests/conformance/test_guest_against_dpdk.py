@@ -177,9 +177,9 @@ def test_verified_load(backend: tuple[Path, Path], format: str) -> None:
         b.connect(backend[1])
         templates = frames(B, A, [60, 128, 1514])
         flow = Flow(
-            a.transmitqs[0], b.receiveqs[0], templates, window=64, verify=True, write_off_s=10.0
+            a.transmitqs[0], b.receiveqs[0], templates, window=64, verify=True, write_off_s=60.0
         )
-        (result,) = Load([flow]).run(60.0, frames=70_000, settle_s=5.0)
+        (result,) = Load([flow]).run(60.0, frames=70_000, settle_s=60.0, quiet_s=30.0)
         assert result.sent == result.received == 70_000
         assert (result.lost, result.misordered, result.corrupt, result.written_off) == (0, 0, 0, 0)
         assert flow.tx is not None

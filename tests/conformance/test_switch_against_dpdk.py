@@ -31,7 +31,7 @@ def echo(guest: SoftwareGuest, lengths: list[int], at_once: int = 32) -> None:
     for i in range(0, len(sent), at_once):
         batch = sent[i : i + at_once]
         guest.send(batch)
-        back = guest.recv(len(batch), timeout=10.0)
+        back = guest.recv(len(batch))
         assert back == [f[6:12] + f[:6] + f[12:] for f in batch]
     guest.drain()
 
@@ -141,7 +141,7 @@ def test_several_queue_pairs(wire: Wire) -> None:
             source = f"52:54:00:ab:00:{n:02x}"
             sent = frames(P, source, [60, 61])
             a.send(sent)
-            assert a.recv(2, timeout=10.0) == [f[6:12] + f[:6] + f[12:] for f in sent]
+            assert a.recv(2) == [f[6:12] + f[:6] + f[12:] for f in sent]
         used = {r["index"]: r["used_idx"] for r in wire.info("p")["rings"]}
         assert used[0] > 0
         assert used[2] > 0

@@ -56,7 +56,7 @@ def port_mac(number: int) -> str:
 def echo(guest: SoftwareGuest, to: str, source: str, lengths: list[int], tag: int) -> None:
     sent = frames(to, source, lengths, tag)
     guest.send(sent)
-    back = guest.recv(len(sent), timeout=15.0)
+    back = guest.recv(len(sent))
     assert back == [f[6:12] + f[:6] + f[12:] for f in sent]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from formats import FORMATS
 from frames import BROADCAST, frame, frames, mac
-from running import Wire, silent, teach
+from running import DEADLINE_S, Wire, silent, teach
 
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.guest import SoftwareGuest
@@ -242,7 +242,7 @@ def test_pings(wire: Wire) -> None:
 def test_aging(start: Callable[..., Wire]) -> None:
     wire = start(mac_aging_s=1)
     a, b, c = wire.guest("a", 1), wire.guest("b", 2), wire.guest("c", 3)
-    events = wire.client.events("mac-learned", "mac-aged", timeout=10.0)
+    events = wire.client.events("mac-learned", "mac-aged", timeout=DEADLINE_S)
     teach(a, b)
     wire.client.fdb_add(mac(8), "a")
     assert len(c.recv(2)) == 2

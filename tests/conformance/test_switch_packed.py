@@ -6,7 +6,7 @@ import select
 
 import pytest
 from frames import frames, mac
-from running import Wire, teach
+from running import DEADLINE_S, Wire, teach
 
 from vswitch.guest import DEFAULT_FEATURES
 from vswitch.guest.load import Flow, Load
@@ -27,9 +27,9 @@ def test_a_frames_buffers_appear_together(wire: Wire, length: int, buffers: int)
     b = wire.guest("b", 2, **options | {"queue_size": 16, "rx_queue_size": 1500})
     teach(a, b)
     flow = Flow(a.transmitqs[0], b.receiveqs[0], frames(B, A, [60, length]), window=4, verify=True,
-                write_off_s=20.0)  # fmt: skip
+                write_off_s=60.0)  # fmt: skip
     before = b.receiveqs[0].ring.used_idx
-    (result,) = Load([flow]).run(60.0, frames=2000, settle_s=10.0)
+    (result,) = Load([flow]).run(60.0, frames=2000, settle_s=60.0, quiet_s=30.0)
     assert (result.received, result.lost, result.misordered, result.corrupt) == (2000, 0, 0, 0)
     assert (b.receiveqs[0].ring.used_idx - before) % 65536 == 1000 * (buffers + 1) % 65536
 
@@ -48,7 +48,7 @@ def test_a_call_after_a_long_spell_of_polling(wire: Wire) -> None:
         assert not queue.ring.calls_on()
         sent = frames(B, A, [60] * count)
         a.send(sent)
-        assert called.poll(5000), "no notification"
+        assert called.poll(1000 * DEADLINE_S), "no notification"
         queue.ring.calls_off()
         assert b.recv(count) == sent
 

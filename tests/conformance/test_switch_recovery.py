@@ -26,7 +26,7 @@ from vswitch.vhost_user.protocol import Feature
 
 BURST = 64
 """The most frames of a transmitq that are in the switch at any time."""
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"drop": Feature(0)},
@@ -84,7 +84,7 @@ class Pair:
     def check_at_rest(self) -> None:
         """Frames cross one by one, and every buffer and every frame is accounted for."""
         for guest in self.guests:
-            guest.drain(timeout=10.0)
+            guest.drain()
         for guest in self.guests:  # what was under way when the flows ended
             while guest.poll_frames(64):
                 pass
@@ -95,7 +95,7 @@ class Pair:
             for i in range(3):
                 sent = frames(dst, src, [60, 1514], tag=i)
                 sender.send(sent)
-                assert receiver.recv(2, timeout=10.0) == sent, self.name
+                assert receiver.recv(2) == sent, self.name
             sender.drain()
             assert receiver.receiveqs[0].ring.outstanding == receiver.receiveqs[0].ring.slots
             assert receiver.poll_frames(1) == []
@@ -120,7 +120,7 @@ def wait_for_progress(pairs: list[Pair], least: int) -> None:
             (now - was) % 65536 < least for now, was in zip(pair.progress(), then, strict=True)
         ):
             assert time.monotonic() < deadline, f"{pair.name}: stuck at {then} -> {pair.progress()}"
-            time.sleep(0.002)
+            time.sleep(0.002)  # between two looks
 
 
 def run(directory: Path, pairs: list[Pair], endings: list[bool], chance: random.Random) -> None:
@@ -243,7 +243,7 @@ def test_reboot_while_the_switch_is_down(run_dir: Path) -> None:
                         sent = frames(pair.macs[1], pair.macs[0], [60] * 16, tag=100 * n + i)
                         for batch in (sent[:8], sent[8:]):
                             a.send(batch)
-                            assert b.recv(8, timeout=10.0) == batch, (pair.name, n, i)
+                            assert b.recv(8) == batch, (pair.name, n, i)
                     a.drain()
             finally:
                 if n % 2:

@@ -222,11 +222,11 @@ def test_indices_wrap_under_load(wire: Wire, format: str) -> None:
             frames(format_mac(receiver.mac), format_mac(sender.mac), [60, 128, 1514]),
             window=100,
             verify=True,
-            write_off_s=10.0,
+            write_off_s=60.0,
         )
         for sender, receiver in ((a, b), (b, a))
     ]
-    for result in Load(flows).run(60.0, frames=70_000, settle_s=5.0):
+    for result in Load(flows).run(60.0, frames=70_000, settle_s=60.0, quiet_s=30.0):
         assert (result.sent, result.received) == (70_000, 70_000)
         assert (result.lost, result.misordered, result.corrupt, result.written_off) == (0,) * 4
     for name in ("a", "b"):
@@ -277,7 +277,7 @@ def test_overload_is_counted_exactly(wire: Wire) -> None:
     teach(a, b)
     frame = frames(format_mac(b.mac), format_mac(a.mac), [60])
     flow = Flow(a.transmitqs[0], b.receiveqs[0], frame)
-    (result,) = Load([flow]).run(20.0, frames=200_000, settle_s=2.0)
+    (result,) = Load([flow]).run(60.0, frames=200_000, settle_s=2.0)
     assert result.sent == 200_000
     a.drain()
     rest = len(b.recv(256, timeout=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,7 @@ def flow(
         frames(dst, src, [60, 200, 1514]),
         window=window,
         verify=True,
-        write_off_s=10.0,
+        write_off_s=60.0,
     )
 
 
@@ -39,7 +40,7 @@ def test_a_worker_for_each_direction(start: Callable[..., Wire], workers: int) -
     a, b = wire.guest("a", 1), wire.guest("b", 2)
     teach(a, b)
     both = [flow(a, b, B, A, window=100), flow(b, a, A, B, window=100)]
-    for result in Load(both).run(30.0, frames=50_000, settle_s=5.0):
+    for result in Load(both).run(60.0, frames=50_000, settle_s=60.0, quiet_s=30.0):
         complete(result, 50_000)
     shares = [worker["rings"] for worker in wire.client.workers()]
     assert len(shares) == workers
@@ -55,9 +56,9 @@ def test_workers_share_a_receiveq(start: Callable[..., Wire]) -> None:
     teach(a, b, c, d)
     senders = [flow(g, None, D, src) for g, src in ((a, A), (b, B), (c, C))]
     sink = Flow(None, d.receiveqs[0], [bytes(60)])
-    results = Load([*senders, sink]).run(30.0, frames=40_000, settle_s=5.0)
+    results = Load([*senders, sink]).run(60.0, frames=40_000, settle_s=5.0)
     for guest in (a, b, c):
-        guest.drain(timeout=20.0)
+        guest.drain()
     rest = 0
     while got := len(d.poll_frames(256)):
         rest += got
@@ -116,11 +117,11 @@ def test_idle_switch_costs_nothing(start: Callable[..., Wire]) -> None:
             fields = file.read().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
-    before, sleeps = cpu_ticks(), wire.client.workers()[0]["sleeps"]
-    events = wire.client.events("port-added", timeout=2.0)
-    assert list(events) == []
-    assert cpu_ticks() - before <= 0.02 * os.sysconf("SC_CLK_TCK") + 1
-    assert wire.client.workers()[0]["sleeps"] - sleeps < 20
+    before, sleeps, begun = cpu_ticks(), wire.client.workers()[0]["sleeps"], time.monotonic()
+    time.sleep(2.0)  # the span that the cost is measured over, longer where the machine is busy
+    after, elapsed_s = cpu_ticks(), time.monotonic() - begun
+    assert after - before <= 0.01 * elapsed_s * os.sysconf("SC_CLK_TCK") + 1
+    assert wire.client.workers()[0]["sleeps"] - sleeps < 10 * elapsed_s
 
 
 def test_busy_polling_needs_no_kicks(start: Callable[..., Wire]) -> None:

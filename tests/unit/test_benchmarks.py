@@ -536,7 +536,7 @@ def test_no_switch_in_every_rhythm() -> None:
             thread.start()
             try:
                 flow = Flow(a.transmitqs[0], b.receiveqs[0], [bytes(64)], window=128)
-                (result,) = Load([flow]).run(30.0, frames=1001, settle_s=30.0, quiet_s=0.5)
+                (result,) = Load([flow]).run(60.0, frames=1001, settle_s=60.0, quiet_s=30.0)
                 assert (result.sent, result.received) == (1001, 1001)
             finally:
                 backend.stop()

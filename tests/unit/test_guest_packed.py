@@ -327,7 +327,7 @@ def test_null_backend(rx_packed: bool, cuts: tuple[int, ...]) -> None:
         try:
             load = Load([Flow(a.transmitqs[0], b.receiveqs[0], [bytes(60)])])
             for _ in range(2):
-                (result,) = load.run(30.0, frames=50_000, settle_s=5.0)
+                (result,) = load.run(60.0, frames=50_000, settle_s=60.0, quiet_s=30.0)
                 assert (result.sent, result.received) == (50_000, 50_000)
         finally:
             null.stop()

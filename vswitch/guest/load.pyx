@@ -41,6 +41,7 @@ cdef enum:
     MAX_FLOWS = 64
     CLOCK_EVERY = 64           # loops between two looks at the clock
     YIELD_AFTER = 4096         # loops without work before the core is offered to others
+    WHOLE_QUIET_NS = 10000000
 
 SEQUENCE_LEN = SEQ_LEN
 
@@ -92,12 +93,15 @@ cdef int loop(
     FlowC **flows, uint32_t n_flows, uint64_t deadline, bint sending, uint64_t quiet_ns,
     int *stopping, uint32_t *culprit,
 ) noexcept nogil:
-    """Until the deadline, `stopping`, all sent (`sending`), or `quiet_ns` without work (if given)."""
+    """Until the deadline, `stopping`, all sent (`sending`), or `quiet_ns` without work (if given).
+
+    Where each flow has received as many frames as it sent, WHOLE_QUIET_NS without work suffice.
+    """
     cdef uint32_t i, loops = 0, idle = 0
     cdef uint64_t now = guest_now_ns()
     cdef uint64_t moved_ns = now
     cdef int rc, moved
-    cdef bint done, unfinished
+    cdef bint done, unfinished, whole
     while True:
         moved = 0
         for i in range(n_flows):
@@ -123,15 +127,19 @@ cdef int loop(
         # Over when all senders are done; flows that only receive have no end of their own.
         done = False
         unfinished = False
+        whole = quiet_ns > WHOLE_QUIET_NS
         for i in range(n_flows):
             look_after(flows[i], now)
+            whole &= (
+                flows[i].tx != NULL and flows[i].rx != NULL and flows[i].received >= flows[i].sent
+            )
             if sending and flows[i].tx != NULL:
                 done = True
                 unfinished |= flows[i].sent < flows[i].limit
         done = done and not unfinished
         if done or now >= deadline or guest_load_relaxed_int(stopping):
             return 0
-        if quiet_ns and now - moved_ns >= quiet_ns:
+        if quiet_ns and now - moved_ns >= (WHOLE_QUIET_NS if whole else quiet_ns):
             return 0
 
 
@@ -308,9 +316,10 @@ cdef class Load:
     def run(self, double seconds, *, uint64_t frames=0, double settle_s=0.0, double quiet_s=0.01):
         """Send for `seconds`, or until each flow has sent `frames` (0: no limit).
 
-        After that, frames under way are received until none has come for `quiet_s`, for `settle_s`
-        at most; 0 leaves them in the rings. Polls all the time, without the GIL. Returns a
-        FlowResult for each flow. DeviceError when the device breaks a rule.
+        After that, frames under way are received until none has come for `quiet_s` (if all have
+        come that were sent, for 10 ms), for `settle_s` at most; 0 leaves them in the rings. Polls
+        all the time, without the GIL. Returns a FlowResult for each flow. DeviceError when the
+        device breaks a rule.
         """
         cdef FlowC *pointers[MAX_FLOWS]
         cdef uint64_t[MAX_FLOWS] in_time
