@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 CONTROL_PERMISSIONS = 0o600
 _IMPORTED_LATER = ("uvloop", "vswitch.switch", "vswitch.config_writer", "concurrent.futures.thread")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class RunningSwitch(SwitchApi, Protocol):
@@ -132,9 +132,8 @@ async def _run(
     stopping = asyncio.Event()
     seen: list[int] = []
     for number in _SIGNALS:
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue  # nohup: it is to outlive its terminal
         loop.add_signal_handler(number, _on_signal, number, seen, stopping)
+    loop.add_signal_handler(signal.SIGHUP, _on_hangup)
 
     # First of all, because a second switch with the same configuration must fail before it
     # touches anything else.
@@ -209,6 +208,14 @@ def _on_signal(number: int, seen: list[int], stopping: asyncio.Event) -> None:
     seen.append(number)
     _log.info("%s", signal.Signals(number).name)
     stopping.set()
+
+
+def _on_hangup() -> None:
+    """To daemons it says: read the configuration anew. Nobody who means that wants to end one."""
+    _log.warning(
+        "SIGHUP: ignored. The configuration is not read again while the switch runs: change ports "
+        "with vswitchctl, or start it anew (guests reconnect and go on)"
+    )
 
 
 def _open_control_socket(settings: Settings, path: Path) -> ListeningSocket:

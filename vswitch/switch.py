@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import Self, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 
 from vswitch import addresses, limits, offloads
 from vswitch.control.api import (
@@ -321,8 +321,11 @@ class Switch:
 
     async def set_link(self, name: str, up: bool) -> PortInfo:
         port = self._guest_port(name)
-        await port.set_link(up)
-        log.info("port %s: link set %s", name, "up" if up else "down")
+        link: Literal["up", "down"] = "up" if up else "down"
+        if port.link != link:
+            await port.set_link(up)
+            log.info("port %s: link set %s", name, link)
+            self._send(Event(event="port-link", time=time.time(), port=name, link=link))
         return port.info()
 
     async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from vswitch import addresses, features, limits
 from vswitch.control.api import MemoryRegion, PortInfo, PortState, RingInfo
@@ -164,8 +165,18 @@ class VhostPort(PortDatapath):
         self.settings = self.settings.model_copy(update=changes)
         limits.apply(self.settings, self.fast, self._engine.fdb)
 
+    @property
+    def link(self) -> Literal["up", "down"]:
+        """What `set_link` said."""
+        return "down" if self.fast.link_down else "up"
+
     async def set_link(self, up: bool) -> None:
-        """Let frames through, or drop all in both directions, whatever frontends say."""
+        """Let frames through or not, whatever frontends say.
+
+        While the link is down the port is to others as one that is down is in a bridge: what its
+        guest sends is dropped, its learned addresses are forgotten, so that frames for them are
+        flooded to the others, and what is for its static ones is dropped.
+        """
         self.fast.link_down = not up
         for index, ring in self.fast.rings.items():
             ring.enabled = self._enabled.get(index, False) and up
@@ -199,7 +210,7 @@ class VhostPort(PortDatapath):
             id=self.fast.id,
             kind="vhost-user",
             state=self.state,
-            link="down" if self.fast.link_down else "up",
+            link=self.link,
             socket=str(self.settings.socket),
             mode=self.settings.mode,
             queues=self.settings.queues,

@@ -112,11 +112,18 @@ def test_rebalancing_by_load(wire: Wire) -> None:
             talker.join()
 
 
-def test_a_link_that_is_down_drops_and_counts_both_ways(wire: Wire) -> None:
+def test_a_port_whose_link_is_down_is_as_one_of_a_bridge(wire: Wire) -> None:
+    """What its guest sends is dropped; its addresses are nobody's: the others get their frames."""
     a, b, c = (wire.guest(name, number + 1) for number, name in enumerate("abc"))
     client = wire.client
     teach(a, b, c)
+    events = client.events("port-link", timeout=20.0)
     assert client.set_link("a", False)["link"] == "down"
+    assert client.set_link("a", False)["link"] == "down"
+    assert {port["name"]: port["link"] for port in client.ports()} == {
+        "a": "down", "b": "up", "c": "up"
+    }  # fmt: skip
+    assert {entry["port"] for entry in client.fdb()} == {"b", "c"}
     a.send([frame(mac(2), mac(1))] * 3)
     a.drain()
     b.send([frame(mac(1), mac(2))])
@@ -130,6 +137,19 @@ def test_a_link_that_is_down_drops_and_counts_both_ways(wire: Wire) -> None:
     a.send([frame(mac(2), mac(1))])
     a.drain()
     wire.wait_until(lambda: wire.drops("a").get("link-down") == 4, "a fourth drop")
+    assert {entry["port"] for entry in client.fdb()} == {"b", "c"}, "nothing is learned from it"
+    # A static address stays its own, and what is for that goes to nobody.
+    client.fdb_add("52:54:00:00:00:01", "a")
+    before = wire.drops("b")
+    b.send([frame(mac(1), mac(2))] * 5)
+    b.drain()
+    wire.wait_until(lambda: wire.drops("b").get("egress-down") == 5, "five drops")
+    assert {**wire.drops("b"), "egress-down": 0} == {**before, "egress-down": 0}
+    assert c.poll_frames(8) == []
     assert client.set_link("a", True)["link"] == "up"
     a.send([frame(mac(2), mac(1))])
     assert len(b.recv(1)) == 1
+    b.send([frame(mac(1), mac(2))])
+    assert len(a.recv(1)) == 1
+    told = [next(events) for _ in range(2)]
+    assert [(event["port"], event["link"]) for event in told] == [("a", "down"), ("a", "up")]

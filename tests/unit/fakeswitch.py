@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vswitch.control.api import (
     PAGE_MAX,
@@ -33,6 +33,7 @@ class FakeSwitch:
         self._fdb: dict[tuple[str, int], FdbEntry] = {}
         self._callbacks: list[Callable[[Event], None]] = []
         self._ids: dict[str, int] = {}
+        self._links: dict[str, Literal["up", "down"]] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.page_max = PAGE_MAX
@@ -127,6 +128,7 @@ class FakeSwitch:
         if name not in self._ports:
             raise NotFoundError(f'no port "{name}"', hint="`vswitchctl list-ports` lists them")
         del self._ports[name], self._ids[name]
+        self._links.pop(name, None)
         listener = self._listeners.pop(name, None)
         if listener is not None:
             unlink_if_ours(listener.path, listener)
@@ -144,6 +146,7 @@ class FakeSwitch:
             "id": self._ids[name],
             "kind": "tap",
             "state": "up",
+            "link": self._links.get(name, "up"),
             "socket": None,
             "mode": None,
             "queues": 1,
@@ -313,9 +316,10 @@ class FakeSwitch:
         return 2
 
     async def set_link(self, name: str, up: bool) -> PortInfo:
-        info = self.port(name)
-        info["link"] = "up" if up else "down"
-        return info
+        self.port(name)
+        self._links[name] = "up" if up else "down"
+        self.emit("port-link", name, link=self._links[name])
+        return self.port(name)
 
     async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
         self.port(name)

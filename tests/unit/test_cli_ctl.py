@@ -79,8 +79,8 @@ def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     assert run("del-port", "vm3", "vm4", "vm5").code == 0
 
     table = run("list-ports").out.splitlines()
-    assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "MODE", "SOCKET"]
-    assert table[1].split() == ["vm1", "0", "vhost-user", "ready", "server", str(socket)]
+    assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "LINK", "MODE", "SOCKET"]
+    assert table[1].split() == ["vm1", "0", "vhost-user", "ready", "up", "server", str(socket)]
     assert [port["name"] for port in run("list-ports", "--json").json] == ["vm1", "vm2"]
 
     shown = run("show", "vm1").out
@@ -95,6 +95,84 @@ def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     assert run("del-port", "vm1", "vm2").out == "deleted port vm1, vm2\n"
     assert "add-port" in run("show").out
     assert run("list-ports", "--json").json == []
+
+
+def test_ports_are_deleted_all_or_none(run: Run, tmp_path: Path) -> None:
+    for name in ("vm1", "vm2"):
+        run("add-port", name, str(tmp_path / name))
+    run("uplink", "add", "tap7")
+    for others, said in (
+        (["nosuch"], ['there is no port "nosuch"']),
+        (["nosuch", "nix"], ['there is no port "nosuch", there is no port "nix"']),
+        (["tap7"], ['"tap7" is an uplink (vswitchctl uplink del tap7)']),
+    ):
+        done = run("del-port", "vm1", *others, "vm2")
+        assert (done.code, done.out) == (4, "")
+        for text in (*said, "nothing was deleted"):
+            assert text in done.err
+        assert len(run("list-ports", "--json").json) == 3
+    assert run("del-port", "vm1", "vm1", "--json").json == {"removed": ["vm1"]}
+
+
+def test_a_port_that_goes_while_several_are_deleted(
+    run: Run, controlled: Controlled, tmp_path: Path
+) -> None:
+    """It is said what was done before that."""
+    for name in ("vm1", "vm2", "vm3"):
+        run("add-port", name, str(tmp_path / name))
+    remove = controlled.switch.del_port
+
+    async def del_port(name: str) -> None:
+        await remove(name)
+        if name == "vm1":
+            await remove("vm2")
+
+    controlled.do(setattr, controlled.switch, "del_port", del_port)
+    done = run("del-port", "vm1", "vm2", "vm3")
+    assert done.code == 4
+    assert 'no port "vm2"; deleted before that: vm1' in done.err
+    assert [port["name"] for port in run("list-ports", "--json").json] == ["vm3"]
+
+
+def test_the_link_of_a_port_is_seen(run: Run, tmp_path: Path) -> None:
+    run("add-port", "vm1", str(tmp_path / "vm1"))
+    assert "link               up" in run("show", "vm1").out
+    assert run("set-link", "vm1", "down").out == "link of vm1 is down\n"
+    assert run("list-ports").out.splitlines()[1].split()[4] == "down"
+    assert run("list-ports", "--json").json[0]["link"] == "down"
+    assert "down, nothing passes: vswitchctl set-link vm1 up" in run("show", "vm1").out
+    run("uplink", "add", "tap7")
+    assert run("list-ports").out.splitlines()[2].split() == [
+        "tap7",
+        "1",
+        "tap",
+        "up",
+        "-",
+        "-",
+        "-",
+    ]
+
+
+def test_narrow_terminals(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number and no name is cut or broken, whatever the width."""
+    name = "a-name-of-thirty-two-characters-"
+    run("add-port", name, str(tmp_path / "a-long-path-to-a-socket" / ".." / "vm1"), "--client")
+    values = {
+        ("stats",): [name, "IN FRAMES 1000", "IN BYTES 1500000", "DROPPED FOR runt 3"],
+        ("stats", "-w", "--interval", "0.1", "--count", "1"): [name, "IN FRAMES/S 0"],
+        ("worker", "show"): ["CYCLES/FRAME 130", "WAKEUPS 2", "NOTIFIES BY aio"],
+    }
+    for width in (40, 60, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for arguments, texts in values.items():
+            out = run(*arguments).out
+            assert max(map(len, out.splitlines())) <= width
+            for text in texts:
+                assert text in out
+    monkeypatch.setenv("COLUMNS", "200")
+    header, row = run("stats").out.splitlines()
+    assert header.split()[0] == "NAME"
+    assert row.split()[0] == name
 
 
 def test_relative_sockets_are_those_of_the_caller(
@@ -268,6 +346,12 @@ def test_stop(run: Run, controlled: Controlled) -> None:
         (["add-port", "x"], 2, "Missing argument 'SOCKET'", ""),
         (["frobnicate"], 2, "No such command", ""),
         (["stats", "--interval", "0"], 2, "--interval", ""),
+        (["stats", "--nosuch"], 2, "No such option", "vswitchctl stats --help"),
+        (["set-link", "vm1", "sideways"], 2, "'sideways' is not one of", "vswitchctl set-link"),
+        (["set-port", "vm1"], 2, "say what to change", ""),
+        (["fdb", "nosuch"], 2, "No such command", ""),
+        (["--timeout", "soon", "ping"], 2, "'soon' is not a valid float", ""),
+        (["del-port"], 2, "Missing argument 'NAME...'", ""),
     ],
 )
 def test_errors(
@@ -279,10 +363,22 @@ def test_errors(
     assert done.out == ""
     assert what in done.err
     assert hint in done.err
-    if code != 2:
-        error = json.loads(run("--json", *arguments).err)["error"]
+    for before, behind in ((["--json"], []), ([], ["--json"])):
+        done = run(*before, *arguments, *behind)
+        assert done.code == code
+        error = json.loads(done.err)["error"]
         assert what in error["message"]
         assert hint in error["hint"]
+        assert (error["code"] == "usage") == (code == 2)
+
+
+def test_a_group_alone(run: Run) -> None:
+    done = run("fdb")
+    assert (done.code, done.out) == (2, "")
+    assert "Usage: vswitchctl fdb" in done.err
+    done = run("fdb", "--json")
+    assert json.loads(done.err)["error"]["code"] == "usage"
+    assert run("fdb", "--json", "show").json == []
 
 
 def test_events(controlled: Controlled, tmp_path: Path) -> None:
@@ -400,9 +496,7 @@ def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path
 
 def test_every_command_takes_json() -> None:
     def walk(command: click.Command) -> None:
-        assert any("--json" in parameter.opts for parameter in command.params) or isinstance(
-            command, click.Group
-        ), command.name
+        assert any("--json" in parameter.opts for parameter in command.params), command.name
         if isinstance(command, click.Group):
             for each in command.commands.values():
                 walk(each)

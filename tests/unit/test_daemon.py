@@ -86,7 +86,7 @@ def test_ready_means_that_all_sockets_are_open(start: Start, tmp_path: Path) -> 
         assert client.switch["pid"] == process.pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_in_order(start: Start, tmp_path: Path, number: int) -> None:
     process = start()
     process.send_signal(number)
@@ -96,15 +96,22 @@ def test_signals_end_it_in_order(start: Start, tmp_path: Path, number: int) -> N
     assert sockets(tmp_path) == []
 
 
-def test_nohup_lets_it_outlive_its_terminal(start: Start, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_hangup_is_ignored_and_said(start: Start, tmp_path: Path, nohup: bool) -> None:
+    """It is the usual way to have a daemon read its configuration anew, and not to end it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         process = start()
     finally:
         signal.signal(signal.SIGHUP, before)
-    process.send_signal(signal.SIGHUP)
     with Client(tmp_path / "run/deep/c.sock", timeout=DEADLINE_S) as client:
+        for _ in range(3):
+            process.send_signal(signal.SIGHUP)
+            line = process.stderr.readline()
+            assert "SIGHUP: ignored" in line
+            assert "vswitchctl" in line
         assert client.ping() > 0
+        assert [port["name"] for port in client.ports()] == ["vm1", "tap9"]
         client.stop()
     assert end(process)[0] == 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import click
@@ -38,14 +38,29 @@ def exit_code(error: VswitchError) -> int:
 
 def report(program: str, error: VswitchError, *, as_json: bool = False) -> int:
     """Write an error to stderr, for people or as a line of JSON; returns the exit code."""
-    if as_json:
-        text = json.dumps(
-            {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
-        )
-    else:
-        text = f"{program}: {error}"
-    sys.stderr.write(text + "\n")
+    text = f"{program}: {error}\n"
+    sys.stderr.write(_json(error.code, error.message, error.hint) if as_json else text)
     return exit_code(error)
+
+
+def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
+    if as_json:
+        command = None if not isinstance(error, click.UsageError) else error.ctx
+        hint = "" if command is None else f"{command.command_path} --help"
+        sys.stderr.write(_json("usage", error.format_message(), hint))
+    else:
+        error.show()
+    return error.exit_code
+
+
+def _json(code: str, message: str, hint: str) -> str:
+    return json.dumps({"error": {"code": code, "message": message, "hint": hint}}) + "\n"
+
+
+def wants_json(words: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON: known before it is understood, or if it never is."""
+    end = words.index("--") if "--" in words else len(words)
+    return "--json" in words[:end]
 
 
 class LazyCommand(NamedTuple):
@@ -97,20 +112,19 @@ def run_program(
     command: click.Command,
     *,
     obj: object = None,
-    wants_json: Callable[[], bool] = lambda: False,
 ) -> NoReturn:
-    """Run a command line and exit: errors for people become text and an exit code.
+    """Run a command line and exit: errors become text, or JSON where it is asked for, and a code.
 
-    `obj` is what the commands find in their context; `wants_json` is asked when an error is shown.
+    `obj` is what the commands find in their context.
     """
     code: object = EXIT_OK
+    as_json = wants_json(sys.argv[1:])
     try:
         code = command.main(prog_name=program, standalone_mode=False, obj=obj)
     except VswitchError as exc:
-        code = report(program, exc, as_json=wants_json())
+        code = report(program, exc, as_json=as_json)
     except click.ClickException as exc:
-        exc.show()
-        code = exc.exit_code
+        code = _report_usage(exc, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
     except BrokenPipeError:

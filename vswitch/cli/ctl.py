@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import click
 
 from vswitch._version import __version__
 from vswitch.cli.common import completion_script, run_program
-from vswitch.errors import VswitchError
+from vswitch.errors import NotFoundError, VswitchError
 from vswitch.feature_names import FRONTENDS, OF_OFFLOADS, OFFERED
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class State:
         """Print what was done: the result as JSON, or a line of text."""
         click.echo(json.dumps(result) if self.json else text)
 
+    def warn(self, text: str) -> None:
+        """Say something on stderr that is worth knowing although all was done."""
+        warning = json.dumps({"warning": {"message": text}})
+        click.echo(warning if self.json else f"vswitchctl: warning: {text}", err=True)
+
 
 pass_state = click.make_pass_decorator(State, ensure=True)
 
@@ -68,7 +73,12 @@ def _want_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 def _json_option() -> click.Option:
     return click.Option(
-        ["--json"], is_flag=True, expose_value=False, callback=_want_json, help="Print JSON."
+        ["--json"],
+        is_flag=True,
+        is_eager=True,  # before whatever else may be wrong
+        expose_value=False,
+        callback=_want_json,
+        help="Print JSON.",
     )
 
 
@@ -82,6 +92,10 @@ class _Command(click.Command):
 
 class _Group(click.Group):
     command_class = _Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_json_option())
 
 
 def _complete_ports(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -126,9 +140,6 @@ def cli(ctx: click.Context, socket: str | None, timeout: float) -> None:
     state = ctx.ensure_object(State)
     state.socket = socket
     state.timeout = timeout
-
-
-cli.params.append(_json_option())
 
 
 def _offload_names(_ctx: click.Context, _: click.Parameter, value: str) -> bool | list[str]:
@@ -219,11 +230,37 @@ def add_port(state: State, /, name: str, socket: str, client: bool, **options: A
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_complete_ports)
 @pass_state
 def del_port(state: State, names: tuple[str, ...]) -> None:
-    """Delete ports; their guests lose the link."""
+    """Delete ports; their guests lose the link. All of those named, or none if one is not there."""
+    names = tuple(dict.fromkeys(names))
+    removed: list[str] = []
     with state.connect() as switch:
-        for name in names:
-            switch.del_port(name)
-    state.done({"removed": list(names)}, f"deleted port {', '.join(names)}")
+        _check_ports(switch, names)
+        try:
+            for name in names:
+                switch.del_port(name)
+                removed.append(name)
+        except VswitchError as exc:
+            # Somebody else was quicker, or the switch goes away.
+            if removed:
+                exc.message += f"; deleted before that: {', '.join(removed)}"
+            raise
+    state.done({"removed": removed}, f"deleted port {', '.join(removed)}")
+
+
+def _check_ports(switch: Client, names: Iterable[str]) -> None:
+    """Raise NotFoundError, which names all of them, if some are no guests' ports."""
+    problems = []
+    for name in names:
+        try:
+            if switch.port(name)["kind"] != "vhost-user":
+                problems.append(f'"{name}" is an uplink (vswitchctl uplink del {name})')
+        except NotFoundError:
+            problems.append(f'there is no port "{name}"')
+    if problems:
+        raise NotFoundError(
+            f"{', '.join(problems)}; nothing was deleted",
+            hint="vswitchctl list-ports lists them",
+        )
 
 
 @cli.command()
@@ -246,7 +283,7 @@ def list_ports(state: State) -> None:
 
     with state.connect() as switch:
         ports = switch.ports()
-    keys = ("name", "id", "kind", "state", "mode", "socket")
+    keys = ("name", "id", "kind", "state", "link", "mode", "socket")
     state.show([{key: port[key] for key in keys} for port in ports], tables.ports_in_brief)  # type: ignore[literal-required]  # the keys are in PortInfo
 
 
@@ -375,7 +412,7 @@ def uplink_add(state: State, /, name: str, **options: Any) -> None:
         port = switch.add_uplink(name, **_given(options))
     state.done(port, f"added uplink {name} ({port['state']})")
     if port["warning"] and not state.json:
-        click.echo(f"vswitchctl: warning: {port['warning']}", err=True)
+        state.warn(port["warning"])
 
 
 @uplink.command("del")
@@ -448,7 +485,7 @@ def set_port(state: State, /, name: str, **options: Any) -> None:
 @click.argument("link", type=click.Choice(["up", "down"]))
 @pass_state
 def set_link(state: State, name: str, link: str) -> None:
-    """Set the link of port NAME up or down: while down, its frames are dropped."""
+    """Set the link of port NAME up or down: while down, nothing passes from or to its guest."""
     with state.connect() as switch:
         port = switch.set_link(name, link == "up")
     state.done(port, f"link of {name} is {port['link']}")
@@ -528,7 +565,7 @@ def events(state: State, names: tuple[str, ...], count: int | None) -> None:
                 sys.stdout.flush()
                 if switch.events_lost > lost:
                     lost = switch.events_lost
-                    click.echo(f"vswitchctl: warning: {lost} events were lost", err=True)
+                    state.warn(f"{lost} events were lost")
                 shown += 1
                 if shown == count:
                     break
@@ -551,7 +588,7 @@ def completion(state: State, shell: str) -> None:
 def main() -> NoReturn:
     """The console script."""
     state = State()
-    run_program("vswitchctl", cli, obj=state, wants_json=lambda: state.json)
+    run_program("vswitchctl", cli, obj=state)
 
 
 if __name__ == "__main__":

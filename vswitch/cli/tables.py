@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vswitch.cli.fitting import FittingTable
 from vswitch.control.api import (
     Event,
     EventLoopInfo,
@@ -41,18 +42,8 @@ def console() -> Console:
     return Console(highlight=False, markup=False, width=width)
 
 
-def _table(*columns: str) -> Table:
-    """A table without lines; a column whose name starts with `>` is of numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(
-            Text(column.lstrip(">")), justify="right" if column.startswith(">") else "left"
-        )
-    return table
-
-
-def _add(table: Table, *cells: object) -> None:
-    table.add_row(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
+def _add(table: FittingTable, *cells: object) -> None:
+    table.add(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
 
 
 def _text(value: object) -> str:
@@ -72,7 +63,7 @@ def _size(n_bytes: int) -> str:
 
 def ports_in_brief(ports: Sequence[dict[str, Any]]) -> RenderableType:
     """`list-ports`."""
-    table = _table("NAME", ">ID", "KIND", "STATE", "MODE", "SOCKET")
+    table = FittingTable("NAME", ">ID", "KIND", "STATE", "LINK", "MODE", "SOCKET")
     for port in ports:
         _add(
             table,
@@ -80,6 +71,7 @@ def ports_in_brief(ports: Sequence[dict[str, Any]]) -> RenderableType:
             port["id"],
             port["kind"],
             _state(port["state"]),
+            _state(port["link"]) if port["kind"] == "vhost-user" else None,
             port["mode"],
             port["socket"],
         )
@@ -107,7 +99,7 @@ def _port(port: PortInfo) -> Iterable[RenderableType]:
         facts.add_row(Text(key), value if isinstance(value, Text) else Text(value))
     yield Padding(facts, (0, 0, 0, 2), expand=False)
     if port["memory"]:
-        memory = _table("MEMORY GPA", ">SIZE", "UVA", ">MMAP OFFSET")
+        memory = FittingTable("MEMORY GPA", ">SIZE", "UVA", ">MMAP OFFSET")
         for region in port["memory"]:
             _add(
                 memory,
@@ -118,7 +110,7 @@ def _port(port: PortInfo) -> Iterable[RenderableType]:
             )
         yield Padding(memory, (0, 0, 0, 2), expand=False)
     if port["rings"]:
-        rings = _table(">RING", "TYPE", ">SIZE", "STATE", ">AVAIL", ">USED", "FAULT")
+        rings = FittingTable(">RING", "TYPE", ">SIZE", "STATE", ">AVAIL", ">USED", "FAULT")
         for ring in port["rings"]:
             state = "started" if ring["started"] else "stopped"
             state += "" if ring["enabled"] else ", disabled"
@@ -141,6 +133,13 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
     if port["warning"]:
         yield "warning", Text(port["warning"], style="yellow")
     mtu = "" if port["mtu"] is None else f", MTU {port['mtu']}"
+    if port["link"] == "down":
+        yield (
+            "link",
+            Text(f"down, nothing passes: vswitchctl set-link {port['name']} up", style="red"),
+        )
+    elif port["kind"] == "vhost-user":
+        yield "link", "up"
     yield "queues", f"{port['queues']}{mtu}"
     yield "addresses", f"{port['macs']} learned, {port['max_macs']} at most"
     storm = [f"{kind} {n}/s" for kind, n in port["storm"].items() if kind != "burst" and n]
@@ -169,7 +168,7 @@ def _drops(drops: dict[str, int]) -> str:
 
 def counters(stats: Sequence[PortStats]) -> RenderableType:
     """`stats`: ingress is from the guest into the switch."""
-    table = _table(
+    table = FittingTable(
         "NAME",
         ">IN FRAMES",
         ">IN BYTES",
@@ -204,7 +203,7 @@ def rates(
     before: Sequence[PortStats], now: Sequence[PortStats], interval_s: float
 ) -> RenderableType:
     """`stats --watch`: what happened between two looks, per second."""
-    table = _table(
+    table = FittingTable(
         "NAME",
         ">IN FRAMES/S",
         ">IN BIT/S",
@@ -252,7 +251,7 @@ def _scaled(value: float) -> str:
 
 def fdb(entries: Sequence[FdbEntry]) -> RenderableType:
     """`fdb show`."""
-    table = _table("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
+    table = FittingTable("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
     for entry in sorted(entries, key=lambda each: (each["port"], each["vlan"], each["mac"])):
         static = entry["static"]
         _add(
@@ -268,7 +267,7 @@ def fdb(entries: Sequence[FdbEntry]) -> RenderableType:
 
 def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
     """`worker show`."""
-    table = _table(
+    table = FittingTable(
         ">ID",
         ">CPU",
         "STATE",
@@ -301,7 +300,7 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
             each["wakeups"],
             each["notify"],
         )
-    queues = _table(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
+    queues = FittingTable(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
     for each in workers:
         for queue in each["queues"]:
             _add(
@@ -319,7 +318,7 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
 
 def _turns(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
     """The longest turn of each loop, and of that the time in which it was not run."""
-    table = _table("LONGEST TURN OF", ">LAST 10 S", ">LAST MINUTE", ">SINCE START")
+    table = FittingTable("LONGEST TURN OF", ">LAST 10 S", ">LAST MINUTE", ">SINCE START")
     loops = [("event loop", event_loop["turns"])]
     loops += [(f"worker {each['id']}", each["turns"]) for each in workers]
     for name, turns in loops:

@@ -36,6 +36,7 @@ EventName = Literal[
     "port-disconnected",
     "port-ready",
     "port-fault",
+    "port-link",
     "mac-learned",
     "mac-moved",
     "mac-aged",
@@ -242,8 +243,8 @@ class VersionInfo(HelloInfo):
 class Event(TypedDict):
     """Something that happened at `time` (Unix time in seconds), to `port` if to one.
 
-    `mac` and `vlan` come with the `mac-*` events, `previous_port` with `mac-moved`, `reason` with
-    `port-fault` and `port-disconnected` where one is known.
+    `mac` and `vlan` come with the `mac-*` events, `previous_port` with `mac-moved`, `link` with
+    `port-link`, `reason` with `port-fault` and `port-disconnected` where one is known.
     """
 
     event: EventName
@@ -252,6 +253,7 @@ class Event(TypedDict):
     mac: NotRequired[str]
     vlan: NotRequired[int]
     previous_port: NotRequired[str]
+    link: NotRequired[Literal["up", "down"]]
     reason: NotRequired[str]
 
 

@@ -105,7 +105,7 @@ DROP_REASONS = (
     ("tap-busy", "the TAP's queue is full"),
     ("tap-down", "the TAP interface is down"),
     ("tap-error", "the kernel refused the frame"),
-    ("link-down", "the link of the guest's port was set down"),
+    ("link-down", "the link of the port it came from was set down"),
     ("offload-unnegotiated", "asks for an offload that was not negotiated"),
     ("bad-csum", "the checksum to be filled in is not in the frame, or not where its kind has it"),
     ("bad-gso", "is to be segmented and is no such frame, or gso_size makes no sense"),
