@@ -68,6 +68,7 @@ def extension(name: str) -> Extension:
 EXTENSIONS = [
     extension("vswitch.fastpath.engine"),
     extension("vswitch.fastpath.iotlb"),
+    extension("vswitch.fastpath.joined"),
     extension("vswitch.fastpath.journal"),
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),

@@ -138,6 +138,7 @@ class PortDatapath(PortMemory):
                 identity=self._identity(setup),
                 offloads=_offloads(ring, setup.features),
                 iotlb=None if self._translation is None else self._translation.tables,
+                pieces=setup.pieces,
             )
         except RingError as exc:
             raise DatapathError(f"vring {ring.index}: {exc}") from exc

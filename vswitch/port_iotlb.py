@@ -14,10 +14,11 @@ from typing import Protocol
 
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
+from vswitch.fastpath.joined import why_apart
 from vswitch.fastpath.mapping import Memory
 from vswitch.fastpath.port import Port
 from vswitch.port_translation import PortTranslation
-from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
+from vswitch.vhost_user.datapath import DatapathError, Pieces, RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import Feature
 
 ASKED_MAX = 512
@@ -26,6 +27,10 @@ ASKED_MAX = 512
 _BATCH = 32
 """As many of them for buffers. Frontends answer one after the other, QEMU in a third of a
 millisecond, and when all mappings are taken back at once, what rings themselves need comes last."""
+
+PIECES_MAX = 1024
+"""Pieces that the rings of one port may be in, not counting parts in one piece. A split ring of
+1024 entries is in ten at most, in pages of 4 KiB."""
 
 _NOWHERE = "the IOMMU has nothing for it at address {:#x}"
 
@@ -81,53 +86,75 @@ class PortIotlb(PortTranslation):
         """The same ring with addresses of the frontend's. Raises TranslationPending."""
         packed = Feature.RING_PACKED in setup.features
         missing: list[tuple[int, int]] = []
+        problems: list[str] = []
         found = []
         # The device writes the used ring, of a packed ring all but the driver's event suppression.
         for (address, length), written in zip(setup.areas(), (packed, False, True), strict=True):
             access = ACCESS_READ | ACCESS_WRITE if written else ACCESS_READ
-            found.append(self._locate(index, address, length, access, missing))
+            found.append(self._locate(address, length, access, missing, problems))
         for iova, access in missing:
             self._ask(iova, access, index)
-        desc, avail, used = found
-        if missing or desc is None or avail is None or used is None:
+        pieces = () if max(map(len, found)) == 1 else tuple(found)
+        if (count := _scattered(pieces)) and count + self._scattered_others(index) > PIECES_MAX:
+            problems.append(
+                f"it lies in {count} pieces of memory, with those of the port's other rings more "
+                f"than {PIECES_MAX}; give the guest fewer queues or smaller rings"
+            )
+        if problems:
+            # One of them: to alternate between several would tell of each again and again.
+            self._complain(index, problems[0])
+        if missing or problems:
             raise TranslationPending
+        desc, avail, used = found
         if self._complaints.pop(index, None):
             self._fail(index, None)
-        return replace(setup, desc_uva=desc, avail_uva=avail, used_uva=used)
+        return replace(
+            setup, desc_uva=desc[0][0], avail_uva=avail[0][0], used_uva=used[0][0], pieces=pieces
+        )
+
+    def _scattered_others(self, index: int) -> int:
+        """The pieces of the port's rings but one."""
+        return sum(_scattered(one.pieces) for at, one in self._places.items() if at != index)
 
     def _locate(
-        self, index: int, iova: int, length: int, access: int, missing: list[tuple[int, int]]
-    ) -> int | None:
-        """The user address of a part of a ring, None if it has none (yet)."""
-        start: int | None = None
+        self,
+        iova: int,
+        length: int,
+        access: int,
+        missing: list[tuple[int, int]],
+        problems: list[str],
+    ) -> Pieces:
+        """Where a part of a ring lies, as user addresses: all of it, unless something is added to
+        what is missing or to what is wrong."""
+        pieces: list[tuple[int, int]] = []
         done = 0
-        complete = True
         while done < length:
             at = iova + done
             if at >= 1 << 64:
-                self._complain(index, f"its address {iova:#x} plus its length wraps past 2^64")
-                return None
+                problems.append(f"its address {iova:#x} plus its length wraps past 2^64")
+                return ()
             entry = self._iotlb.find(at)
             if entry is None:
                 missing.append((at, access))
                 done += _PAGE - at % _PAGE
-                complete = False
                 continue
             allowed, uva, left = entry
             if access & ~allowed:
-                self._complain(index, _NOWHERE.format(at))
-                return None
-            if start is None:
-                start = uva - done
-            if uva - done != start:
-                self._complain(
-                    index,
-                    f"its part at I/O virtual address {iova:#x} ({length} bytes) is not in one "
-                    f"piece of memory, at {at:#x} another one begins; give the guest smaller rings",
-                )
-                return None
-            done += left
-        return start if complete else None
+                problems.append(_NOWHERE.format(at))
+                return ()
+            size = min(left, length - done)
+            first, before = pieces[-1] if pieces else (uva, 0)
+            if first + before == uva and self.memory.in_one_region(first, before + size):
+                pieces[-1:] = [(first, before + size)]
+            else:
+                pieces.append((uva, size))
+            done += size
+        if not missing and len(pieces) > 1 and (why := why_apart(self.memory, pieces)):
+            problems.append(
+                f"its part at I/O virtual address {iova:#x} ({length} bytes) is in {len(pieces)} "
+                f"pieces of memory, which cannot be mapped side by side: {why}"
+            )
+        return tuple(pieces)
 
     def started(self, index: int, setup: RingSetup, place: RingSetup) -> None:
         """A ring runs, and workers know it."""
@@ -309,6 +336,11 @@ class PortIotlb(PortTranslation):
         if self._complaints.get(index) != text:
             self._complaints[index] = text
             self._fail(index, text)
+
+
+def _scattered(pieces: tuple[Pieces, ...]) -> int:
+    """How many pieces of a ring's are mapped side by side."""
+    return sum(len(part) for part in pieces if len(part) > 1)
 
 
 def _overlap(area: tuple[int, int], iova: int, size: int) -> bool:

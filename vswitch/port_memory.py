@@ -192,7 +192,12 @@ class PortMemory(abc.ABC):
         assert self._memory is not None
         places = [
             (file_id, uva, offset + uva - region_uva)
-            for uva in (setup.desc_uva, setup.used_uva, setup.avail_uva)
+            for uva in (
+                setup.desc_uva,
+                setup.used_uva,
+                setup.avail_uva,
+                *(piece for part in setup.pieces for piece, _ in part[1:]),
+            )
             for file_id, (_, size, region_uva, offset) in zip(
                 self._file_ids, self._memory.regions, strict=True
             )

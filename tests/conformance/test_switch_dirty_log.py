@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from frames import frame, frames, mac
 from running import Wire, teach, translated
+from scattering import scatter
 
 from vswitch.guest import DEFAULT_FEATURES, Region
 from vswitch.guest.dirty_log import PAGE_LEN, DirtyLog
@@ -24,14 +25,19 @@ REGIONS = [LOW, Region(HIGH, 1 << 23, 0x7E00_0000_0000, 5 * PAGE_LEN, file=1)]
 class Migrating:
     """A guest `b` whose memory is watched, and `a` that talks to it."""
 
-    def __init__(self, wire: Wire, **options: object) -> None:
+    def __init__(self, wire: Wire, *, scattered: bool = False, **options: object) -> None:
         self.wire = wire
         self.a = wire.guest("a", 1)
         self.b = wire.guest("b", 2, regions=REGIONS, **options)  # type: ignore[arg-type]
         self.b.auto_post = False
+        self.scattered = scattered
         if options.get("iommu"):
             translated(self.b)
         teach(self.a, self.b)
+        if scattered:
+            place = LOW.size // 2
+            for queue in self.b.queues():
+                place = scatter(self.b, queue, place)
         self.logs: list[DirtyLog] = []
 
     def log(self, **options: int) -> DirtyLog:
@@ -39,13 +45,17 @@ class Migrating:
         return self.logs[-1]
 
     def memory(self) -> dict[int, bytes]:
-        """Every page by its number."""
+        """Every page by its number, which is that of the page whose place it has."""
         found = {}
         for region in self.b.memory.regions:
             data = self.b.memory.read(region.gpa, region.size)
             for at in range(0, len(data), PAGE_LEN):
-                found[(region.gpa + at) // PAGE_LEN] = data[at : at + PAGE_LEN]
+                found[self.number(region.gpa + at)] = data[at : at + PAGE_LEN]
         return found
+
+    def number(self, address: int) -> int:
+        """Of the page that an address of the driver's is in, as the log has it."""
+        return (self.b.iommu.place(address) if self.scattered else address) // PAGE_LEN
 
     def settle(self) -> None:
         """All that was on its way is there, and the worker has gone to sleep."""
@@ -73,6 +83,8 @@ class Migrating:
         "plain packed",
         "IOMMU",
         "packed IOMMU",
+        "scattered IOMMU",
+        "scattered packed IOMMU",
     ]
 )
 def migrating(wire: Wire, request: pytest.FixtureRequest) -> Iterator[Migrating]:
@@ -80,6 +92,13 @@ def migrating(wire: Wire, request: pytest.FixtureRequest) -> Iterator[Migrating]
         "plain": {"indirect": False},
         "IOMMU": {"iommu": True, "indirect": False},
         "packed IOMMU": {"iommu": True, "features": DEFAULT_FEATURES | Feature.RING_PACKED},
+        "scattered IOMMU": {"iommu": True, "scattered": True, "queue_size": 1024},
+        "scattered packed IOMMU": {
+            "iommu": True,
+            "scattered": True,
+            "queue_size": 1024,
+            "features": DEFAULT_FEATURES | Feature.RING_PACKED,
+        },
         "split": {},
         "plain packed": {"indirect": False, "features": DEFAULT_FEATURES | Feature.RING_PACKED},
         "no event_idx": {"features": DEFAULT_FEATURES & ~Feature.RING_EVENT_IDX},
@@ -88,22 +107,22 @@ def migrating(wire: Wire, request: pytest.FixtureRequest) -> Iterator[Migrating]
         "packed": {"features": DEFAULT_FEATURES | Feature.RING_PACKED},
         "far apart": {"slot_offset": 60, "rx_buf_len": 600, "queue_size": 1024},
     }
-    found = Migrating(wire, **options[request.param])
+    found = Migrating(wire, **options[request.param])  # type: ignore[arg-type]
     try:
         yield found
     finally:
         found.close()
 
 
-def ring_pages(queue: AnyQueue) -> set[int]:
-    """The pages of a ring that the device may write."""
+def ring_pages(migrating: Migrating, queue: AnyQueue) -> set[int]:
+    """The pages of a ring of the guest's that the device may write."""
     layout = queue.layout
     if queue.ring.packed:
         places = [(layout.desc_gpa, 16 * layout.size), (layout.used_gpa, 4)]
     else:
         places = [(layout.used_gpa, 6 + 8 * layout.size)]
     return {
-        page
+        migrating.number(page * PAGE_LEN)
         for gpa, length in places
         for page in range(gpa // PAGE_LEN, (gpa + length - 1) // PAGE_LEN + 1)
     }
@@ -125,7 +144,7 @@ def test_what_changed_is_what_is_marked(migrating: Migrating) -> None:
     after, marked = migrating.memory(), log.pages()
     assert changed(before, after) <= marked
     # A page may be marked for being written with what was there, but not much more than that.
-    used = ring_pages(b.receiveqs[0]) | ring_pages(b.transmitqs[0])
+    used = ring_pages(migrating, b.receiveqs[0]) | ring_pages(migrating, b.transmitqs[0])
     assert len(marked - changed(before, after) - used) <= len(sent)
     assert log.outside() == bytes(PAGE_LEN + 24)
     assert b.recv(len(sent)) == sent
@@ -139,14 +158,13 @@ def test_giving_back_what_was_sent_marks_the_used_ring(migrating: Migrating) -> 
     b.send(frames(A, B, [60] * 30))
     migrating.settle()
     assert migrating.a.recv(30)
-    pages = ring_pages(b.transmitqs[0])
+    pages = ring_pages(migrating, b.transmitqs[0])
     if b.memory.gpa_offset:
         # Behind an IOMMU the switch asks for kicks when more receive buffers come.
-        pages |= ring_pages(b.receiveqs[0])
+        pages |= ring_pages(migrating, b.receiveqs[0])
     first = b.transmitqs[0].layout
-    assert (first.desc_gpa if b.transmitqs[0].ring.packed else first.used_gpa) // PAGE_LEN in (
-        log.pages()
-    )
+    written = first.desc_gpa if b.transmitqs[0].ring.packed else first.used_gpa
+    assert migrating.number(written) in log.pages()
     assert log.pages() <= pages
 
 
@@ -167,7 +185,7 @@ def test_logging_comes_and_goes_under_load(migrating: Migrating) -> None:
         log.clear()
         a.send(sent)
         assert b.recv(len(sent)) == sent
-        assert ring_pages(b.receiveqs[0]) & log.pages()
+        assert ring_pages(migrating, b.receiveqs[0]) & log.pages()
         a.send(sent)
         log.stop()
         assert b.recv(len(sent)) == sent
@@ -192,7 +210,7 @@ def test_another_log_takes_the_place_of_the_first(migrating: Migrating) -> None:
     a.send(frames(B, A, [60] * 10))
     migrating.settle()
     assert first.pages() == set()
-    assert ring_pages(b.receiveqs[0]) & second.pages()
+    assert ring_pages(migrating, b.receiveqs[0]) & second.pages()
     assert len(b.recv(10)) == 10
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+from pathlib import Path
 
 import pytest
 from formats import FORMATS
 from frames import frame, frames, mac
 from running import Wire, posted, teach, translated
+from scattering import move, pages_of
 
 from vswitch.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
 from vswitch.guest.iommu import READ, WRITE
@@ -22,6 +25,8 @@ LEN = 1 << 23
 WIDE = [Region(0, LEN, UVA)]
 """Far more than a guest's rings and buffers take: the second half is nobody's."""
 UNUSED = LEN // 2
+HIGH = 1 << 32
+TWO_FILES = [Region(0, LEN, UVA), Region(HIGH, LEN, UVA + HIGH, PAGE_LEN, file=1)]
 
 
 def guest(wire: Wire, name: str, n: int, **options: object) -> SoftwareGuest:
@@ -331,18 +336,99 @@ def test_a_ring_that_is_nowhere(wire: Wire) -> None:
     assert b.recv(20) == sent
 
 
-def test_a_ring_in_two_pieces(wire: Wire) -> None:
-    """Its pages are neighbours for the driver only, which a ring must not be."""
+def mapped(wire: Wire, one: SoftwareGuest) -> int:
+    """How many mappings the switch has of a guest's memory file."""
+    file = os.fstat(one.memory.fd(one.memory.regions[0]))
+    name = [f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}", str(file.st_ino)]
+    rows = Path(f"/proc/{wire.switch.process.pid}/maps").read_text().splitlines()
+    return [row.split()[3:5] for row in rows].count(name)
+
+
+@pytest.mark.parametrize(
+    ("format", "part"),
+    [("split", 0), ("split", 1), ("split", 2), ("packed", 0)],
+    ids=["descriptors", "avail", "used", "packed"],
+)
+def test_a_ring_whose_pages_are_scattered(wire: Wire, format: str, part: int) -> None:
+    """One part of each ring is in one piece for the driver only, and moves while frames cross."""
+    wire.extra_features = FORMATS[format]
+    length = 4 * LEN
+    regions = [Region(0, length, UVA)]
+    a = guest(wire, "a", 1, regions=regions, queue_size=2048, rx_queue_size=1024)
+    b = wire.guest("b", 2)
+    translated(a)
+    teach(a, b)
+    assert mapped(wire, a) == 1
+    pages = [page for queue in a.queues() for page in pages_of(queue)[part]]
+    assert len(pages) >= 3
+    free = list(range(move(a, pages[::-1], length // 2), length, 2 * PAGE_LEN))
+    for source, target, to, by in ((a, b, B, A), (b, a, A, B)):
+        for number in range(32):  # all of the ring, and around
+            sent = frames(to, by, [60] * 100, tag=number)
+            source.send(sent)
+            assert target.recv(100) == sent
+    assert mapped(wire, a) >= 1 + len(pages)
+    chance = random.Random(part)
+    total = got = 0
+    before = wire.drops("b").get("egress-down", 0)
+    for number in range(60):
+        there = frames(B, A, [chance.randrange(60, 1518) for _ in range(10)], tag=number)
+        back = frames(A, B, [chance.randrange(60, 1518) for _ in range(10)], tag=number)
+        a.send(there)
+        b.send(back)
+        a.iommu.move(chance.choice(pages), free.pop())
+        # Its transmitq waits, its receiveq is nowhere for a moment.
+        assert b.recv(10) == there
+        b.drain()
+        arrived = a.recv(10, timeout=0)
+        rest = iter(back)
+        assert all(one in rest for one in arrived), "in order and as they were sent"
+        total, got = total + 10, got + len(arrived)
+    lost = wire.drops("b").get("egress-down", 0) - before + wire.drops("a").get("iotlb-miss", 0)
+    assert got + len(a.recv(total, timeout=0.2)) + lost == total
+    assert wire.info("a")["state"] == "ready"
+    a.stop_rings()
+    assert mapped(wire, a) == 1
+
+
+def test_a_ring_in_two_regions(wire: Wire) -> None:
+    """Its pages come from files of two regions, in turns."""
+    a, b = guest(wire, "a", 1, regions=TWO_FILES, queue_size=1024), wire.guest("b", 2)
+    translated(a)
+    teach(a, b)
+    spare = [UNUSED, HIGH + UNUSED]
+    for queue in a.queues():
+        for number, page in enumerate(pages_of(queue)[0]):
+            spare[number % 2] = move(a, [page], spare[number % 2])
+    for source, target, to, by in ((a, b, B, A), (b, a, A, B)):
+        for number in range(32):
+            sent = frames(to, by, [60] * 100, tag=number)
+            source.send(sent)
+            assert target.recv(100) == sent
+
+
+def test_a_ring_in_pieces_that_are_no_pages(wire: Wire) -> None:
+    """They cannot be mapped side by side, and the port says so; elsewhere it goes on."""
     a, b = guest(wire, "a", 1, queue_size=512, rx_queue_size=256), wire.guest("b", 2)
     translated(a)
     teach(a, b)
-    a.iommu.move(a.transmitqs[0].layout.desc_gpa + PAGE_LEN, UNUSED)
-    wire.wait_state("a", "fault")
-    assert "is not in one piece of memory" in str(wire.info("a")["error"])
-    # The other one works.
-    sent = frames(A, B, [60] * 20)
-    b.send(sent)
-    assert a.recv(20) == sent
+    at = a.transmitqs[0].layout.desc_gpa
+    with a.iommu.hold():
+        a.iommu.invalidate()
+        for piece, place in ((0, at), (1024, UNUSED)):
+            uva = UVA + place
+            a.frontend.iotlb_msg(IotlbEntry(at + piece, 1024, uva, READ | WRITE, IotlbType.UPDATE))
+        rest = IotlbEntry(at + 2048, UNUSED, UVA + at + 2048, READ | WRITE, IotlbType.UPDATE)
+        a.frontend.iotlb_msg(rest)
+        wire.wait_state("a", "fault")
+        error = str(wire.info("a")["error"])
+    assert "is in 3 pieces of memory, which cannot be mapped side by side" in error
+    assert "does not begin a page of 4096 bytes" in error
+    a.iommu.invalidate()
+    wire.wait_state("a", "ready")
+    sent = frames(B, A, [60] * 20)
+    a.send(sent)
+    assert b.recv(20) == sent
 
 
 def test_a_ring_that_never_was_anywhere(wire: Wire) -> None:

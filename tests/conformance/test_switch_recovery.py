@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from formats import FORMATS
 from frames import frames, mac
-from running import RunningSwitch
+from running import RunningSwitch, posted
+from scattering import scatter
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
 from vswitch.guest.load import Flow, FlowResult, Load
 from vswitch.guest.packets import format_mac
 from vswitch.vhost_user.protocol import Feature
@@ -36,11 +37,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+ROOMY = [Region(0, 1 << 24, 0x7F00_0000_0000)]
+"""Behind an IOMMU: the second half is where pages of rings go."""
+
+
 class Pair:
     """Two guests with the same kind of rings, and their ports; `n` tells pairs apart."""
 
-    def __init__(self, directory: Path, n: int, format: str, variant: str) -> None:
-        options = dict(VARIANTS[variant])
+    def __init__(self, directory: Path, n: int, format: str, variant: str, **more: object) -> None:
+        options = VARIANTS[variant] | more
         features = (DEFAULT_FEATURES | FORMATS[format]) & ~options.pop("drop")
         self.name = f"{format}, {variant}"
         self.ports = f"a{n}", f"b{n}"
@@ -223,6 +228,38 @@ def test_many_crashes(run_dir: Path, format: str, variant: str) -> None:
     pairs = [Pair(directory, 0, format, variant)]
     with closing(pairs):
         run(directory, pairs, [True] * 25, random.Random(11))
+
+
+@pytest.mark.parametrize("format", ["split", "packed"])
+def test_scattered_rings_after_a_crash(run_dir: Path, format: str) -> None:
+    """Rings behind an IOMMU whose pages lie anywhere are known again by the journal."""
+    directory = run_dir / f"scattered{list(FORMATS).index(format)}"
+    directory.mkdir()
+    pair = Pair(directory, 0, format, "plain", iommu=True, queue_size=1024, regions=ROOMY)
+    a, b = pair.guests
+    with closing([pair]):
+        for n in range(4):
+            running = RunningSwitch(directory)
+            try:
+                pair.add_ports(running)
+                for guest, socket in zip(pair.guests, pair.sockets, strict=True):
+                    since = len(guest.iommu.misses)
+                    if n:
+                        guest.reconnect()
+                    else:
+                        guest.connect(socket)
+                    guest.iommu.wait_for_misses(posted(guest), since)
+                    place = ROOMY[0].size // 2
+                    for queue in guest.queues() if n == 0 else ():
+                        place = scatter(guest, queue, place)
+                for source, target, to, by in ((a, b, *reversed(pair.macs)), (b, a, *pair.macs)):
+                    for number in range(5):
+                        sent = frames(to, by, [60] * 60, tag=1000 * n + number)
+                        source.send(sent)
+                        assert target.recv(60, timeout=10.0) == sent
+                    source.drain(timeout=10.0)
+            finally:
+                running.kill()
 
 
 def test_reboot_while_the_switch_is_down(run_dir: Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from frames import BROADCAST, frame, mac
-from running import RunningSwitch, Wire, teach
+from running import RunningSwitch, Wire, teach, translated
+from scattering import scatter
 
-from vswitch.guest import SoftwareGuest
+from vswitch.guest import Region, SoftwareGuest
+from vswitch.guest.guest import AnyQueue
 from vswitch.guest.raw import RawDesc
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, Request
@@ -78,6 +80,33 @@ def test_sender(own_wire: Wire) -> None:
     queue = a.transmitqs[0]
     a.memory.truncate(a.memory.regions[0], 0)
     queue.kick()
+    check(wire, b, c)
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_scattered_rings(own_wire: Wire, role: str) -> None:
+    """Pages of a ring that were mapped once more, side by side, are lost there as well."""
+    wire = own_wire
+    length = 1 << 24
+    regions = [Region(0, length, 0x7F00_0000_0000)]
+    a = wire.guest("a", 1, iommu=True, queue_size=1024, regions=regions)
+    b, c = wire.guest("b", 2), wire.guest("c", 3)
+    translated(a)
+    teach(a, b, c)
+    queue: AnyQueue = a.transmitqs[0] if role == "sender" else a.receiveqs[0]
+    scatter(a, queue, length // 2)
+    sent = [frame(B, A), frame(A, B)]
+    a.send(sent[:1])
+    assert b.recv(1) == sent[:1]
+    b.send(sent[1:])
+    assert a.recv(1) == sent[1:]
+    # The first half is still there, and with it all that is no ring.
+    a.memory.truncate(a.memory.regions[0], length // 2)
+    if role == "sender":
+        queue.kick()
+    else:
+        b.send([frame(BROADCAST, B)])
+        assert c.recv(1) == [frame(BROADCAST, B)]
     check(wire, b, c)
 
 

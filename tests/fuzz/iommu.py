@@ -39,6 +39,14 @@ ROUNDS_MAX = 500
 Result = TypeVar("Result")
 
 
+def _elsewhere(gpa: int) -> int:
+    """Where a guest-physical address of the first region is when pages are `scattered`."""
+    count = PLACES[0].size // PAGE
+    if not 0 <= gpa < PLACES[0].size:
+        return gpa
+    return (gpa // PAGE * 5 + 3) % count * PAGE + gpa % PAGE
+
+
 def done(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine that waits for nobody but the engine."""
     try:
@@ -53,6 +61,8 @@ class IommuBed(Bed):
 
     def __init__(self) -> None:
         super().__init__()
+        self._scattered = False
+        """The driver's pages in the first region are in another order for the frontend."""
         self._settings = PortSettings(name="hostile", socket=Path("/nonexistent/hostile"))
         self._regions = [MemRegion(*row) for row in self.rows]
         self.rings = self.hostile.rings
@@ -108,12 +118,15 @@ class IommuBed(Bed):
                 continue
             # The descriptors, the driver's part and the device's.
             packed = Feature.RING_PACKED in self._running[index].features
-            for (uva, length), write in zip(ring.areas, (packed, False, True), strict=True):
-                at = Mappings.offset(PLACES, uva, length)
-                if at is None:
-                    raise Violation(f"vring {index} is at {uva:#x}")
-                if write or not written:
-                    found.append((at, at + length))
+            for part, write in zip(ring.areas, (packed, False, True), strict=True):
+                for uva, length in part:
+                    at = Mappings.offset(PLACES, uva, length)
+                    if at is None:
+                        raise Violation(f"vring {index} is at {uva:#x}")
+                    if write or not written:
+                        found.append((at, at + length))
+                if len(part) > 1:
+                    self.reached["scattered"] += 1
         return found
 
     def _readable(self, mapped: Mappings) -> list[Range]:
@@ -183,6 +196,14 @@ class IommuBed(Bed):
     # The guest
 
     def write(self, gpa: int, data: bytes) -> None:
+        """To where an honest frontend has what its driver has at `gpa`."""
+        while self._scattered and data:
+            left = PAGE - gpa % PAGE
+            self._write(_elsewhere(gpa), data[:left])
+            gpa, data = gpa + left, data[left:]
+        self._write(gpa, data)
+
+    def _write(self, gpa: int, data: bytes) -> None:
         found = self.offset(gpa)
         if found is None:
             return
@@ -337,6 +358,8 @@ class IommuBed(Bed):
             return [], 1
         page = iova - iova % PAGE
         uva = place.uva + page - place.gpa
+        if self._scattered and place is PLACES[0]:
+            uva = place.uva + _elsewhere(page)
         size = min(PAGE, place.gpa + place.size - page)
         match how:
             case "exact":
@@ -365,6 +388,7 @@ class IommuBed(Bed):
     # A case
 
     def run(self, case: dict[str, Any]) -> None:
+        self._scattered = case.get("scattered", False)
         self._begin(deaf=case.get("deaf", False))
         super().run(case)
         done(self.vhost.set_memory([], []))

@@ -93,13 +93,17 @@ def _anything(rng: Random, own: list[int]) -> Op:
 def make(seed: int) -> dict[str, Any]:
     """The case of a seed."""
     rng = Random(seed ^ 0x10)
-    case = ringcases.make(seed)
+    # Of every third case the frontend has the pages in another order than its driver.
+    scattered = seed % 3 == 0
+    case = ringcases.make(seed, across=rng.choice([0, 1]) if scattered else None)
     case["kind"] = "iommu"
+    if scattered:
+        case["scattered"] = True
     if rng.random() < 0.1:
         case["deaf"] = True
     ops: list[Op] = []
     own: list[int] = [ringcases.DATA, ringcases.TABLES, ringcases.RX_DATA]
-    if rng.random() < 0.6:
+    if rng.random() < (0.1 if scattered else 0.6):
         for place in PLACES:
             ops.append(["update", place.gpa, place.size, place.uva, rng.choice([BOTH, BOTH, 1, 2])])
     for op in case["ops"]:

@@ -177,6 +177,13 @@ def _setup(rng: Random, transmit: bool, packed: bool) -> RingSetup:
     return setup
 
 
+def _across(setup: RingSetup) -> None:
+    """Put each part of a ring across the border of two pages, and one across that of regions."""
+    setup.desc, setup.avail, setup.used = 0x3F00, 0x4FF0, 0x7F80
+    if setup.size > 64:
+        setup.used = 0x7F00
+
+
 def _split(rng: Random, setup: RingSetup, transmit: bool, header: int, lies: int) -> list[Op]:
     """Descriptors, tables and the avail ring."""
     ops: list[Op] = []
@@ -308,8 +315,8 @@ def _journal(rng: Random, setup: RingSetup) -> str:
     return raw.rstrip(b"\0").hex()
 
 
-def make(seed: int) -> dict[str, Any]:
-    """The case of a seed."""
+def make(seed: int, across: int | None = None) -> dict[str, Any]:
+    """The case of a seed; `across` is a ring whose parts are to lie across borders of pages."""
     rng = Random(seed)
     case: dict[str, Any] = {"kind": "rings", "seed": seed}
     if rng.random() < 0.05:
@@ -332,6 +339,8 @@ def make(seed: int) -> dict[str, Any]:
     setups = {}
     for index in (0, 1):
         setup = setups[index] = _setup(rng, bool(index), packed)
+        if index == across:
+            _across(setup)
         header_len = 12 if setup.modern or setup.mergeable else 10
         build = _packed if packed else _split
         mine = lies if rng.random() < 0.7 else 0

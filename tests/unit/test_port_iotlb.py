@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from vswitch import port_iotlb
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.fastpath.mapping import Memory
 from vswitch.fastpath.port import Ring
 from vswitch.port_iotlb import PortIotlb
-from vswitch.vhost_user.datapath import RingSetup
+from vswitch.vhost_user.datapath import RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import Feature
 
 PAGE = 4096
@@ -126,6 +127,35 @@ def bench() -> Iterator[Bench]:
         bench.engine.detach(ring)
     assert bench.engine.wait(bench.engine.publish(), 5_000_000_000)
     os.close(bench.fd)
+
+
+def test_a_port_has_so_many_pieces_of_rings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a mapping of the process's. A ring in pages that follow each other is none."""
+    wide = 4 * SIZE  # descriptors in four pages, the used ring in three
+    setup = RingSetup(wide, 0, 0x5000, 0x4000, 0, Feature.VERSION_1, True, -1, -1)
+    bench.iotlb.update(0, 0x8000, UVA, BOTH)
+    assert bench.iotlb.place(RECEIVE, setup).pieces == ()
+    for page, other in enumerate([9, 3, 4, 7]):
+        bench.iotlb.update(page * PAGE, PAGE, UVA + other * PAGE, BOTH)
+    place = bench.iotlb.place(RECEIVE, setup)
+    assert place.pieces == (
+        ((UVA + 9 * PAGE, PAGE), (UVA + 3 * PAGE, 2 * PAGE), (UVA + 7 * PAGE, PAGE)),
+        ((UVA + 4 * PAGE, 6 + 2 * wide),),
+        ((UVA + 5 * PAGE, 6 + 8 * wide),),
+    )
+    monkeypatch.setattr(port_iotlb, "PIECES_MAX", 5)
+    bench.iotlb.place(RECEIVE, setup)
+    assert bench.failures == {}
+    bench.start(RECEIVE)
+    bench.iotlb.started(RECEIVE, setup, place)
+    with pytest.raises(TranslationPending):
+        bench.iotlb.place(TRANSMIT, setup)
+    assert "it lies in 3 pieces" in str(bench.failures[TRANSMIT])
+    assert "more than 5" in str(bench.failures[TRANSMIT])
+    bench.iotlb.stopped(RECEIVE)
+    bench.iotlb.update(0, 0x8000, UVA, BOTH)
+    bench.iotlb.place(TRANSMIT, setup)
+    assert bench.failures[TRANSMIT] is None
 
 
 @pytest.mark.parametrize("status", [0, 1], ids=["translated", "refused"])

@@ -26,9 +26,10 @@ cdef inline void log_range(const LogC *log, uint64_t gpa, uint64_t length) noexc
         page += 1
 
 
-cdef inline void log_host(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
-    """Mark what was written through a host pointer; the range lies in one region."""
-    cdef const MemTable *mem = ring.guest_mem
+cdef inline uint64_t log_piece(
+    const LogC *log, const MemTable *mem, const char *host, uint64_t length
+) noexcept nogil:
+    """Mark what was written through a host pointer, up to its region's end; how much that was."""
     cdef const Region *region
     cdef uint64_t offset
     cdef uint32_t i
@@ -36,8 +37,27 @@ cdef inline void log_host(const RingC *ring, const char *host, uint64_t length) 
         region = &mem.regions[i]
         offset = <uint64_t>host - <uint64_t>region.host
         if offset < region.size:
-            log_range(ring.log, region.gpa + offset, length)
+            if length > region.size - offset:
+                length = region.size - offset
+            log_range(log, region.gpa + offset, length)
+            return length
+    return 0
+
+
+cdef inline void log_host(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
+    """Mark what was written into a buffer; the range lies in one region."""
+    log_piece(ring.log, ring.guest_mem, host, length)
+
+
+cdef inline void log_own(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
+    """Mark what was written into the ring itself, whose parts may be in several pieces."""
+    cdef uint64_t done
+    while length:
+        done = log_piece(ring.log, ring.own_mem, host, length)
+        if vs_unlikely(done == 0):
             return
+        host += done
+        length -= done
 
 
 cdef inline void log_segs(const RingC *ring, const Seg *segs, uint64_t length) noexcept nogil:
@@ -64,7 +84,7 @@ cdef inline void log_used(const RingC *ring, uint32_t offset, uint32_t length) n
     if ring.mem == ring.guest_mem:
         log_range(ring.log, ring.log_gpa + offset, length)
     else:
-        log_host(ring, <char *>ring.used_hdr + offset, length)
+        log_own(ring, <char *>ring.used_hdr + offset, length)
 
 
 cdef inline void log_used_elements(RingC *ring, uint16_t first, uint16_t end) noexcept nogil:
@@ -84,6 +104,6 @@ cdef inline void log_packed(RingC *ring, uint16_t first, uint16_t end) noexcept 
     if not ring.log_used:
         return
     if end <= first:
-        log_host(ring, <char *>&ring.desc[0], 16 * <uint64_t>end)
+        log_own(ring, <char *>&ring.desc[0], 16 * <uint64_t>end)
         end = ring.size
-    log_host(ring, <char *>&ring.desc[first], 16 * <uint64_t>(end - first))
+    log_own(ring, <char *>&ring.desc[first], 16 * <uint64_t>(end - first))

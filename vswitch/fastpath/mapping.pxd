@@ -11,10 +11,12 @@ cdef class SharedFile:
     cdef uint32_t lost        # atomic; its file was truncated under us
     cdef int slot             # in the table of sigbus.h
     cdef char *_map(self, what, int fd, info, size, offset) except NULL
+    cdef int _watch(self, what, char *base, uint64_t length, uint32_t *lost) except -1
 
 
 cdef class Mapped(SharedFile):
     cdef Region c
+    cdef uint64_t page        # bytes of the smallest piece that can be mapped by itself
     cdef tuple row            # guest address, size, user address, mmap offset
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 
 from vswitch.fastpath.atomics cimport vs_load32
+from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport MAX_REGIONS, MemTable
 
 cdef extern from "sigbus.h" nogil:
@@ -157,10 +158,15 @@ cdef class SharedFile:
             raise OSError(errno, f"{what}: mmap of {size:#x} bytes: {os.strerror(errno)}")
         self.map_base = base
         self.map_len = length
-        self.slot = vs_add_region(<char *>base, length, &self.lost)
+        self._watch(what, <char *>base, length, &self.lost)
+        return <char *>base + <uint64_t>(offset - start)
+
+    cdef int _watch(self, what, char *base, uint64_t length, uint32_t *lost) except -1:
+        """Have zero pages put over a mapping when its file was truncated, and `lost` set."""
+        self.slot = vs_add_region(base, length, lost)
         if self.slot < 0:
             raise OSError(ENOSPC, f"{what}: too many regions are mapped")
-        return <char *>base + <uint64_t>(offset - start)
+        return 0
 
     def __dealloc__(self):
         if self.map_base != NULL:
@@ -178,6 +184,7 @@ cdef class Mapped(SharedFile):
         self.c.host = self._map(f"region {index}", fd, info, region[1], offset)
         # Guest memory is of no use in a core dump of the switch, and is somebody else's secret.
         madvise(self.map_base, self.map_len, MADV_DONTDUMP)
+        self.page = page_size(fd)
         self.row = region
 
 
@@ -246,6 +253,10 @@ cdef class Memory:
 
     cdef _map(self, tuple region, int fd):
         self._enter(Mapped(len(self.mapped), region, fd, self.regions))
+
+    def in_one_region(self, uint64_t uva, uint64_t length):
+        """Whether all of a range of the frontend's address space lies in one region."""
+        return uva_to_host(self.table, uva, length) != NULL
 
     @property
     def lost(self):

@@ -1,4 +1,5 @@
 from vswitch.fastpath.iotlb cimport IotlbTables
+from vswitch.fastpath.joined cimport RingPlace
 from vswitch.fastpath.journal cimport Journal
 from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.types cimport PortC, RingC
@@ -10,7 +11,8 @@ cdef class Ring:
     cdef readonly Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly IotlbTables iotlb    # what buffers are translated by; None without an IOMMU
     cdef readonly DirtyLog log         # kept mapped as well
-    cdef readonly tuple areas          # (user address, len) of the parts of a started ring
+    cdef readonly tuple areas          # of a started ring's parts: (user address, len) of each piece
+    cdef RingPlace place               # kept mapped as well; None if its parts are in one piece each
     cdef readonly bint started
     cdef readonly bint published       # workers get to see it
     cdef bint moving          # unpublished only to go from one worker to another

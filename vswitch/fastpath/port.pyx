@@ -20,6 +20,7 @@ from vswitch.fastpath.atomics cimport (
 from vswitch.fastpath.chain cimport read_desc, read_packed, walk_chain
 from vswitch.fastpath.fdb cimport FDB_EMPTY
 from vswitch.fastpath.iotlb cimport IotlbTables
+from vswitch.fastpath.joined cimport RingPlace
 from vswitch.fastpath.journal cimport Journal, note_batch, note_taken, recover_packed, recover_split
 from vswitch.fastpath.dirty cimport log_packed, log_used
 from vswitch.fastpath.mapping cimport DirtyLog, Memory
@@ -136,7 +137,7 @@ cdef class Ring:
         self, Memory memory, unsigned int size, uint64_t desc_uva, uint64_t used_uva,
         uint64_t avail_uva, *, int hdr_len, bint event_idx, bint indirect, bint mergeable,
         uint32_t base, bint poll_only, bint packed=False, uint64_t identity=0,
-        uint8_t offloads=0, IotlbTables iotlb=None,
+        uint8_t offloads=0, IotlbTables iotlb=None, tuple pieces=(),
     ):
         """Point a stopped ring at its memory.
 
@@ -149,10 +150,14 @@ cdef class Ring:
         port's journal tells a packed ring's place and which frames were on their way.
         `offloads` has the OFFLOAD_* that a receiveq's driver takes, or a transmitq's may ask for.
         With `iotlb`, addresses of buffers are I/O virtual and translated by it; the ring's own
-        addresses are the frontend's all the same.
+        addresses are the frontend's all the same. `pieces` says for each part (descriptors, the
+        driver's, the device's) where it lies, as (address, size) of what is to be mapped side by
+        side; empty when each is in one piece at its address.
         Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
+        cdef RingPlace placed = None
+        cdef char *hosts[3]
         if self.started:
             raise RingError("the ring is running already")
         if packed:
@@ -174,25 +179,35 @@ cdef class Ring:
                 ("avail ring", avail_uva, 2, 6 + 2 * size),
                 ("used ring", used_uva, 4, 6 + 8 * size),
             )
-        for name, uva, align, length in parts:
+        if pieces:
+            if [sum([one for _, one in part]) for part in pieces] != [part[3] for part in parts]:
+                raise RingError(f"the pieces of a ring of size {size} are not as long as its parts")
+            try:
+                placed = RingPlace(memory, pieces)
+            except (ValueError, OSError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else exc
+                raise RingError(f"its parts cannot be mapped in one piece each: {reason}") from exc
+        for i, (name, uva, align, length) in enumerate(parts):
             if uva % align:
                 raise RingError(f"{name} address {uva:#x} is not aligned to {align} bytes")
-            if uva_to_host(memory.table, uva, length) == NULL:
+            hosts[i] = placed.hosts[i] if pieces else uva_to_host(memory.table, uva, length)
+            if hosts[i] == NULL:
                 raise RingError(
                     f"{name} address {uva:#x} (size {size}) is outside the guest memory"
                 )
-            if <uint64_t>uva_to_host(memory.table, uva, length) % align:
+            if <uint64_t>hosts[i] % align:
                 raise RingError(
                     f"{name} address {uva:#x} is not aligned to {align} bytes in its file: "
                     "the region's mmap offset is odd"
                 )
-        c.desc = <VringDesc *>uva_to_host(memory.table, desc_uva, parts[0][3])
-        c.avail = <uint16_t *>uva_to_host(memory.table, avail_uva, parts[1][3])
-        c.used_hdr = <uint16_t *>uva_to_host(memory.table, used_uva, parts[2][3])
+        c.desc = <VringDesc *>hosts[0]
+        c.avail = <uint16_t *>hosts[1]
+        c.used_hdr = <uint16_t *>hosts[2]
         c.used = <VringUsedElem *>(c.used_hdr + 2)
         c.used_event = c.avail + 2 + size
         c.avail_event = c.used_hdr + 2 + 4 * size
         c.guest_mem = memory.table
+        c.own_mem = memory.table if placed is None else placed.table
         c.mem = memory.table if iotlb is None else iotlb.for_ring(not self.is_transmitq)
         c.size = size
         c.mask = size - 1
@@ -241,7 +256,8 @@ cdef class Ring:
                 log_packed(c, 0, size)
         self.memory = memory
         self.iotlb = iotlb
-        self.areas = tuple((uva, length) for _, uva, _, length in parts)
+        self.place = placed
+        self.areas = pieces or tuple([((uva, length),) for _, uva, _, length in parts])
         self.started = self.published = True
         self.moving = False
         return self.base
@@ -254,13 +270,19 @@ cdef class Ring:
         """
         if self.memory is None:
             raise RingError("the ring has stopped")
-        for uva, length in self.areas:
-            if uva_to_host(memory.table, uva, length) != uva_to_host(self.memory.table, uva, length):
-                raise RingError(f"the memory of the running ring at {uva:#x} would go")
+        for part in self.areas:
+            for uva, length in part:
+                if (
+                    uva_to_host(memory.table, uva, length)
+                    != uva_to_host(self.memory.table, uva, length)
+                ):
+                    raise RingError(f"the memory of the running ring at {uva:#x} would go")
         # Release: the table before the pointer to it; workers load the pointer once a translation.
         vs_store_release_ptr(<void **>&self.c.guest_mem, memory.table)
         if self.iotlb is None:
             vs_store_release_ptr(<void **>&self.c.mem, memory.table)
+        if self.place is None:
+            vs_store_release_ptr(<void **>&self.c.own_mem, memory.table)
         self.memory = memory
 
     def use_iotlb(self, IotlbTables iotlb not None):
@@ -401,7 +423,8 @@ cdef class Ring:
         self.iotlb = None
         self.set_log(None, None)
         self.c.desc = NULL
-        self.c.mem = self.c.guest_mem = NULL
+        self.c.mem = self.c.guest_mem = self.c.own_mem = NULL
+        self.place = None
         return self.base
 
     @property

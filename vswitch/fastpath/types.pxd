@@ -205,6 +205,7 @@ cdef struct RingC:
     MemTable *mem          # atomic; what buffer addresses are translated by
     PortC *port
     JournalC *journal
+    MemTable *own_mem      # atomic; where the ring itself lies, for the log: guest_mem, or its pieces
     LogC *log              # atomic; NULL unless writes are to be logged
     uint64_t log_gpa       # what the first byte of the used ring is logged as ...
     uint8_t log_used       # ... if its writes are to be logged
@@ -224,7 +225,7 @@ cdef struct RingC:
     int call_fd            # -1: the driver polls
     # worker
     MemTable *guest_mem    # the memory itself, by guest address; the same as `mem` without IOMMU
-    uint64_t pad0[3]       # what follows is written at every burst: a cache line of its own
+    uint64_t pad0[2]       # what follows is written at every burst: a cache line of its own
     uint32_t lock          # receiveq only, and only with more than one worker
     uint16_t last_avail    # next avail entry to take; packed: a position
     uint16_t last_used     # next used entry to write; packed: a position

@@ -98,10 +98,15 @@ class GuestIommu:
             if not self._tables.wait_for(all_asked, timeout):
                 raise BackendTimeoutError(f"no IOTLB miss for some of {len(wanted)} pages")
 
+    def place(self, iova: int) -> int:
+        """The address whose memory a page has: another one's after a `move`, else its own."""
+        page = iova - iova % PAGE_LEN
+        return self._places.get(page, page)
+
     def entry(self, iova: int) -> IotlbEntry:
         """The mapping of a page, as an update has it. GuestError where there is none."""
         page = iova - iova % PAGE_LEN
-        uva = self._memory.uva(self._places.get(page, page))
+        uva = self._memory.uva(self.place(iova))
         access = self.access.get(page, READ | WRITE)
         return IotlbEntry(page, PAGE_LEN, uva, access, IotlbType.UPDATE)
 

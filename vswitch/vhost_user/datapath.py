@@ -20,6 +20,10 @@ class TranslationPending(Exception):
     """A ring can start only when the frontend has told where it lies; it was asked."""
 
 
+Pieces = tuple[tuple[int, int], ...]
+"""A range in the order of its bytes, as (address, bytes) of each piece of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RingLog:
     """Writes into guest memory are to be logged.
@@ -41,6 +45,8 @@ class RingSetup:
     driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
     `log` is None unless writes are to be logged (LOG_ALL). `quiet`: its driver disabled it and may
     be gone; where it lies may be anything, and nobody touches that until it is enabled or kicked.
+    `pieces` says for each part, in the order of `areas`, where it lies when that is one piece for
+    the driver only, as (address, bytes) of the frontend's; empty when every part is in one piece.
     """
 
     size: int
@@ -54,6 +60,7 @@ class RingSetup:
     call_fd: int
     log: RingLog | None = None
     quiet: bool = False
+    pieces: tuple[Pieces, ...] = ()
 
     def areas(self) -> list[tuple[int, int]]:
         """Address and length in bytes of its parts: descriptors, the driver's, the device's."""
