@@ -12,13 +12,33 @@ import pytest
 from testbed import NETWORK, Testbed
 
 from vswitch.lab import host, process
-from vswitch.lab.image import ensure_image
+from vswitch.lab.distribution import DEBIAN_13
+from vswitch.lab.errors import LabError
+from vswitch.lab.image import GuestImage, ensure_image
+
+
+@pytest.fixture(
+    scope="session", params=["system", pytest.param("debian13", marks=pytest.mark.slow)]
+)
+def guest_image(request: pytest.FixtureRequest) -> GuestImage:
+    """QEMU and the guests' kernel: the system's, and with `make test-all` those of Debian 13."""
+    if request.param == "system":
+        return ensure_image()
+    try:
+        return ensure_image(distribution=DEBIAN_13)
+    except LabError as error:
+        reason = f"QEMU and kernel of Debian 13 cannot be had: {error}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
-def running_testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
+def running_testbed(
+    tmp_path_factory: pytest.TempPathFactory, guest_image: GuestImage
+) -> Iterator[Testbed]:
     """The testbed, kept over all tests: booting takes longer than most of them."""
-    testbed = Testbed(tmp_path_factory.mktemp("e2e"), ensure_image())
+    testbed = Testbed(tmp_path_factory.mktemp("e2e"), guest_image)
     try:
         yield testbed
     finally:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from vswitch.lab import process, requirements
+from vswitch.lab.distribution import PROGRAM as QEMU
 from vswitch.lab.errors import LabError
 from vswitch.lab.image import GuestImage, cache_dir
 
-QEMU = "qemu-system-x86_64"
 PROBE_TIMEOUT_S = 4.0
 """A guest with working KVM reaches /init in well under one second."""
 
@@ -27,18 +27,18 @@ Accelerator = Literal["kvm", "tcg"]
 
 
 @cache
-def qemu_version() -> tuple[int, int]:
-    """Major and minor version of the installed QEMU; raises LabError if there is none."""
+def qemu_version(qemu: str = QEMU) -> tuple[int, int]:
+    """Major and minor version of a QEMU, by default the installed one. Raises LabError."""
     try:
         text = subprocess.run(
-            [QEMU, "--version"], capture_output=True, text=True, timeout=30, check=False
+            [qemu, "--version"], capture_output=True, text=True, timeout=30, check=False
         ).stdout
     except FileNotFoundError:
         hint = requirements.installing("qemu-system-x86")
-        raise LabError(f"{QEMU} is not installed", hint=hint) from None
+        raise LabError(f"{qemu} is not installed", hint=hint) from None
     found = re.search(r"version (\d+)\.(\d+)", text)
     if not found:
-        raise LabError(f"`{QEMU} --version` says {text.strip()!r}, which has no version in it")
+        raise LabError(f"`{qemu} --version` says {text.strip()!r}, which has no version in it")
     return int(found.group(1)), int(found.group(2))
 
 
@@ -56,13 +56,14 @@ def accelerator(image: GuestImage) -> Accelerator:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    major, minor = qemu_version()
+    major, minor = qemu_version(image.qemu)
     answer = cache_dir() / f"accelerator-{boot_id}-qemu{major}.{minor}"
     if answer.exists():
         return "kvm" if answer.read_text() == "kvm" else "tcg"
     works: Accelerator = "kvm" if _boots_with_kvm(image) else "tcg"
     for old in cache_dir().glob("accelerator-*"):
-        old.unlink(missing_ok=True)
+        if boot_id not in old.name:
+            old.unlink(missing_ok=True)
     answer.write_text(works)
     return works
 
@@ -72,7 +73,7 @@ def _boots_with_kvm(image: GuestImage) -> bool:
         console = Path(directory) / "console"
         probe = process.start(
             [
-                QEMU, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
+                image.qemu, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
                 "-display", "none", "-no-reboot",
                 "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
                 "-kernel", str(image.kernel), "-initrd", str(image.initrd),

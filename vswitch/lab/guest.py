@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from vswitch.lab import process
-from vswitch.lab.accel import QEMU, Accelerator, accelerator, qemu_version
+from vswitch.lab.accel import Accelerator, accelerator, qemu_version
 from vswitch.lab.errors import GuestError
 from vswitch.lab.image import GuestImage
 from vswitch.lab.process import Deadline
@@ -134,6 +134,11 @@ class Guest:
                 cwd=self.qemu_log.parent,
             )
         return self
+
+    @property
+    def qemu_version(self) -> tuple[int, int]:
+        """Major and minor version of the QEMU that it runs in."""
+        return qemu_version(self._image.qemu)
 
     @property
     def running(self) -> bool:
@@ -272,7 +277,7 @@ class Guest:
         coherency with TCG memory access"). It is that which the guest writes between two such
         looks and loses, so the fewer the better.
         """
-        return qemu_version() < (9, 0) and (self._accel or accelerator(self._image)) == "tcg"
+        return self.qemu_version < (9, 0) and (self._accel or accelerator(self._image)) == "tcg"
 
     def plug_memory(self, size_mib: int) -> None:
         """Hot-plug a module of memory of that size; the guest has it once it is online."""
@@ -349,7 +354,7 @@ class Guest:
         # the root bus are conventional ones.
         iommu += ["-device", "pcie-root-port,id=root1,chassis=1"] if one.iommu else []
         return [
-            QEMU, "-name", one.name, "-accel", accel,
+            self._image.qemu, "-name", one.name, "-accel", accel,
             "-cpu", "host" if accel == "kvm" else "max",
             "-smp", str(one.cpus), "-m", _memory_size(one),
             "-nodefaults", "-no-user-config", "-display", "none",
@@ -358,8 +363,8 @@ class Guest:
             "-chardev", f"file,id=console,path={self.console_log}", "-serial", "chardev:console",
             "-chardev", f"socket,id=shell,fd={shell_fd}", "-serial", "chardev:shell",
             "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
-            *_netdev(one),
-            "-device", _network_card(one, accel),
+            *_netdev(one, self.qemu_version),
+            "-device", _network_card(one, accel, self.qemu_version),
             "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
             "-append", "console=ttyS0 quiet panic=-1 mitigations=off " + " ".join(words),
             *(["-incoming", "defer"] if one.incoming else []),
@@ -385,22 +390,22 @@ def _memory_object(one: GuestSettings) -> str:
             return f"memory-backend-file,{common},mem-path={one.hugetlbfs}"
 
 
-def _netdev(one: GuestSettings) -> list[str]:
+def _netdev(one: GuestSettings, version: tuple[int, int]) -> list[str]:
     if one.tap is not None:
         return ["-netdev", f"tap,id=net,ifname={one.tap},script=no,downscript=no,vhost=off"]
     netdev = f"vhost-user,id=net,chardev=vhost,queues={one.queues}"
-    return ["-chardev", _socket_chardev(one), "-netdev", netdev]
+    return ["-chardev", _socket_chardev(one, version), "-netdev", netdev]
 
 
-def _socket_chardev(one: GuestSettings) -> str:
+def _socket_chardev(one: GuestSettings, version: tuple[int, int]) -> str:
     common = f"socket,id=vhost,path={one.socket}"
     if one.listen:
         return f"{common},server=on,wait=off"
     # QEMU 9.2 renamed the option.
-    return f"{common},reconnect-ms=1000" if qemu_version() >= (9, 2) else f"{common},reconnect=1"
+    return f"{common},reconnect-ms=1000" if version >= (9, 2) else f"{common},reconnect=1"
 
 
-def _network_card(one: GuestSettings, accel: Accelerator) -> str:
+def _network_card(one: GuestSettings, accel: Accelerator, version: tuple[int, int]) -> str:
     card = (
         f"virtio-net-pci,netdev=net,mac={one.mac},romfile=,"
         f"rx_queue_size={one.queue_size},mrg_rxbuf={_on_off(one.mrg_rxbuf)},"
@@ -415,7 +420,7 @@ def _network_card(one: GuestSettings, accel: Accelerator) -> str:
         card += ",mq=on"
     if one.mtu:
         card += f",host_mtu={one.mtu}"
-    if accel == "tcg" and qemu_version() < (8, 0):
+    if accel == "tcg" and version < (8, 0):
         # Debian 12's QEMU 7.2 crashes with vhost-user and MSI-X under TCG.
         card += ",vectors=0"
     elif one.queues > 1:

@@ -2,7 +2,7 @@
 
 The kernel is a distribution's own: its package is downloaded and unpacked, never installed, so no
 root is needed. `VSWITCH_KERNEL` names another one (a vmlinuz whose modules are in
-`lib/modules/RELEASE` of the running system or beside it).
+`lib/modules/RELEASE` or `usr/lib/modules/RELEASE` of the running system or beside it).
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vswitch.lab import initrd, programs
+from vswitch.lab.distribution import PROGRAM as QEMU
+from vswitch.lab.distribution import Distribution
 from vswitch.lab.errors import LabError
+from vswitch.lab.packages import Packages, has_apt
 
 KERNEL_PACKAGES = (
     "linux-image-cloud-amd64",  # Debian: small, boots fastest
@@ -36,11 +38,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """What QEMU's `-kernel` and `-initrd` want."""
+    """What QEMU's `-kernel` and `-initrd` want, and the QEMU to boot it with."""
 
     kernel: Path
     initrd: Path
     name: str
+    qemu: str = QEMU
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +61,44 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vswitch"
 
 
-def ensure_image(progress: Progress = lambda _: None) -> GuestImage:
+def ensure_image(
+    progress: Progress = lambda _: None, distribution: Distribution | None = None
+) -> GuestImage:
     """The guests' kernel and initrd, obtained and built where the cache does not have them yet.
 
-    `progress` is told in a few words what takes time. Raises LabError where no kernel can be had.
+    With `distribution`, kernel and QEMU are of that one, and not the system's. `progress` is told
+    in a few words what takes time. Raises LabError where something cannot be had.
     """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock"):
-        kernel = _find_kernel(cache, progress)
-        busybox = _find_busybox(cache, progress).read_bytes()
-        ethtool = programs.find("ethtool")
-        extras = initrd.program_with_libraries(Path(ethtool)) if ethtool else {}
-        parts = [busybox, initrd.init_script(), *(extras[path] for path in sorted(extras))]
-        parts += [name.encode() for name in initrd.WANTED_MODULES]
-        image = cache / "initrd" / f"{kernel.name}-{initrd.digest(*parts)}.gz"
-        if not image.exists():
-            progress("building the guests' initrd")
-            modules = initrd.load_order(kernel.modules, initrd.WANTED_MODULES)
-            _write_atomically(image, initrd.build(busybox, modules, extras))
-    return GuestImage(kernel.vmlinuz, image, kernel.name)
+        if distribution is None:
+            kernel, qemu = _find_kernel(cache, progress), QEMU
+        else:
+            kernel = _kernel_of(distribution, cache, progress)
+            qemu = str(distribution.qemu(cache, progress))
+        return GuestImage(kernel.vmlinuz, _initrd(cache, kernel, progress), kernel.name, qemu)
+
+
+def _initrd(cache: Path, kernel: _Kernel, progress: Progress) -> Path:
+    busybox = _find_busybox(cache, progress).read_bytes()
+    ethtool = programs.find("ethtool")
+    extras = initrd.program_with_libraries(Path(ethtool)) if ethtool else {}
+    parts = [busybox, initrd.init_script(), *(extras[path] for path in sorted(extras))]
+    parts += [name.encode() for name in initrd.WANTED_MODULES]
+    image = cache / "initrd" / f"{kernel.name}-{initrd.digest(*parts)}.gz"
+    if not image.exists():
+        progress("building the guests' initrd")
+        modules = initrd.load_order(kernel.modules, initrd.WANTED_MODULES)
+        _write_atomically(image, initrd.build(busybox, modules, extras))
+    return image
+
+
+def _kernel_of(distribution: Distribution, cache: Path, progress: Progress) -> _Kernel:
+    kernels = cache / distribution.codename / "kernels"
+    if cached := sorted(kernels.glob("linux-*")):
+        return _unpacked(cached[-1])
+    return _packaged_kernel(kernels, distribution.packages(cache), progress)
 
 
 def _find_kernel(cache: Path, progress: Progress) -> _Kernel:
@@ -86,9 +107,9 @@ def _find_kernel(cache: Path, progress: Progress) -> _Kernel:
     if cached := sorted((cache / "kernels").glob("linux-*")):
         return _unpacked(cached[-1])
     reasons = []
-    if _has_apt():
+    if has_apt():
         try:
-            return _packaged_kernel(cache / "kernels", progress)
+            return _packaged_kernel(cache / "kernels", Packages(), progress)
         except LabError as error:
             reasons.append(error.message)
     running = os.uname().release
@@ -106,29 +127,30 @@ def _find_kernel(cache: Path, progress: Progress) -> _Kernel:
 def _chosen_kernel(vmlinuz: Path) -> _Kernel:
     release = vmlinuz.name.partition("-")[2]
     for root in (vmlinuz.parent.parent, vmlinuz.parent, Path("/")):
-        modules = root / "lib" / "modules" / release
-        if release and vmlinuz.is_file() and modules.is_dir():
-            size, changed = vmlinuz.stat().st_size, vmlinuz.stat().st_mtime_ns
-            return _Kernel(f"own-{release}-{size:x}-{changed:x}", vmlinuz, modules)
+        for modules in (root / lib / "modules" / release for lib in ("lib", "usr/lib")):
+            if release and vmlinuz.is_file() and modules.is_dir():
+                size, changed = vmlinuz.stat().st_size, vmlinuz.stat().st_mtime_ns
+                return _Kernel(f"own-{release}-{size:x}-{changed:x}", vmlinuz, modules)
     raise LabError(
         f"VSWITCH_KERNEL={vmlinuz}: no such kernel, or it has no lib/modules/{release}",
-        hint="name a file vmlinuz-RELEASE in DIR/boot whose modules are in DIR/lib/modules/RELEASE",
+        hint="name a file vmlinuz-RELEASE in DIR/boot whose modules are in DIR/lib/modules/RELEASE "
+        "or DIR/usr/lib/modules/RELEASE",
     )
 
 
-def _packaged_kernel(kernels: Path, progress: Progress) -> _Kernel:
+def _packaged_kernel(kernels: Path, packages: Packages, progress: Progress) -> _Kernel:
     """The kernel the distribution offers now, downloaded into the cache."""
-    packages = _kernel_packages()
-    if not packages:
-        raise LabError("apt knows none of " + ", ".join(KERNEL_PACKAGES))
-    progress(f"downloading the guests' kernel ({packages[0]})")
+    names = _kernel_packages(packages)
+    if not names:
+        raise LabError("apt knows none of " + ", ".join(KERNEL_PACKAGES), hint=packages.hint)
+    progress(f"downloading the guests' kernel ({names[0]})")
     kernels.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kernels, prefix=".new-") as scratch:
         root = Path(scratch) / "root"
-        archives = _download(packages, Path(scratch))
+        archives = packages.download(names, Path(scratch))
         for archive in archives:
             progress(f"unpacking {archive.name}")
-            _run("dpkg-deb", "-x", str(archive), str(root))
+            packages.unpack(archive, root)
         # One thing under its final name, all at once: a later run must never see half a kernel.
         target = kernels / archives[0].stem
         root.rename(target)
@@ -146,31 +168,19 @@ def _unpacked(root: Path) -> _Kernel:
     return _Kernel(root.name, vmlinuz[-1], trees[0])
 
 
-def _kernel_packages() -> list[str]:
+def _kernel_packages(packages: Packages) -> list[str]:
     """The image package behind the first meta package apt knows, then those it is split into."""
     for meta in KERNEL_PACKAGES:
         found: list[str] = []
         waiting = [meta]
         while waiting:
-            for name in _versioned_dependencies(waiting.pop()):
-                if name not in found:
+            for name in packages.dependencies(waiting.pop()):
+                if _VERSIONED.match(name) and name not in found:
                     found.append(name)
                     waiting.append(name)
         if found:
             return found
     return []
-
-
-def _versioned_dependencies(package: str) -> list[str]:
-    listed = subprocess.run(
-        ["apt-cache", "depends", "--no-recommends", "--no-suggests", package],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    ).stdout
-    names = re.findall(r"^\s+\|?(?:Pre)?Depends: (\S+)", listed, re.MULTILINE)
-    return [name for name in names if _VERSIONED.match(name)]
 
 
 def _find_busybox(cache: Path, progress: Progress) -> Path:
@@ -180,41 +190,18 @@ def _find_busybox(cache: Path, progress: Progress) -> Path:
             return Path(installed)
     kept = cache / "busybox"
     if not kept.exists():
-        if not _has_apt():
+        if not has_apt():
             raise LabError(
                 "no statically linked busybox for the guests",
                 hint="install your distribution's static busybox so that `busybox` is on PATH",
             )
         progress("downloading busybox for the guests")
         with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as scratch:
-            (package,) = _download(["busybox-static"], Path(scratch))
-            _run("dpkg-deb", "-x", str(package), scratch)
+            (package,) = Packages().download(["busybox-static"], Path(scratch))
+            Packages().unpack(package, Path(scratch))
             found = [path for path in Path(scratch).glob("**/bin/busybox") if path.is_file()]
             _write_atomically(kept, found[0].read_bytes(), 0o755)
     return kept
-
-
-def _has_apt() -> bool:
-    return all(shutil.which(name) for name in ("apt-get", "apt-cache", "dpkg-deb"))
-
-
-def _download(packages: list[str], directory: Path) -> list[Path]:
-    """Fetch packages through apt, without installing them."""
-    # apt as root would hand the download to a user who may not write here, and complain about it.
-    as_root = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-    _run("apt-get", "-q", *as_root, "download", *packages, cwd=directory)
-    return sorted(directory.glob("*.deb"))
-
-
-def _run(*argv: str, cwd: Path | None = None) -> str:
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=cwd, timeout=600, check=False)
-    if result.returncode:
-        reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-        raise LabError(
-            f"`{' '.join(argv)}` failed: {' '.join(reason) or result.returncode}",
-            hint="run `apt-get update` as root if apt's package lists are old or empty",
-        )
-    return result.stdout
 
 
 def _write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
