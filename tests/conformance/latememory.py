@@ -126,7 +126,7 @@ class OtherSide:
         with self._changed:
             return {gpa for gpa in self._kept if self.is_there(gpa)}
 
-    def wait_missed(self, pages: Iterable[int], timeout: float = 10.0) -> None:
+    def wait_missed(self, pages: Iterable[int], timeout: float = 60.0) -> None:
         wanted = set(map(page, pages))
         with self._changed:
             assert self._changed.wait_for(lambda: wanted <= set(self.missed), timeout), (

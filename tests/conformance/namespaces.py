@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 
 CLONE_NEWNET = 0x40000000
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 class Namespace:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frames import mac
-from running import RunningSwitch, Wire, teach
+from running import DEADLINE_S, RunningSwitch, Wire, teach
 
 from vswitch.errors import SocketError, UplinkError
 
@@ -145,7 +145,7 @@ def test_it_does_not_start_with_a_worker_that_has_capabilities(directory: Path) 
         [sys.executable, "-c", LATE.format(ending=ending), "start", "--config", str(config)],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=10,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 1
@@ -258,7 +258,7 @@ def test_it_makes_the_directory_of_its_control_socket(directory: Path) -> None:
     assert any(line.startswith("vswitch: ready") for line in switch.stderr)
     assert owner_and_mode(directory / "run") == (NOBODY, NOBODY, 0o755)
     switch.terminate()
-    switch.communicate(timeout=10)
+    switch.communicate(timeout=DEADLINE_S)
     assert switch.returncode == 0
     assert [path.name for path in (directory / "run").iterdir()] == ["c.rings"]
 
@@ -283,7 +283,7 @@ def test_what_cannot_be(
         [sys.executable, *(code or ("-m", "vswitch")), "start", "--config", str(config)],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=10,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 1

@@ -65,7 +65,7 @@ class Testpmd:
             self.close()
             raise
 
-    def command(self, text: str, timeout: float = 10.0) -> str:
+    def command(self, text: str, timeout: float = 60.0) -> str:
         """Give a command and return what it printed."""
         assert self._process.stdin is not None
         start = len(self.log)
@@ -112,7 +112,7 @@ class Testpmd:
                 self._process.stdin.write(b"stop\nquit\n")
                 self._process.stdin.flush()
             try:
-                self._process.wait(timeout=10.0)
+                self._process.wait(timeout=60.0)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

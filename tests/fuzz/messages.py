@@ -58,7 +58,7 @@ from vswitch.vhost_user.protocol import (
     encode_vring_state,
 )
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 MEMORY_LEN = 1 << 20
 UVA = 0x7F00_0000_0000
 JOURNAL_LEN = MAX_VRINGS * SLOT_LEN

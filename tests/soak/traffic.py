@@ -17,7 +17,7 @@ HEAD = struct.Struct("<6s6s2sIHHQI")  # addresses, type, life, sender, addressee
 CRC_AT = HEAD.size - 4
 SIZES = (60, 64, 128, 300, 600, 1514)
 FILLER = Random(7).randbytes(4096)
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class SoakError(AssertionError):

@@ -17,7 +17,7 @@ from vswitch.control.server import ControlServer
 from vswitch.settings import Settings, SwitchSettings
 from vswitch.unixsocket import listen
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Controlled:

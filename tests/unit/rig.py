@@ -67,7 +67,7 @@ class Rig:
 
     def settle(self) -> None:
         ticket = self.engine.publish()
-        assert self.engine.wait(ticket, 5_000_000_000)
+        assert self.engine.wait(ticket, 60_000_000_000)
 
     def drops(self, port: Port) -> dict[str, int]:
         return self.engine.stats(port)["drops"]

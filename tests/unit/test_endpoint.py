@@ -18,7 +18,7 @@ from vswitch.vhost_user.endpoint import Connector, Listener
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await test()
 
     asyncio.run(limited())

@@ -54,11 +54,11 @@ def workers(engine: Engine) -> Iterator[None]:
             thread.join()
 
 
-def eventually(condition: object, *, within_s: float = 5.0) -> None:
+def eventually(condition: object, *, within_s: float = 60.0) -> None:
     until = time.monotonic() + within_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < until, "did not happen"
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # between two looks
 
 
 # Memory

@@ -62,7 +62,7 @@ def run(test: Callable[[Helper], Awaitable[None]]) -> None:
     async def body() -> None:
         before = open_fds(collect=True)
         helper = Helper()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await helper.start()
             try:
                 await test(helper)

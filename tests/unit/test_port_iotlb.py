@@ -68,7 +68,7 @@ class Bench:
 
     async def settle(self) -> None:
         self.settled.append([ring.iotlb is self.iotlb.tables for ring in self.port.rings.values()])
-        assert self.engine.wait(self.engine.publish(), 5_000_000_000)
+        assert self.engine.wait(self.engine.publish(), 60_000_000_000)
 
     def _offer(self, index: int) -> None:
         at, write = index * OWN, 2 if index == RECEIVE else 0
@@ -97,7 +97,7 @@ class Bench:
                 iotlb=self.iotlb.tables,
             )  # fmt: skip
             self.engine.attach(ring, -1)
-            assert self.engine.wait(self.engine.publish(), 5_000_000_000)
+            assert self.engine.wait(self.engine.publish(), 60_000_000_000)
             self.iotlb.started(index, setup, place)
 
     def answer(self, status: int = 0) -> int:
@@ -125,7 +125,7 @@ def bench() -> Iterator[Bench]:
     for ring in bench.port.rings.values():
         ring.unpublish()
         bench.engine.detach(ring)
-    assert bench.engine.wait(bench.engine.publish(), 5_000_000_000)
+    assert bench.engine.wait(bench.engine.publish(), 60_000_000_000)
     os.close(bench.fd)
 
 

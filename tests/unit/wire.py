@@ -229,7 +229,7 @@ def with_peer(
         theirs.setblocking(False)
         peer = Peer(datapath or RecordingDatapath(), Connection(ours), theirs)
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await test(peer)
         finally:
             theirs.close()
