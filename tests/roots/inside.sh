@@ -26,7 +26,9 @@ if [ -z "$INSIDE" ]; then
 	mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
 	ln -s pts/ptmx "$root/dev/ptmx"
 	ln -s /proc/self/fd "$root/dev/fd"
-	for number in 0 1 2; do ln -s "/proc/self/fd/$number" "$root/dev/$(cut -d' ' -f$((number + 1)) <<<'stdin stdout stderr')"; done
+	ln -s /proc/self/fd/0 "$root/dev/stdin"
+	ln -s /proc/self/fd/1 "$root/dev/stdout"
+	ln -s /proc/self/fd/2 "$root/dev/stderr"
 	hostname "$(cat "$root/etc/hostname")"
 	cp "$0" "$root/root/inside.sh"
 	mkdir -p "$root/.outside"

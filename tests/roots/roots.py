@@ -12,6 +12,7 @@ always (http_proxy, PIP_INDEX_URL). Certificates in /usr/local/share/ca-certific
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -241,8 +242,6 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    import fcntl
-
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         try:
