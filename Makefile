@@ -12,9 +12,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # The sanitizers' build of `make fuzz`, besides the one that is installed.
 SANITIZED := build/sanitized
 SECONDS ?= 60
+TIMES ?= 50
 MINUTES ?= 10
 
-.PHONY: help setup required demo test test-all roots check bench fuzz soak model format clean
+.PHONY: help setup required demo test test-all repeat roots check bench fuzz soak model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -22,6 +23,7 @@ help:
 	@echo 'make test-all  the same and the longer matrices'
 	@echo 'make roots     as root: both of these in fresh roots of Debian 13, Ubuntu 24.04 and 26.04;'
 	@echo '               ARGS="debian-13 --commands demo" for less, ARGS=--help for more'
+	@echo 'make repeat    TESTS=file TIMES=50: run some tests that often; STRESS=2: beside stress-ng --cpu 2'
 	@echo 'make check     ruff, mypy, and which package may import which'
 	@echo 'make bench     measure this switch beside others, with tables and a plot'
 	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
@@ -56,6 +58,17 @@ test-all: setup
 # Needs nothing of what is built here: it clones and builds in each root.
 roots:
 	@$(PYTHON) tests/roots/roots.py $(ARGS)
+
+# The output of each run that failed stays in build/repeat-NUMBER.log.
+repeat: setup
+	@mkdir -p build; rm -f build/repeat-*.log; passed=0; \
+	$(if $(STRESS),stress-ng --quiet --cpu $(STRESS) & stress=$$!; trap "kill $$stress" EXIT;) \
+	for n in $$(seq $(TIMES)); do \
+		if $(BIN)/python -m pytest -q $(TESTS) $(ARGS) >build/repeat-$$n.log 2>&1; \
+		then passed=$$((passed + 1)); rm build/repeat-$$n.log; else echo "failed: build/repeat-$$n.log"; fi; \
+	done; \
+	echo "$$passed of $(TIMES) runs passed$(if $(STRESS), beside stress-ng --cpu $(STRESS))"; \
+	[ $$passed = $(TIMES) ]
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -132,7 +132,10 @@ class Progress:
 
 
 def in_child(work: Callable[[], None], patience_s: float) -> tuple[str, str]:
-    """Run `work` in a process of its own; ("", "") or how it ended and what it said."""
+    """Run `work` in a process of its own; ("", "") or how it ended and what it said.
+
+    A fork is right here: this process never has threads, for every bench is opened in a child.
+    """
     report = os.memfd_create("report")
     pid = os.fork()
     if pid == 0:
@@ -150,7 +153,7 @@ def in_child(work: Callable[[], None], patience_s: float) -> tuple[str, str]:
     while not ended and time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if not ended:
-            time.sleep(0.002)
+            time.sleep(0.002)  # between two looks
     how = ""
     if not ended:
         os.kill(pid, 9)
