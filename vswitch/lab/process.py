@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from vswitch.lab import programs
 
 
 def start(
@@ -36,8 +37,8 @@ def start(
     `death_signal` names what the child gets when this thread dies without having stopped it.
     """
     command = list(argv)
-    if shutil.which("setpriv"):
-        command = ["setpriv", "--pdeathsig", death_signal, "--", *command]
+    if setpriv := programs.find("setpriv"):
+        command = [setpriv, "--pdeathsig", death_signal, "--", *command]
     with log.open("ab") as sink:
         return subprocess.Popen(
             command,
