@@ -72,6 +72,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.journal"),
     extension("vswitch.fastpath.mapping"),
     extension("vswitch.fastpath.port"),
+    extension("vswitch.fastpath.pump"),
     extension("vswitch.fastpath.table"),
     extension("vswitch.fastpath.turns"),
     extension("vswitch.guest.driver"),

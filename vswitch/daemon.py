@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -18,6 +20,7 @@ from vswitch.control.protocol import default_socket_paths, is_own, temporary_dir
 from vswitch.control.server import ControlServer
 from vswitch.errors import SocketError, VswitchError
 from vswitch.heartbeat import Heartbeat
+from vswitch.log_outlet import Outlet
 from vswitch.settings import Settings
 from vswitch.supervisor import Supervisor
 from vswitch.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ours
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CONTROL_PERMISSIONS = 0o600
+FINISH_PATIENCE_S = 1.0
+"""How long whoever reads the log may take for what is left of it when all is over."""
 _IMPORTED_LATER = ("uvloop", "vswitch.switch", "vswitch.config_writer", "concurrent.futures.thread")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -57,20 +62,36 @@ def run(
     Says `vswitch: ready, ...` on stderr when all sockets are open. `config_path` is where the
     `save` request writes by default; `create` builds the switch (default: `Switch.create`).
     """
-    lines = log.set_up(settings.switch.log_level, sys.stderr)
-    try:
-        # While this is the only thread: the others get their rights from it.
-        privileges.forbid_new_privileges()
-        privileges.use_all_descriptors()
-        control = _become_the_user(settings)
+    outlet = Outlet(sys.stderr.fileno())
+    lines = log.set_up(settings.switch.log_level, outlet)
+    # What libraries and the interpreter have to say goes the same way.
+    with contextlib.redirect_stderr(outlet):
+        try:
+            return _run_as_the_user(settings, config_path, create or _create, lines, outlet)
+        except VswitchError as exc:
+            outlet.write(f"vswitch: {exc}\n")
+            return 1
+        finally:
+            outlet.finish(FINISH_PATIENCE_S)
 
-        import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(settings, control, config_path, create or _create, lines))
-    except VswitchError as exc:
-        sys.stderr.write(f"vswitch: {exc}\n")
-        return 1
+def _run_as_the_user(
+    settings: Settings,
+    config_path: Path | None,
+    create: Create,
+    lines: log.CalmHandler,
+    outlet: Outlet,
+) -> int:
+    # While this is the only thread: the others get their rights from it.
+    privileges.forbid_new_privileges()
+    privileges.use_all_descriptors()
+    control = _become_the_user(settings)
+    outlet.start(lambda: privileges.limit_capabilities(frozenset()))
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(settings, control, config_path, create, lines, outlet))
 
 
 async def _create(settings: Settings, control: Path) -> RunningSwitch:
@@ -127,12 +148,13 @@ async def _run(
     config_path: Path | None,
     create: Create,
     lines: log.CalmHandler,
+    outlet: Outlet,
 ) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     seen: list[int] = []
     for number in _SIGNALS:
-        loop.add_signal_handler(number, _on_signal, number, seen, stopping)
+        loop.add_signal_handler(number, _on_signal, number, seen, stopping, outlet)
     loop.add_signal_handler(signal.SIGHUP, _on_hangup)
 
     # First of all, because a second switch with the same configuration must fail before it
@@ -156,7 +178,11 @@ async def _run(
     try:
         await control.start()
         _give_up_privileges(settings)
-        _say_ready(switch, listener.path)
+        # Modules and types stay as long as the process: looking through them for garbage again and
+        # again would hold the loop up for 15 ms each time.
+        gc.collect()
+        gc.freeze()
+        _say_ready(switch, listener.path, outlet)
         # From here on it serves others; what it took to set up is of no interest.
         turns = _measure_turns(loop)
         heartbeat = Heartbeat(
@@ -181,6 +207,7 @@ async def _run(
         except VswitchError as exc:
             # Dead in part is dead: whoever supervises the process is to see that it is gone.
             _log.critical("%s: ending at once", exc.message)
+            outlet.finish(FINISH_PATIENCE_S)
             os._exit(1)
         finally:
             await control.close()
@@ -201,9 +228,10 @@ def _measure_turns(loop: asyncio.AbstractEventLoop) -> LoopTurns | None:
         return None
 
 
-def _on_signal(number: int, seen: list[int], stopping: asyncio.Event) -> None:
+def _on_signal(number: int, seen: list[int], stopping: asyncio.Event, outlet: Outlet) -> None:
     if seen:
         _log.error("%s again: stopping at once", signal.Signals(number).name)
+        outlet.finish(FINISH_PATIENCE_S)
         os._exit(1)
     seen.append(number)
     _log.info("%s", signal.Signals(number).name)
@@ -244,7 +272,6 @@ def _summary(switch: SwitchApi) -> str:
     return ", ".join(parts)
 
 
-def _say_ready(switch: SwitchApi, control: Path) -> None:
+def _say_ready(switch: SwitchApi, control: Path, outlet: Outlet) -> None:
     # Not through the log, whose level may hide it: programs wait for this line.
-    sys.stderr.write(f"vswitch: ready, {_summary(switch)}, control socket {control}\n")
-    sys.stderr.flush()
+    outlet.write(f"vswitch: ready, {_summary(switch)}, control socket {control}\n")

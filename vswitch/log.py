@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TextIO
+from typing import Protocol
 
 BURST_LINES = 1000
 """Lines of one kind that may come at once; further ones are counted."""
@@ -12,6 +12,12 @@ LINES_PER_S = 100
 """How fast there is room for more of them."""
 
 _Kind = tuple[str, str, object]
+
+
+class Sink(Protocol):
+    """What lines are written to."""
+
+    def write(self, text: str, /) -> object: ...
 
 
 class _Allowance:
@@ -22,13 +28,13 @@ class _Allowance:
         self.left_out = 0
 
 
-class CalmHandler(logging.StreamHandler[TextIO]):
+class CalmHandler(logging.StreamHandler[Sink]):
     """Writes LINES_PER_S lines of one kind, after a burst, and how many it left out.
 
     Of one kind are lines of the same text about the same port, whatever else they say.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Sink) -> None:
         super().__init__(stream)
         self._since = time.monotonic()
         self._kinds: dict[_Kind, _Allowance] = {}
@@ -58,6 +64,7 @@ class CalmHandler(logging.StreamHandler[TextIO]):
                 if allowance.left_out:
                     self._write_left_out(kind, allowance.left_out)
                     allowance.left_out = 0
+        self.flush()
 
     def _write_left_out(self, kind: _Kind, count: int) -> None:
         name, text, who = kind
@@ -74,7 +81,7 @@ class CalmHandler(logging.StreamHandler[TextIO]):
         )
 
 
-def set_up(level: str, stream: TextIO) -> CalmHandler:
+def set_up(level: str, stream: Sink) -> CalmHandler:
     """Have everything of vswitch logged to `stream` from `level` on; returns the handler."""
     handler = CalmHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))

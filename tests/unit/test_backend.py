@@ -7,6 +7,7 @@ import gc
 import os
 import select
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
 from vswitch.vhost_user import connection, protocol
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.datapath import RingSetup
+from vswitch.vhost_user.pace import PIECE_S
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,
@@ -134,6 +137,42 @@ def test_a_ring_set_up_before_the_memory_starts_with_it() -> None:
         assert list(peer.datapath.running) == [0]
 
     with_peer(test)
+
+
+class SlowDatapath(RecordingDatapath):
+    """Starting a ring takes a piece of time each, without waiting for anything."""
+
+    def __init__(self) -> None:
+        super().__init__(queue_pairs=8)
+        self.turns = 0
+        self.turns_at_start: list[int] = []
+
+    async def start_ring(self, index: int, setup: RingSetup) -> int:
+        self.turns_at_start.append(self.turns)
+        time.sleep(PIECE_S)  # noqa: ASYNC251 - what the loop is to survive
+        return await super().start_ring(index, setup)
+
+
+def test_others_have_their_turn_between_two_rings() -> None:
+    """However many start with one message."""
+    datapath = SlowDatapath()
+
+    async def count() -> None:
+        while True:
+            datapath.turns += 1
+            await asyncio.sleep(0)
+
+    async def test(peer: Peer) -> None:
+        others = asyncio.create_task(count())
+        for vring in range(16):
+            await start(peer, vring)
+        assert len(datapath.turns_at_start) == 0
+        await give_memory(peer)
+        others.cancel()
+        assert len(datapath.turns_at_start) == 16
+        assert len(set(datapath.turns_at_start)) == 16
+
+    with_peer(test, datapath)
 
 
 def test_without_protocol_features_rings_start_enabled() -> None:

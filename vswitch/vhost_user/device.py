@@ -17,6 +17,7 @@ from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel
 from vswitch.vhost_user.connection import Connection, Message
 from vswitch.vhost_user.datapath import Datapath, DatapathError, TranslationPending
+from vswitch.vhost_user.pace import Pace
 from vswitch.vhost_user.protocol import (
     FLAG_REPLY,
     BackendRequest,
@@ -144,7 +145,9 @@ class Device:
     async def _start(self, vrings: list[Vring]) -> None:
         if vrings:
             self._datapath.use_iotlb(self.behind_iommu)
+        pace = Pace()
         for vring in vrings:
+            await pace.step()  # a port may have 256 of them
             if self._inband and not vring.callable and not vring.relayed:
                 self._relay_calls(vring)
             setup = vring.setup(self.features)
