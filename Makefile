@@ -15,7 +15,7 @@ SECONDS ?= 60
 TIMES ?= 50
 MINUTES ?= 10
 
-.PHONY: help setup required demo test test-all repeat roots check bench fuzz soak model format clean
+.PHONY: help setup required notice demo test test-all repeat roots check bench fuzz soak model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -38,7 +38,7 @@ setup: $(VENV)/.built
 
 # All that is missing, at once and before anything is built. The demo has other guests without QEMU.
 NEEDS := build
-setup test test-all bench fuzz soak model: NEEDS := build test
+setup test test-all repeat bench fuzz soak model: NEEDS := build test
 demo: NEEDS := --without demo build
 
 required:
@@ -49,10 +49,14 @@ required:
 demo: $(VENV)/.built
 	@$(BIN)/vswitch demo $(ARGS)
 
-test: setup
+# Before the minutes of building and of tests.
+notice:
+	@[ "$$(id -u)" = 0 ] || echo 'not root: tests that take root will be skipped, pytest says how many'
+
+test: notice setup
 	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
-test-all: setup
+test-all: notice setup
 	@$(BIN)/python -m pytest $(ARGS)
 
 # Needs nothing of what is built here: it clones and builds in each root.
