@@ -117,6 +117,43 @@ def test_single_regions_are_answered(last: int) -> None:
     with_peer(test)
 
 
+@pytest.mark.parametrize("status", [True, False], ids=["status", "no status"])
+@pytest.mark.parametrize("says_it", [False, True], ids=["QEMU 9", "QEMU 8"])
+def test_every_queue_pair_gets_the_answers_that_it_waits_for(says_it: bool, status: bool) -> None:
+    """Whether it sends ADD_MEM_REG for each, or for the first one only."""
+
+    async def pair_starts(peer: Peer) -> None:
+        await peer.send(Request.SET_FEATURES, u64(int(peer.backend.features)))
+        if status:
+            await peer.ask(Request.GET_STATUS)
+
+    async def test(peer: Peer) -> None:
+        await listening(peer, pairs=3)
+        chosen = PROTOCOL_FEATURES if status else PROTOCOL_FEATURES & ~ProtocolFeature.STATUS
+        await peer.send(Request.SET_PROTOCOL_FEATURES, u64(int(chosen)))
+        await pair_starts(peer)
+        for region in (REGION, OTHER):
+            assert await add(peer, region) == based(peer, region)
+        for _ in range(2):
+            await pair_starts(peer)
+            fds = [memory_fd(), memory_fd()]
+            for region, fd in zip((REGION, OTHER), fds, strict=True):
+                if says_it:
+                    answered = protocol.encode_mem_region(region)
+                    await peer.send(Request.ADD_MEM_REG, answered, [fd])
+                request, _, answer = await peer.reply()
+                assert request == Request.ADD_MEM_REG
+                assert protocol.decode_mem_region(answer) == based(peer, region)
+                os.close(fd)
+            # And no more than that: this is answered next.
+            assert await peer.ask(Request.GET_QUEUE_NUM)
+        # All pairs have started: features alone say nothing of memory now.
+        await pair_starts(peer)
+        assert await peer.ask(Request.GET_QUEUE_NUM)
+
+    with_peer(test)
+
+
 def test_the_end_starts_rings_anew() -> None:
     async def test(peer: Peer) -> None:
         await listening(peer, pairs=3)

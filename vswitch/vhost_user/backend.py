@@ -178,10 +178,12 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             await self._reply(number, protocol.encode_u64(1))
             return
         if answer is not None:
-            await self._reply(number, answer)
+            if not self._was_paid(answer):
+                await self._reply(number, answer)
         elif self._wants_ack(message) and spec.reply is Reply.ACK:
             # As things are now: whoever negotiates REPLY_ACK by this very request waits for it.
             await self._reply(number, protocol.encode_u64(0))
+        await self._pay_ahead(request)
 
     # Features
 

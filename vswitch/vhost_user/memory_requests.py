@@ -79,8 +79,9 @@ class MemoryRequests(PostcopyRequests):
         """The answer to ADD_MEM_REG in postcopy."""
         if self._postcopy is not Postcopy.LISTENING:
             return None
-        [answer] = await self._with_bases([region], message.fds)
-        return protocol.encode_mem_region(answer)
+        [based] = await self._with_bases([region], message.fds)
+        answer = self._answered[region] = protocol.encode_mem_region(based)
+        return answer
 
     async def _rem_mem_reg(self, message: Message) -> None:
         wanted = _identity(protocol.decode_mem_region(message.payload))
