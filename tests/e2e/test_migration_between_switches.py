@@ -17,7 +17,7 @@ from transfer import Transfer
 
 from vswitch.lab import host
 from vswitch.lab.guest import Guest
-from vswitch.lab.image import ensure_image
+from vswitch.lab.image import GuestImage
 
 NEIGHBOUR = f"{NETWORK}.200"
 ARP, RARP = 0x0806, 0x8035
@@ -26,8 +26,10 @@ BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 
 
 @pytest.fixture(scope="module")
-def other_switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
-    other = Testbed(tmp_path_factory.mktemp("other"), ensure_image())
+def other_switch(
+    tmp_path_factory: pytest.TempPathFactory, guest_image: GuestImage
+) -> Iterator[Testbed]:
+    other = Testbed(tmp_path_factory.mktemp("other"), guest_image)
     other.switch.start()
     try:
         yield other

@@ -248,3 +248,21 @@ def test_guest_and_network_namespace(
         on = guest_kind != "none" and not uplink_options
         assert (port.mean("egress") > 2 * FULL_FRAME_LEN) == on
         assert wrong_checksums(vm3) == 0
+
+
+CTRL_GUEST_OFFLOADS = 2
+
+
+def test_offloads_that_a_guest_changes_and_nobody_tells(testbed: Testbed) -> None:
+    """QEMU lets it although the switch does not offer it, unless it is told not to."""
+    told_not_to = Kind({"device_options": "ctrl_guest_offloads=off"})
+    [vm1] = testbed.require("vm1")
+    with testbed.kinds(vm2=Kind(), vm3=told_not_to) as guests:
+        for guest, may in zip(guests, (True, False), strict=True):
+            bits = guest.check("cat /sys/class/net/eth0/device/features")
+            assert bits[CTRL_GUEST_OFFLOADS] == "01"[may]
+            assert "CTRL_GUEST_OFFLOADS" not in testbed.show(guest.name)["feature_names"]
+            done = guest.run("ethtool -K eth0 rx-gro-hw off")
+            assert (done.exit_code == 0) == may, done.output
+            # What Linux itself does with long frames that it no longer expects is to take them.
+            Transfer(vm1, guest, 5_000_000).finish()
