@@ -218,6 +218,8 @@ RECEIVE: dict[str, tuple[str, RawDesc]] = {
     "table runs out of memory": ("bad-address", RawDesc(END - 8, 16, DESC_F_INDIRECT)),
     "read-only": ("bad-direction", RawDesc(0, 2048)),
     "empty": ("empty-buffer", RawDesc(0, 0, DESC_F_WRITE)),
+    "a byte": ("short-buffer", RawDesc(0, 1, DESC_F_WRITE)),
+    "a byte less than a header": ("short-buffer", RawDesc(0, 11, DESC_F_WRITE)),
     "longer than the ring": ("chain-too-long", RawDesc(0, 0, DESC_F_WRITE | DESC_F_NEXT)),
     "table beyond memory": ("bad-address", RawDesc(1 << 40, 16, DESC_F_INDIRECT)),
     "empty table": ("indirect-length", RawDesc(0, 0, DESC_F_INDIRECT)),

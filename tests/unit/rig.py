@@ -19,13 +19,19 @@ ALL = offloads.offered(True)
 
 
 class Rig:
-    """Ports of one running engine; what it does not know is flooded."""
+    """Ports of one engine; what it does not know is flooded.
 
-    def __init__(self, stack: ExitStack) -> None:
+    Its worker runs, or takes its turns when it is told to: `turn`.
+    """
+
+    def __init__(self, stack: ExitStack, *, runs: bool = True) -> None:
         self.engine = Engine()
         self._stack = stack
         self._keep: list[object] = []
         worker = self.engine.workers[0]
+        self.turn = worker.turn
+        if not runs:
+            return
         thread = threading.Thread(target=worker.run)
         thread.start()
         stack.callback(thread.join)
@@ -54,8 +60,9 @@ class Rig:
                 event_idx=True,
                 indirect=True,
                 mergeable=Feature.MRG_RXBUF in guest.features,
-                base=0,
+                base=0x8000 if queue.ring.packed else 0,
                 poll_only=False,
+                packed=queue.ring.packed,
                 offloads=(offloads.asked_for if ring.is_transmitq else offloads.taken)(
                     guest.features
                 ),
@@ -77,3 +84,10 @@ class Rig:
 def running() -> Iterator[Rig]:
     with ExitStack() as stack:
         yield Rig(stack)
+
+
+@contextmanager
+def stepping() -> Iterator[Rig]:
+    """One whose worker does nothing but by `turn`."""
+    with ExitStack() as stack:
+        yield Rig(stack, runs=False)

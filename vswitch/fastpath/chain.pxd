@@ -186,6 +186,7 @@ cdef inline int walk_split(
     cdef bint indirect = False
     while True:
         walked += 1
+        ring.walked += 1
         if vs_unlikely(walked > table_size or walked > MAX_CHAIN):
             ring_fault(ring, FAULT_CHAIN_LEN, walked, table_size)
             return -1
@@ -229,6 +230,7 @@ cdef inline int walk_packed(
         if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
             ring_fault(ring, FAULT_DIRECTION, desc.flags, index)
             return -1
+        ring.walked += 1
         if add_segment(ring, &desc, segs, &n_segs, limit) < 0:
             return -1
         if not desc.flags & VRING_DESC_F_NEXT:
@@ -254,6 +256,7 @@ cdef inline int walk_packed(
         if vs_unlikely(entries > MAX_CHAIN):
             ring_fault(ring, FAULT_CHAIN_LEN, entries, MAX_CHAIN)
             return -1
+        ring.walked = <uint16_t>(count + entries)
         for i in range(entries):
             if read_indirect(ring, &desc, table_gpa, i) < 0:
                 return -1
@@ -280,6 +283,7 @@ cdef inline int walk_chain(
     buffer in the wrong direction (`want_write` is VRING_DESC_F_WRITE or 0), a nested, empty, odd or
     unoffered indirect table (2.7.5.3).
     """
+    ring.walked = 0
     if ring.packed:
         return walk_packed(ring, head, first, want_write, segs, limit)
     ring.walk_id = head

@@ -24,10 +24,11 @@ from vswitch.fastpath.chain cimport miss_answered, read_desc, read_packed, ring_
 from vswitch.fastpath.dirty cimport log_host, log_segs
 from vswitch.fastpath.events cimport report_fault
 from vswitch.fastpath.memory cimport gpa_to_host
-from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
+from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next, finish_work
 from vswitch.fastpath.types cimport (
     BURST,
     DROP_BAD_GSO,
+    DROP_BUFFER_PIECES,
     DROP_BUFFER_SMALL,
     DROP_EGRESS_MTU,
     DROP_IOTLB_MISS,
@@ -38,6 +39,7 @@ from vswitch.fastpath.types cimport (
     FAULT_EMPTY_BUFFER,
     FAULT_HEAD,
     FAULT_IOTLB_MISS,
+    FAULT_SHORT_BUFFER,
     MAX_CHAIN,
     USED_BATCH,
     VNET_HDR_MAX,
@@ -66,6 +68,10 @@ from vswitch.fastpath.virtqueue cimport (
 )
 
 
+cdef enum:
+    HOLD_WORK = 64         # descriptors of a receiver's buffers for one frame, see `held`
+
+
 cdef inline void put_header(char *to, const Frame *frame, uint8_t hdr_len, uint16_t buffers) noexcept nogil:
     """struct virtio_net_hdr: ten bytes, and num_buffers where the driver knows it (5.1.6)."""
     memcpy(to, frame.hdr, 10)
@@ -86,6 +92,7 @@ cdef inline void copy_frame(WorkerC *w, char *to, const Frame *frame) noexcept n
     cdef uint32_t i
     copy_piece(to, frame.seg.ptr, frame.seg.len)
     if vs_unlikely(frame.nseg > 1):
+        w.work += frame.nseg
         to += frame.seg.len
         seg = &w.segs[frame.more]
         for i in range(<uint32_t>frame.nseg - 1):
@@ -117,6 +124,40 @@ cdef inline int fault_drop(const RingC *ring) noexcept nogil:
     # Acquire: pairs with Ring.use_iotlb.
     mem = <const MemTable *>vs_load_acquire_ptr(<void **>&ring.mem)
     return DROP_PAGE_MISSING if mem.physical else DROP_IOTLB_MISS
+
+
+cdef inline bint too_short(
+    WorkerC *w, RingC *ring, uint16_t head, uint32_t first, uint32_t n
+) noexcept nogil:
+    """Whether a receive buffer cannot hold a virtio_net_hdr, which is a fault of its ring (5.1.6.3.1).
+
+    A thousand of a byte would be a thousand chains for each frame, and none of them used. Without
+    mergeable buffers a frame that finds one like that could never be delivered, nor any other.
+    """
+    cdef uint64_t length = 0
+    cdef uint32_t i
+    for i in range(n):
+        length += w.rx_segs[first + i].len
+    if length >= ring.hdr_len:
+        return False
+    if length:
+        ring_fault(ring, FAULT_SHORT_BUFFER, length, ring.hdr_len)
+    else:
+        ring_fault(ring, FAULT_EMPTY_BUFFER, head, n)
+    return True
+
+
+cdef inline bint held(WorkerC *w, Counters *counters, uint32_t before, uint32_t need) noexcept nogil:
+    """Whether a frame's buffers were so much work that their port is to sit out some turns.
+
+    It is the receiver's doing, so what is for it meanwhile is dropped; its sender pays as well, but
+    for this one frame. HOLD_WORK descriptors and one for 64 bytes are more than drivers make of a frame.
+    """
+    cdef uint32_t spent = w.work - before
+    if vs_likely(spent <= HOLD_WORK + (need >> 6)):
+        return False
+    counters.held_until = w.loops + 1 + spent // (8 * BURST)
+    return True
 
 
 cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noexcept nogil:
@@ -153,6 +194,7 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
         if n_segs >= MAX_CHAIN:
             return -1 - DROP_BUFFER_SMALL
         got = walk_chain(ring, head, &desc, VRING_DESC_F_WRITE, &w.rx_segs[n_segs], MAX_CHAIN)
+        w.work += ring.walked
         if got < 0:
             return -1 - fault_drop(ring)
         room = 0
@@ -162,8 +204,7 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
                 room = left
                 break
             room += w.rx_segs[n_segs + i].len
-        if room == 0:
-            ring_fault(ring, FAULT_EMPTY_BUFFER, head, got)
+        if vs_unlikely(room < ring.hdr_len) and too_short(w, ring, head, n_segs, <uint32_t>got):
             return -1 - DROP_RING_FAULT
         w.rx_heads[chains] = ring.walk_id
         w.rx_counts[chains] = ring.walk_count
@@ -175,6 +216,7 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
             n_segs += got
         left -= room
         chains += 1
+    w.work += frame.nseg
     put_header(hdr, frame, ring.hdr_len, <uint16_t>chains)
     scatter(w.rx_segs, &at, &offset, hdr, ring.hdr_len)
     scatter(w.rx_segs, &at, &offset, frame.seg.ptr, frame.seg.len)
@@ -305,8 +347,13 @@ cdef inline void deliver_locked(
     cdef char *host
     cdef int result
     cdef uint16_t head
+    cdef uint32_t before
+    cdef bint over
     if vs_unlikely(ring.fault != 0) and not miss_answered(ring):
         counters.drops[fault_drop(ring)] += n
+        return
+    if vs_unlikely(counters.held_until > w.loops):
+        counters.drops[DROP_BUFFER_PIECES] += n
         return
     ready = prepare_buffers(w, ring, n)
     if vs_likely(not ring.packed and ring.log == NULL):
@@ -335,7 +382,9 @@ cdef inline void deliver_locked(
             # The prepared buffers are spent, or shaped otherwise. deliver_chains overwrites
             # rx_heads, so what was prepared is void from here on.
             ready = 0
+            before = w.work
             result = deliver_chains(w, ring, frame)
+            over = held(w, counters, before, need)
             if result < 0:
                 counters.drops[-1 - result] += 1
                 if -1 - result == DROP_NO_BUFFER:
@@ -343,13 +392,22 @@ cdef inline void deliver_locked(
                 if vs_unlikely(ring.fault != 0):
                     counters.drops[fault_drop(ring)] += n - i - 1
                     break
+                if vs_unlikely(over):
+                    counters.drops[DROP_BUFFER_PIECES] += n - i - 1
+                    break
                 continue
+            if vs_unlikely(over):
+                delivered += 1
+                total += frame.len
+                counters.drops[DROP_BUFFER_PIECES] += n - i - 1
+                break
         delivered += 1
         total += frame.len
     if delivered:
         publish_used(w, ring)
         counters.egress_frames += delivered
         counters.egress_bytes += total
+        w.copied += total
         notify_driver(w, ring, counters)
     if vs_unlikely(ring.fault != 0):
         report_fault(w, ring)
@@ -371,6 +429,7 @@ cdef inline void deliver_finished(
     if finish_begin(w, frame, ring.offloads, &f) == 0:
         counters.drops[DROP_BAD_GSO] += 1
         return
+    w.work += finish_work(&f)
     while f.left:
         n = 0
         while f.left and n < FINISH_BATCH:

@@ -114,6 +114,7 @@ DROP_REASONS = (
     ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
     ("iotlb-miss", "the receiving guest's frontend has not yet told where its buffer lies"),
     ("page-missing", "the receiving guest is in postcopy migration and its buffer has not yet come"),
+    ("buffer-pieces", "the receiving guest's buffers are in so many pieces that it sits out some turns"),
 )
 
 FOREVER = (1 << 64) - 1
@@ -201,6 +202,7 @@ cdef class Worker:
         cdef const WorkerView *mine = &view.workers[self.c.id]
         cdef uint32_t i, got = 0
         with nogil:
+            self.c.loops += 1
             for i in range(mine.n_transmitqs):
                 got += poll_transmitq(self.c, view, mine.transmitqs[i])
             for i in range(mine.n_taps):

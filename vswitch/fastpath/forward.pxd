@@ -38,6 +38,7 @@ from vswitch.fastpath.offload cimport check_offload
 from vswitch.fastpath.storm cimport storm_allows
 from vswitch.fastpath.tap cimport tap_send
 from vswitch.fastpath.types cimport (
+    BURST,
     DROP_BAD_SOURCE,
     DROP_EGRESS_DOWN,
     DROP_NO_DESTINATION,
@@ -73,6 +74,7 @@ from vswitch.fastpath.types cimport (
 
 cdef enum:
     MANY_LOOKUPS = 4                # in a burst: they will be so many in the next one
+    CALL_COPIES = 16                # what a notification costs; it is a system call
     ETHERTYPE_VLAN_LE = 0x0081      # 0x8100 as loaded on a little-endian machine
     ETHERTYPE_QINQ_LE = 0xA888      # 0x88a8
     ETHERTYPE_IPV4_LE = 0x0008
@@ -138,6 +140,7 @@ cdef inline int take_frame(WorkerC *w, RingC *ring, Frame *frame, const VringDes
             return 0
     segs = &w.segs[w.n_segs]
     got = walk_chain(ring, frame.head, first, 0, segs, MAX_CHAIN)
+    w.work += ring.walked
     if got < 0:
         return -1
     frame.id = ring.walk_id
@@ -253,22 +256,13 @@ cdef inline void send_to(WorkerC *w, uint16_t port, uint8_t i) noexcept nogil:
 
 
 cdef inline bint is_tag(uint16_t ethertype) noexcept nogil:
+    """Whether a VLAN tag follows: what Linux takes for one, which 0x9100 is not."""
     return ethertype == ETHERTYPE_VLAN_LE or ethertype == ETHERTYPE_QINQ_LE
 
 
-cdef inline bint two_tags(const char *head, uint32_t have) noexcept nogil:
-    """Whether a frame, of which these are the first `have` bytes, has two VLAN tags or more.
-
-    The ethertypes are those that Linux takes for tags: 0x9100 is none.
-    """
-    return vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18 and is_tag(vs_get16(head + 16))
-
-
-cdef inline uint64_t vlan_bits(const char *head, uint32_t have) noexcept nogil:
-    """The part of a key that tells the VLAN, from the first `have` bytes of a frame."""
-    if vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18:
-        return <uint64_t>((<uint8_t>head[14] & 0xF) << 8 | <uint8_t>head[15]) << 48
-    return 0
+cdef inline uint64_t vlan_bits(const char *head) noexcept nogil:
+    """The part of a key that tells the VLAN, from the first 18 bytes of a tagged frame."""
+    return <uint64_t>((<uint8_t>head[14] & 0xF) << 8 | <uint8_t>head[15]) << 48
 
 
 cdef inline void prefetch_lookups(WorkerC *w, const RingC *ring, uint16_t n) noexcept nogil:
@@ -284,7 +278,8 @@ cdef inline void prefetch_lookups(WorkerC *w, const RingC *ring, uint16_t n) noe
         if frame.seg.len >= 18:
             key = vs_get64(frame.seg.ptr) & VS_MAC_MASK
             if not key & 1:
-                key |= vlan_bits(frame.seg.ptr, 18)
+                if is_tag(vs_get16(frame.seg.ptr + 12)):
+                    key |= vlan_bits(frame.seg.ptr)
                 if key != ring.dst_key:
                     fdb_prefetch(w.shared.fdb, key)
 
@@ -318,8 +313,11 @@ cdef inline void classify(
             return
         w.needs |= frame.needs
     have = gather_bytes(w, frame, head, 18)
-    if vs_unlikely(two_tags(head, have)):
-        frame.wire_len -= VLAN_HLEN
+    vlan = 0
+    if vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18:
+        vlan = vlan_bits(head)
+        if is_tag(vs_get16(head + 16)):
+            frame.wire_len -= VLAN_HLEN  # as Linux has it
     if vs_unlikely(frame.wire_len > vs_load32(&port.max_len)):
         counters.drops[DROP_OVERSIZE] += 1
         return
@@ -328,7 +326,6 @@ cdef inline void classify(
     if vs_unlikely(src & 1 or src == 0):
         counters.drops[DROP_BAD_SOURCE] += 1
         return
-    vlan = vlan_bits(head, have)
     src_key = src | vlan
     dst_key = dst | vlan
     generation = vs_load32(&fdb.generation)
@@ -389,6 +386,32 @@ cdef inline void deliver_queues(
     for q in range(to.n_receiveqs):
         if w.queue_n[q]:
             deliver(w, to.receiveqs[q], w.queue[q], w.queue_n[q], counters)
+
+
+cdef inline uint32_t extra_work(const WorkerC *w, uint32_t copies) noexcept nogil:
+    """What a burst has cost besides its `copies`, in copies of short frames; 0 for an ordinary one.
+
+    Eight descriptors or pieces make a copy, and 2 KiB do. Ordinary are up to 16 descriptors and pieces
+    a copy, a descriptor being one and what is copied from or to it another, and 64 frames of 2 KiB.
+    """
+    cdef uint64_t pieces = w.work >> 3, lines = w.copied >> 11
+    if vs_likely(pieces <= 2 * BURST or pieces <= 2 * copies):
+        pieces = 0
+    if vs_likely(lines <= BURST):
+        return <uint32_t>pieces
+    return <uint32_t>(pieces + lines)
+
+
+cdef inline uint32_t turn_cost(const WorkerC *w, uint32_t copies, uint32_t extra) noexcept nogil:
+    """What a turn has cost, in copies of short frames; a notification is CALL_COPIES."""
+    if vs_unlikely(w.burst_calls * CALL_COPIES > BURST and w.burst_calls * CALL_COPIES > copies):
+        copies = w.burst_calls * CALL_COPIES
+    return copies + extra
+
+
+cdef inline void begin_turn(WorkerC *w) noexcept nogil:
+    w.n_segs = w.work = w.burst_calls = 0
+    w.copied = 0
 
 
 cdef inline uint32_t forward_burst(

@@ -363,6 +363,11 @@ cdef inline uint32_t finish_begin(
     return f.left
 
 
+cdef inline uint32_t finish_work(const Finish *f) noexcept nogil:
+    """What finishing a frame costs, as WorkerC.work: a byte is looked at twice, a segment has headers."""
+    return 0 if f.raw else 32 * f.left + (f.end >> 4)
+
+
 cdef inline void finish_tcp(Finish *f, char *l4, bint last) noexcept nogil:
     put32(l4 + 4, swap32(f.seq + (f.at - f.headers.len)))
     if not last:

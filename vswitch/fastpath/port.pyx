@@ -26,6 +26,7 @@ from vswitch.fastpath.dirty cimport log_packed, log_used
 from vswitch.fastpath.mapping cimport DirtyLog, Memory
 from vswitch.fastpath.memory cimport uva_to_host
 from vswitch.fastpath.types cimport (
+    BURST,
     FAULT_IOTLB_MISS,
     FAULT_NONE,
     KIND_TAP,
@@ -75,6 +76,10 @@ RING_FAULTS = (
     ("indirect-nested", "descriptor {1} has flags {0:#x}: an indirect table inside a chain"),
     ("indirect-unoffered", "descriptor {1} has flags {0:#x}: indirect without negotiation"),
     ("empty-buffer", "the receive chain at descriptor {0} has no room at all"),
+    (
+        "short-buffer",
+        "a receive buffer has {0} bytes, and each must hold the virtio-net header's {1}",
+    ),
     ("iommu-permission", "the IOMMU does not let the device have I/O virtual address {0:#x} this way"),
     ("", ""),  # waits for its frontend to translate an address, which is no fault
 )
@@ -242,6 +247,7 @@ cdef class Ring:
         c.region_hint = 0
         c.empty_polls = 0
         c.debt = 0
+        c.quota = BURST
         c.src_key = c.dst_key = FDB_EMPTY  # no frame's
         c.src_generation = c.dst_generation = 0
         c.fault_value = 0
@@ -460,6 +466,11 @@ cdef class Ring:
     def frames(self):
         """Chains taken from a transmitq since the port's frontend connected."""
         return vs_load64(&self.c.taken)
+
+    @property
+    def debt(self):
+        """What its turns have cost beyond what is a turn, in copies of frames, and is not paid yet."""
+        return vs_load32(&self.c.debt)
 
     @property
     def enabled(self):

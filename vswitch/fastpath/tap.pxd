@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from vswitch.fastpath.atomics cimport vs_load32
-from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next
+from vswitch.fastpath.offload cimport Finish, finish_begin, finish_next, finish_work
 from vswitch.fastpath.types cimport (
     BURST,
     DROP_BAD_GSO,
@@ -85,6 +85,8 @@ cdef inline void tap_write(
     cdef ssize_t done
     if w.uring.queued == VS_URING_SLOTS or w.n_tap_iovecs + 1 + frame.nseg > TAP_IOVECS:
         tap_flush(w, counters)
+    w.copied += frame.len
+    w.work += frame.nseg
     slot = w.uring.queued
     whole = w.tap_short[slot]
     iov = &w.tap_iovecs[w.n_tap_iovecs]
@@ -132,6 +134,7 @@ cdef inline void tap_send(
         elif finish_begin(w, frame, <uint8_t>port.offloads, &f) == 0:
             counters.drops[DROP_BAD_GSO] += 1
         else:
+            w.work += finish_work(&f)
             # Its segments lie in the worker's memory, which has places for a batch of them.
             tap_flush(w, counters)
             slot = 0

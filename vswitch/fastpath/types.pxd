@@ -112,6 +112,7 @@ cdef enum:
     DROP_STORM_UNKNOWN
     DROP_IOTLB_MISS
     DROP_PAGE_MISSING
+    DROP_BUFFER_PIECES
     N_DROPS
 
 # What storm control tells apart.
@@ -134,6 +135,7 @@ cdef enum Fault:
     FAULT_INDIRECT_NESTED  # value: flags
     FAULT_INDIRECT_UNOFFERED
     FAULT_EMPTY_BUFFER     # a receiveq chain with no room, which would be taken for ever
+    FAULT_SHORT_BUFFER     # value: bytes of a receiveq chain, detail: of the virtio_net_hdr
     FAULT_PERMISSION       # value: IOVA; the IOTLB has it without the permission that is needed
     FAULT_IOTLB_MISS       # value: IOVA, detail: serial of the table without it, shifted by one; below
                            # that whether it was to be read, whatever else the ring does. No fault:
@@ -144,6 +146,7 @@ cdef struct Counters:      # one a worker and port; written by that worker only
     uint64_t ingress_bytes
     uint64_t egress_frames
     uint64_t egress_bytes
+    uint64_t held_until    # nothing is delivered to the port before this loop of the worker
     uint64_t kicks
     uint64_t calls
     uint64_t stalls
@@ -242,8 +245,10 @@ cdef struct RingC:
     uint16_t walk_count    # ... and ring entries
     uint16_t region_hint
     uint16_t burst         # packed: chains taken when there were any last
+    uint16_t quota         # chains to be taken in a turn, up to BURST: fewer when they are much work
+    uint16_t walked        # descriptors of the chain walked last
     uint32_t empty_polls
-    uint32_t debt          # copies made beyond those of a turn, to be waited for
+    uint32_t debt          # what a turn cost beyond BURST copies, to be waited for
     uint64_t taken         # chains of a transmitq since it was made
     uint64_t fault_value
     uint64_t fault_detail
@@ -385,6 +390,9 @@ cdef struct WorkerC:
     Frame frames[BURST + FINISH_BATCH]  # the last ones: segments made of one of the others ...
     Seg segs[SEG_POOL + FINISH_BATCH]   # ... and their payloads
     uint32_t n_segs
+    uint32_t work          # of the burst, besides a copy a frame: see turn_cost
+    uint32_t burst_calls   # ... drivers notified
+    uint64_t copied        # ... bytes
     uint32_t needs         # of all frames of the burst together
     uint16_t lookups       # of destinations in the FDB, in this burst
     uint16_t touched[MAX_PORTS]

@@ -236,6 +236,7 @@ cdef inline void notify_driver(WorkerC *w, RingC *ring, Counters *counters) noex
     fd = vs_load_int(&ring.call_fd)
     if fd >= 0:
         vs_notify(&w.notifier, fd)
+        w.burst_calls += 1
         counters.calls += 1
 
 

@@ -22,7 +22,7 @@ from vswitch.fastpath.atomics cimport (
 )
 from vswitch.fastpath.chain cimport miss_answered, read_desc, read_packed, ring_fault
 from vswitch.fastpath.events cimport post_event, report_fault
-from vswitch.fastpath.forward cimport forward_burst, take_frame
+from vswitch.fastpath.forward cimport begin_turn, extra_work, forward_burst, take_frame, turn_cost
 from vswitch.fastpath.journal cimport note_batch, note_taken
 from vswitch.fastpath.tap cimport tap_receive
 from vswitch.fastpath.turns cimport end_turn
@@ -96,8 +96,8 @@ cdef inline uint16_t take_split(WorkerC *w, RingC *ring) noexcept nogil:
     cdef VringDesc desc
     if n == 0:
         return 0
-    if n > BURST:
-        n = BURST
+    if n > ring.quota:
+        n = ring.quota
     if ring.armed:
         refuse_kicks(ring)
     for i in range(n):
@@ -132,7 +132,7 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
     # As long as the last burst was: more would take lines from a driver that is about to write them.
     if ring.burst >= BURST // 2 and packed_ready(ring, position, wrap):
         prefetch_packed(ring, position, ring.burst)
-    while taken < BURST and packed_ready(ring, ring.last_avail, ring.avail_wrap):
+    while taken < ring.quota and packed_ready(ring, ring.last_avail, ring.avail_wrap):
         if vs_unlikely(w.n_segs + MAX_CHAIN + 1 > SEG_POOL):
             break
         if ring.armed:
@@ -155,6 +155,25 @@ cdef inline uint16_t take_packed(WorkerC *w, RingC *ring) noexcept nogil:
     return taken
 
 
+cdef inline void charge(WorkerC *w, RingC *ring, uint16_t taken, uint32_t copies) noexcept nogil:
+    """Have a ring pay for its turn, whatever made that dear: it or those whom its frames went to.
+
+    What goes beyond a turn of BURST copies it sits out. And it takes no more in the next one than makes
+    an ordinary turn, so that others need not wait long either.
+    """
+    cdef uint32_t extra = extra_work(w, copies), quota
+    copies = turn_cost(w, copies, extra)
+    if vs_unlikely(copies > BURST):
+        ring.debt = copies - BURST
+    if vs_likely(extra == 0 and ring.quota == BURST):
+        return
+    if extra:
+        quota = <uint32_t>taken * BURST // extra
+        ring.quota = <uint16_t>quota if quota else 1
+    elif w.work >> 3 <= BURST and w.copied >> 10 <= BURST:
+        ring.quota = 2 * ring.quota if ring.quota <= BURST // 2 else BURST
+
+
 cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) noexcept nogil:
     """Take up to a burst from one transmitq and forward it; returns how many chains were taken."""
     cdef uint16_t i, taken
@@ -162,14 +181,13 @@ cdef inline uint32_t poll_transmitq(WorkerC *w, const View *view, RingC *ring) n
     cdef Counters *counters
     if vs_unlikely(ring.fault != 0) and not miss_answered(ring):
         return 0
-    w.n_segs = 0
+    begin_turn(w)
     taken = take_packed(w, ring) if ring.packed else take_split(w, ring)
     if taken:
         counters = &w.counters[ring.port.id]
         if vs_likely(vs_load8(&ring.enabled)):
             copies = forward_burst(w, view, ring.port, ring, taken)
-            if vs_unlikely(copies > BURST):
-                ring.debt = copies - BURST
+            charge(w, ring, taken, copies)
         else:
             # Started but disabled: process and discard ("Ring states" of the protocol document).
             counters.ingress_frames += taken
@@ -196,9 +214,11 @@ cdef inline uint32_t poll_tap(WorkerC *w, const View *view, PortC *port) noexcep
     cdef uint32_t copies
     if vs_unlikely(vs_load32(&port.tap_lost)):
         return 0
+    begin_turn(w)
     n = tap_receive(w, port, &lost)
     if n > 0:
         copies = forward_burst(w, view, port, NULL, <uint16_t>n)
+        copies = turn_cost(w, copies, extra_work(w, copies))
         if vs_unlikely(copies > BURST):
             w.tap_debt += copies - BURST
         w.bursts += 1
@@ -351,7 +371,7 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
             if ring.empty_polls >= COLD_AFTER and loops % COLD_EVERY:
                 continue
             if vs_unlikely(ring.debt):
-                # It flooded: as many turns of the others as its copies would have filled.
+                # As many turns of the others as what it made would have filled.
                 ring.debt -= BURST if ring.debt > BURST else ring.debt
                 work += 1
                 continue
