@@ -27,7 +27,7 @@ class Namespace:
         deadline = time.monotonic() + DEADLINE_S
         while os.readlink(path) == ours:
             assert time.monotonic() < deadline, "no namespace"
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
         self._fd = os.open(path, os.O_RDONLY)
         self.ip("link", "set", "lo", "up")
 

@@ -120,7 +120,7 @@ from vswitch import workers
 from vswitch.cli.main import main
 real = workers.limit_capabilities
 def limit_capabilities(kept):
-    time.sleep(0.3)
+    time.sleep(0.3)  # this late; a switch that waits for it is right however long it takes
     {ending}
     return real(kept)
 workers.limit_capabilities = limit_capabilities

@@ -11,13 +11,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from frames import BROADCAST, frame, frames, mac
-from running import RunningSwitch, Wire, silent, teach
+from running import DEADLINE_S, RunningSwitch, Wire, silent, teach
 
 pytestmark = pytest.mark.root("makes TAP interfaces")
 
@@ -62,7 +61,7 @@ class Tap:
         # Bound before it has a protocol, or it would begin with frames of other interfaces.
         self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self.socket.bind((self.name, ETHERTYPE))
-        self.socket.settimeout(5.0)
+        self.socket.settimeout(DEADLINE_S)
         self.link("up")
         wire.wait_state(self.name, "up")
 
@@ -200,7 +199,6 @@ def test_deleted_interface(wire: Wire, tap: Tap) -> None:
 
 def test_uplinks_come_and_go(wire: Wire, tap: Tap) -> None:
     a = wire.guest("a", 1)
-    deadline = time.monotonic() + 20
     for n in range(5):
         other = Tap(wire)
         a.send([frame(BROADCAST, A, tag=n)])
@@ -209,4 +207,3 @@ def test_uplinks_come_and_go(wire: Wire, tap: Tap) -> None:
         other.send([frame(BROADCAST, HOST, tag=n)])
         assert tap.recv(1) == a.recv(1) == [frame(BROADCAST, HOST, tag=n)]
         other.close()
-        assert time.monotonic() < deadline

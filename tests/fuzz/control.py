@@ -136,4 +136,4 @@ class ControlBench(MessageBench):
         client.log_level("info")
         deadline = time.monotonic() + DEADLINE_S
         while len(self.open_fds()) > len(self.fds) and time.monotonic() < deadline:
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks

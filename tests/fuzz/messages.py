@@ -444,7 +444,7 @@ class MessageBench:
         while (info := self.wire.info("bad"))["state"] != "listening":
             if time.monotonic() > deadline:
                 raise Violation(f"the port stays {info['state']}")
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
         self.reached[(info["error"] or "no error").split(":")[0][:40]] += 1
         a, b = self.guests
         for sender, receiver, dst, src in ((a, b, mac(2), mac(1)), (b, a, mac(1), mac(2))):
@@ -459,7 +459,7 @@ class MessageBench:
         while (now := self.open_fds()) != self.fds:
             if time.monotonic() > deadline:
                 raise Violation(f"open descriptors were {self.fds} and are {now}")
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
         if "Traceback" in self.switch.log or "internal error" in self.switch.log:
             raise Violation(f"the switch stumbled:\n{self.switch.log[-4000:]}")
         if len(self.switch.log) > 1 << 20:

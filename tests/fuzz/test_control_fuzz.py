@@ -137,7 +137,7 @@ def target() -> Iterator[Target]:
             deadline = time.monotonic() + DEADLINE_S
             while running.descriptors > before:
                 assert time.monotonic() < deadline, running.files()
-                time.sleep(0.01)
+                time.sleep(0.01)  # between two looks
             assert running.resident < resident + RSS_GROWTH_MAX
             running.bystander.stop()
             assert running.process.wait(DEADLINE_S) == 0

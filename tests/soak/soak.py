@@ -133,7 +133,7 @@ class Lab:
         while (info := self.switch.client.port(self.ports[number].name))["state"] != state:
             if time.monotonic() > deadline:
                 raise SoakError(f"port s{number} is {info['state']} ({info['error']}), not {state}")
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
 
     # Traffic
 

@@ -68,7 +68,7 @@ class Controlled:
         deadline = time.monotonic() + DEADLINE_S
         while not self.do(condition):
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
 
     def close(self) -> None:
         if self._thread.is_alive():

@@ -626,7 +626,7 @@ def test_a_frontend_that_never_reads_costs_its_patience(monkeypatch: pytest.Monk
             try:
                 peer.sock.send(ask)
             except BlockingIOError:
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)  # between two looks
             except (BrokenPipeError, ConnectionResetError):
                 break
             else:
@@ -732,7 +732,7 @@ def test_memory_for_what_is_in_flight() -> None:
         await peer.send(Request.GET_INFLIGHT_FD, asked, flags=FLAG_NEED_REPLY)
         loop = asyncio.get_running_loop()
         while not select.select([peer.sock], [], [], 0)[0]:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # between two looks
         data, fds, _, _ = socket.recv_fds(peer.sock, 64, 4)
         assert protocol.decode_inflight(data[HEADER.size :]) == Inflight(4096, 0, 4, 256)
         assert len(fds) == 1

@@ -720,7 +720,7 @@ def test_counting_beside_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     try:
         with counters.counting(os.getpid()) as counts:
             while not (tmp_path / "perf.ready").exists():
-                time.sleep(0.001)
+                time.sleep(0.001)  # between two looks
     finally:
         signal.signal(signal.SIGINT, before)
     assert counts == {"cycles": 3000.0}

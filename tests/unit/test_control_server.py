@@ -356,7 +356,7 @@ def test_a_request_that_never_ends_costs_its_patience(
         assert raw.receive()[:2] == [1, 1]
         for i in range(1, 1000):
             raw.socket.sendall(request[i : i + 1])
-            time.sleep(0.001)
+            time.sleep(0.001)  # it comes slowly, many times as long as the patience in all
     with contextlib.suppress(ConnectionError):
         while answer := raw.receive():
             answers.append(answer)

@@ -156,12 +156,12 @@ def test_a_connector_waits_for_its_frontend(
         ours.open()
         waiting = asyncio.create_task(ours.next())
         while ours.problem is None:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # between two looks
         assert "no such socket" in ours.problem
         with socket.socket(socket.AF_UNIX) as qemu:
             qemu.bind(str(tmp_path / "s"))
             while "nobody listens" not in str(ours.problem):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)  # between two looks
             assert "do both ends connect?" in str(ours.problem)
             qemu.listen()
             (await waiting).close()
