@@ -15,6 +15,8 @@ from vswitch.lab.guest import Guest
 
 LEN = 5_000_000
 FULL_FRAME_LEN = 1518  # with a VLAN tag
+"""Longer ones are segments that were left to somebody else, if only two at a time: TCP makes them
+no longer than what the network carries in a millisecond."""
 
 _NOT_RECEIVING = "guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off"
 _NOT_SENDING = "csum=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off"
@@ -107,8 +109,8 @@ def test_offloads_that_differ(testbed: Testbed, one: str, other: str) -> None:
             for address, tso in ((receiver.ip, "TSO4"), (ipv6, "TSO6"), (tagged, "TSO4")):
                 into, out = Lengths(testbed, sender.name), Lengths(testbed, receiver.name)
                 Transfer(sender, receiver, LEN, address=address, made=made).finish()
-                assert (into.mean("ingress") > 2 * FULL_FRAME_LEN) == (tso in sent)
-                assert (out.mean("egress") > 2 * FULL_FRAME_LEN) == (tso in sent & received)
+                assert (into.mean("ingress") > FULL_FRAME_LEN) == (tso in sent)
+                assert (out.mean("egress") > FULL_FRAME_LEN) == (tso in sent & received)
         for guest in guests:
             assert wrong_checksums(guest) == 0
             assert not testbed.ctl("stats", guest.name)[0]["drops"].keys() & BAD_OFFLOADS
@@ -237,16 +239,16 @@ def test_guest_and_network_namespace(
         with peer(f"{bridged_namespace}ns", "receive") as (number, process):
             vm3.check(f"nc {NETWORK}.200 {number} -e /tmp/data", size / 1e6 + 30)
             assert process.communicate(timeout=60)[0].split() == sent.split()[:1]
-        assert (port.mean("ingress") > 2 * FULL_FRAME_LEN) == (guest_kind != "none")
+        assert (port.mean("ingress") > FULL_FRAME_LEN) == (guest_kind != "none")
         tap, port = Lengths(testbed, uplink), Lengths(testbed, "vm3")
         with peer(f"{bridged_namespace}ns", "send", size) as (number, process):
             vm3.check("echo 'md5sum >/tmp/sum' >/tmp/receive; chmod +x /tmp/receive")
             vm3.check(f"nc {NETWORK}.200 {number} -e /tmp/receive", size / 1e6 + 30)
             received = vm3.check("cat /tmp/sum").split()[0]
             assert process.communicate(timeout=60)[0].split() == [received]
-        assert (tap.mean("ingress") > 2 * FULL_FRAME_LEN) == (not uplink_options)
+        assert (tap.mean("ingress") > FULL_FRAME_LEN) == (not uplink_options)
         on = guest_kind != "none" and not uplink_options
-        assert (port.mean("egress") > 2 * FULL_FRAME_LEN) == on
+        assert (port.mean("egress") > FULL_FRAME_LEN) == on
         assert wrong_checksums(vm3) == 0
 
 
