@@ -8,8 +8,9 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable
 
+from vswitch.departing import forget_pages
 from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory
+from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory, SharedFile
 from vswitch.fastpath.port import Port
 from vswitch.port_iotlb import PortIotlb
 from vswitch.port_postcopy import PortPostcopy
@@ -81,15 +82,20 @@ class PortMemory(abc.ABC):
         self._iotlb = None
         if self._postcopy is not None:
             await self._postcopy.use_memory(Memory([], []))
+        leaving: list[SharedFile] = []
         if self._memory is not None:
+            leaving += self._memory.parts()
             self._memory.close()
             self._memory = None
         self._memory_lost = False
         self._old_memory.clear()
         self._file_ids = []
         self._old_logs.clear()
-        if not regions:
+        if not regions and self._dirty_log is not None:
+            leaving.append(self._dirty_log)
             self._dirty_log = None
+        await forget_pages(leaving)
+        leaving.clear()
         if not regions:
             return
         _check_memory_len(regions)
@@ -137,11 +143,13 @@ class PortMemory(abc.ABC):
                 if ring.started:
                     ring.use_memory(memory)
             await self._settle()
+        await forget_pages(part for old in self._old_memory for part in old.parts(memory))
         self._old_memory.clear()
 
     async def set_log(self, fd: int, area: LogArea) -> None:
         if area.size > LOG_LEN_MAX:
             raise DatapathError(f"the log has {area.size} bytes, more than {LOG_LEN_MAX}")
+        old = self._dirty_log
         try:
             self._dirty_log = DirtyLog(fd, area.size, area.offset)
         except ValueError as exc:
@@ -149,6 +157,8 @@ class PortMemory(abc.ABC):
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
         await self.log_rings({i: self._logs[i] for i, r in self.fast.rings.items() if r.started})
+        if old is not None:
+            await forget_pages([old])
 
     async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
         # Kept, as old memory is, until no worker writes there any more.

@@ -21,7 +21,8 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *addr, size_t length)
     int madvise(void *addr, size_t length, int advice)
     int PROT_NONE, PROT_READ, PROT_WRITE
-    int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MADV_DONTDUMP
+    int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE
+    int MADV_DONTDUMP, MADV_DONTNEED
     void *MAP_FAILED
 
 cdef extern from "<sys/vfs.h>" nogil:
@@ -49,6 +50,7 @@ FILESYSTEMS = frozenset({
 })
 U64_END = 1 << 64
 cdef uint64_t HUGE_PAGE = 2 << 20
+cdef uint64_t FORGET_LEN = 16 << 20
 SLOTS = MAX_REGIONS  # the most regions at a time
 
 
@@ -125,6 +127,27 @@ def watch_lost_memory():
 
 cdef class SharedFile:
     """A piece of a file of somebody else's, mapped and watched for its truncation."""
+
+    @property
+    def length(self):
+        """Bytes that are mapped."""
+        return self.map_len
+
+    def forget_pages(self):
+        """Take all pages out of our page tables, so that little is left to be done when it is unmapped.
+
+        Whoever touches one has it back, with what is in the file. For any thread: without the GIL, and
+        in pieces, between which others may map and unmap.
+        """
+        cdef uint64_t at = 0, left
+        with nogil:
+            while at < self.map_len:
+                left = self.map_len - at
+                madvise(
+                    <char *>self.map_base + at, left if left < FORGET_LEN else FORGET_LEN,
+                    MADV_DONTNEED,
+                )
+                at += FORGET_LEN
 
     cdef char *_map(self, what, int fd, info, size, offset) except NULL:
         """Map `size` bytes from `offset`, with `info` the file's fstat(); returns the first of them.
@@ -257,6 +280,10 @@ cdef class Memory:
     def in_one_region(self, uint64_t uva, uint64_t length):
         """Whether all of a range of the frontend's address space lies in one region."""
         return uva_to_host(self.table, uva, length) != NULL
+
+    def parts(self, Memory other=None):
+        """The mappings of the regions, without those that another one has as well."""
+        return [one for one in self.mapped if other is None or one not in other.mapped]
 
     @property
     def lost(self):
