@@ -18,6 +18,7 @@ from vswitch.settings import (
     SwitchSettings,
     UplinkSettings,
     find_clashes,
+    no_such_worker,
 )
 
 __all__ = [
@@ -164,6 +165,13 @@ def _settings(document: dict[str, Any], file: Path | str, base: Path) -> Setting
         tables = port_tables if kind == "port" else uplink_tables
         label = _label(kind, i, tables[i - 1], tables)
         problems.append(Problem(f"{label}.{key}", f"{reason} (got {_show(tables[i - 1][key])})"))
+
+    for i, (port, table) in enumerate(zip(ports, port_tables, strict=True), 1):
+        if port is not None and switch is not None:
+            why = no_such_worker(port.worker, switch)
+            if why is not None:
+                label = _label("port", i, table, port_tables)
+                problems.append(Problem(f"{label}.worker", f"{why} (got {port.worker})"))
 
     if problems or switch is None:
         raise ConfigFileError(file, problems)

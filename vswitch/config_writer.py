@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ from vswitch.errors import ConfigError
 from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 
 _HEADER = "Ports and uplinks of a vswitch; config/ports.toml of the source explains every key."
+_DIFFERENCES_TOLD = 8
+_EDITED = ("was added", "was changed", "was taken out")
+_NOT_RUNNING = (
+    "is in the file and does not run",
+    "runs with other settings",
+    "runs and is not in the file",
+)
 _ALWAYS = {
     SwitchSettings: (),
     PortSettings: ("name", "socket", "mode"),
@@ -27,12 +34,13 @@ _ALWAYS = {
 """Keys written even where they have their default, because a reader looks for them."""
 
 
-def save(settings: Settings, path: Path | str) -> Path:
+def save(settings: Settings, path: Path | str, *, known: Sequence[Settings] | None = None) -> Path:
     """Write `settings` to `path` in one step: a reader finds the old file or the new, whole.
 
     An existing file keeps its comments, its permissions and, if it is a link, its place. Returns
-    the path written. Raises ConfigError if the file cannot be written, or if one is there that is
-    no configuration of a switch.
+    the path written. Raises ConfigError if the file cannot be written, if one is there that is
+    no configuration of a switch, or, with code `changed`, that means neither what is in `known` nor
+    what is to be written. None: whatever it means.
     """
     target = Path(os.path.realpath(path))
     existing: str | None = None
@@ -46,6 +54,8 @@ def save(settings: Settings, path: Path | str) -> Path:
                 )
             existing = target.read_bytes().decode()
             mode = target.stat().st_mode & 0o777
+        if known is not None and existing is not None and existing.strip():
+            _check_known(parse(existing, file=path), settings, known, path)
         text = render(settings, existing, file=target)
         _replace(target, text, mode)
     except UnicodeDecodeError as exc:
@@ -59,6 +69,49 @@ def save(settings: Settings, path: Path | str) -> Path:
             hint="choose a file in a directory that the switch may write to",
         ) from exc
     return target
+
+
+def _check_known(
+    there: Settings, now: Settings, known: Sequence[Settings], path: Path | str
+) -> None:
+    if there == now or there in known:
+        return
+    # What an editor has done, or, where nobody knows what was there, what would become of it.
+    before, words = (known[0], _EDITED) if known else (now, _NOT_RUNNING)
+    differences = [
+        f'{kind} "{name}" {what}'
+        for kind, in_file, of_before in (
+            ("port", there.ports, before.ports),
+            ("uplink", there.uplinks, before.uplinks),
+        )
+        for name, what in _differences(in_file, of_before, words)
+    ]
+    if there.switch != before.switch:
+        differences.append(f"the [switch] table {words[1]}")
+    more = len(differences) - _DIFFERENCES_TOLD
+    text = "; ".join(differences[:_DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")
+    raise ConfigError(
+        f"{path}: says what this switch has neither read nor written there, and is left alone: "
+        f"{text or 'the order of the tables was changed'}",
+        hint="save to another file and compare, or overwrite it: vswitchctl save --force",
+        code="changed",
+    )
+
+
+def _differences(
+    there: Sequence[PortSettings | UplinkSettings],
+    before: Sequence[PortSettings | UplinkSettings],
+    words: tuple[str, str, str],
+) -> Iterator[tuple[str, str]]:
+    """Names of tables that are only there, different, or only before, and the word for each."""
+    earlier = {model.name: model for model in before}
+    for model in there:
+        if model.name not in earlier:
+            yield model.name, words[0]
+        elif earlier.pop(model.name) != model:
+            yield model.name, words[1]
+    for name in earlier:
+        yield name, words[2]
 
 
 def render(settings: Settings, existing: str | None = None, *, file: Path | str = "/") -> str:

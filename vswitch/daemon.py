@@ -55,19 +55,26 @@ Create = Callable[[Settings, Path], Awaitable[RunningSwitch]]
 
 
 def run(
-    settings: Settings, config_path: Path | None = None, *, create: Create | None = None
+    settings: Settings,
+    config_path: Path | None = None,
+    config_read: Settings | None = None,
+    *,
+    create: Create | None = None,
 ) -> int:
     """Run a switch until it is told to stop; returns the exit code, 0 after an orderly end.
 
     Says `vswitch: ready, ...` on stderr when all sockets are open. `config_path` is where the
-    `save` request writes by default; `create` builds the switch (default: `Switch.create`).
+    `save` request writes by default, `config_read` what was read there; `create` builds the switch
+    (default: `Switch.create`).
     """
     outlet = Outlet(sys.stderr.fileno())
     lines = log.set_up(settings.switch.log_level, outlet)
     # What libraries and the interpreter have to say goes the same way.
     with contextlib.redirect_stderr(outlet):
         try:
-            return _run_as_the_user(settings, config_path, create or _create, lines, outlet)
+            return _run_as_the_user(
+                settings, config_path, config_read, create or _create, lines, outlet
+            )
         except VswitchError as exc:
             outlet.write(f"vswitch: {exc}\n")
             return 1
@@ -78,6 +85,7 @@ def run(
 def _run_as_the_user(
     settings: Settings,
     config_path: Path | None,
+    config_read: Settings | None,
     create: Create,
     lines: log.CalmHandler,
     outlet: Outlet,
@@ -91,7 +99,7 @@ def _run_as_the_user(
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(settings, control, config_path, create, lines, outlet))
+        return runner.run(_run(settings, control, config_path, config_read, create, lines, outlet))
 
 
 async def _create(settings: Settings, control: Path) -> RunningSwitch:
@@ -146,6 +154,7 @@ async def _run(
     settings: Settings,
     control_path: Path,
     config_path: Path | None,
+    config_read: Settings | None,
     create: Create,
     lines: log.CalmHandler,
     outlet: Outlet,
@@ -172,6 +181,7 @@ async def _run(
         switch,
         listener,
         config_path=config_path,
+        config_read=config_read,
         request_stop=stopping.set,
         turns=lambda: None if turns is None else turns.info(),
     )

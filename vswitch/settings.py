@@ -205,6 +205,7 @@ Group = Annotated[str, AfterValidator(_check_group)]
 Cpu = Annotated[int, AfterValidator(_check_cpu)]
 Mtu = Annotated[int, Field(ge=68, le=65535)]
 MacLimit = Annotated[int, Field(ge=1, le=1_048_576)]
+WorkerNumber = Annotated[int, Field(ge=0, le=WORKERS_MAX - 1)]
 StormRate = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -298,7 +299,9 @@ class PortSettings(_Model):
         default=None, description='octal permissions of the socket such as "0660" (server mode)'
     )
     queues: int = Field(default=1, ge=1, le=QUEUES_MAX, description="most queue pairs")
-    mtu: Mtu | None = Field(default=None, description="MTU offered to the guest, in bytes")
+    mtu: Mtu | None = Field(
+        default=None, description="largest MTU that the guest may use, in bytes; not told to it"
+    )
     offloads: Offloads = Field(
         default=True, description="checksum and segmentation offloads offered to the guest"
     )
@@ -308,6 +311,9 @@ class PortSettings(_Model):
     )
     features: Features = Field(
         default=[], description="virtio features not to offer, as -NAME, or to offer all the same"
+    )
+    worker: WorkerNumber | None = Field(
+        default=None, description="worker that polls all of its queues, counted from 0"
     )
     max_macs: MacLimit | None = Field(
         default=None,
@@ -376,7 +382,17 @@ class Settings(_Model):
         clashes = find_clashes(self.switch.control, ports, uplinks)
         if clashes:
             raise _bad("; ".join(f"{kind}[{i}].{key} {why}" for kind, i, key, why in clashes))
+        for i, port in enumerate(self.ports, 1):
+            if (reason := no_such_worker(port.worker, self.switch)) is not None:
+                raise _bad(f"port[{i}].worker {reason}")
         return self
+
+
+def no_such_worker(number: int | None, switch: SwitchSettings) -> str | None:
+    """Why a port cannot have this worker; None if it can."""
+    if number is None or number < switch.workers:
+        return None
+    return f"must be below {switch.workers}, the number of workers in [switch]"
 
 
 Clash = tuple[Literal["port", "uplink"], int, str, str]

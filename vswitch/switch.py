@@ -26,6 +26,7 @@ from vswitch.control.api import (
     PortInfo,
     PortStats,
     QueueInfo,
+    Unsaved,
     WorkerInfo,
 )
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
@@ -153,6 +154,13 @@ class Switch:
             uplinks=[port.settings for port in ports if isinstance(port, TapPort)],
         )
 
+    def unsaved(self) -> Unsaved:
+        ports = self._ports.values()
+        return Unsaved(
+            static_macs=sum(self._engine.fdb.pinned(port.fast.id) for port in ports),
+            links_down=[port.name for port in ports if port.fast.link_down],
+        )
+
     def port_settings(
         self, after: int = 0, most: int = PAGE_MAX
     ) -> Page[PortSettings | UplinkSettings]:
@@ -168,6 +176,7 @@ class Switch:
     async def add_port(self, settings: PortSettings) -> PortInfo:
         async with self._lock:
             self._check_free(settings)
+            self._check_worker(settings.worker)
             port = VhostPort(
                 settings,
                 self._engine,
@@ -188,6 +197,8 @@ class Switch:
                     self._journals.forget(settings.name)
                 await self._retire(port.fast)
                 raise
+            if settings.worker is not None:
+                self._placement.pins[settings.name] = settings.worker
             self._enter(port)
             log.info("port %s: %s %s", port.name, port.state, settings.socket)
             self._emit("port-added", port.name)
@@ -295,15 +306,12 @@ class Switch:
         return Page(self._threads.info(queues), ports.next)
 
     async def worker_pin(self, port: str, worker: int | None) -> int:
-        self._guest_port(port)
+        target = self._guest_port(port)
+        self._check_worker(worker)
+        target.settings = target.settings.model_copy(update={"worker": worker})
         if worker is None:
             self._placement.pins.pop(port, None)
             return 0
-        if not 0 <= worker < len(self._engine.workers):
-            raise NotFoundError(
-                f"there is no worker {worker}",
-                hint=f"there are {len(self._engine.workers)}, counted from 0 (workers in [switch])",
-            )
         self._placement.pins[port] = worker
         return await self.worker_rebalance()
 
@@ -532,6 +540,13 @@ class Switch:
                 hint="uplinks are changed with `vswitchctl uplink` and `ip link`",
             )
         return port
+
+    def _check_worker(self, number: int | None) -> None:
+        if number is not None and not 0 <= number < len(self._engine.workers):
+            raise NotFoundError(
+                f"there is no worker {number}",
+                hint=f"there are {len(self._engine.workers)}, counted from 0 (workers in [switch])",
+            )
 
     def _check_free(self, new: PortSettings | UplinkSettings) -> None:
         """Raise ExistsError if the name or the socket is in use."""

@@ -15,6 +15,7 @@ from vswitch.control.api import (
     PortInfo,
     PortStats,
     QueueInfo,
+    Unsaved,
     WorkerInfo,
 )
 from vswitch.errors import ExistsError, NotFoundError, SocketError
@@ -65,6 +66,12 @@ class FakeSwitch:
     @property
     def switch_settings(self) -> SwitchSettings:
         return self._switch
+
+    def unsaved(self) -> Unsaved:
+        return {
+            "static_macs": sum(entry["static"] for entry in self._fdb.values()),
+            "links_down": [name for name, link in self._links.items() if link == "down"],
+        }
 
     def port_settings(
         self, after: int = 0, most: int = PAGE_MAX
@@ -310,6 +317,7 @@ class FakeSwitch:
         self.port(port)
         if worker not in (None, 0):
             raise NotFoundError(f"there is no worker {worker}")
+        self._ports[port] = self._ports[port].model_copy(update={"worker": worker})
         return 0 if worker is None else 1
 
     async def worker_rebalance(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -180,8 +181,55 @@ def test_relative_sockets_are_those_of_the_caller(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("add-port", "vm1", "here", "--json").json["socket"] == str(tmp_path / "here")
-    assert run("save", "saved.toml", "--json").json == {"path": str(tmp_path / "saved.toml")}
+    assert run("save", "saved.toml", "--json").json["path"] == str(tmp_path / "saved.toml")
     assert "vm1" in (tmp_path / "saved.toml").read_text()
+
+
+def test_what_is_not_saved_is_said(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "saved.toml"
+    logger = logging.getLogger("vswitch")
+    before = logger.level
+    logger.setLevel(logging.INFO)  # as the settings have it
+    try:
+        for name in ("vm1", "vm2"):
+            run("add-port", name, str(tmp_path / name))
+        assert run("save", str(file)) == (0, f"saved {file}\n", "")
+        run("fdb", "add", "52:54:00:00:00:01", "vm1")
+        run("set-link", "vm2", "down")
+        run("worker", "pin", "vm1", "0")
+        run("log-level", "debug")
+        done = run("save", str(file))
+        assert (done.code, done.out) == (0, f"saved {file}\n")
+        assert [line.partition(": not saved, ")[2] for line in done.err.splitlines()] == [
+            "a file has no word for it: 1 static MAC addresses (vswitchctl fdb show)",
+            "a file has no word for it: link down of vm2 (vswitchctl set-link)",
+            "a file has no word for it: log level debug (vswitchctl log-level)",
+        ]
+        assert "worker = 0" in file.read_text()
+        done = run("save", str(file), "--json")
+        assert done.err == ""
+        assert done.json["unsaved"] == {
+            "static_macs": 1, "links_down": ["vm2"], "log_level": "debug"
+        }  # fmt: skip
+    finally:
+        logger.setLevel(before)
+
+
+def test_a_file_that_was_edited_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "saved.toml"
+    run("add-port", "vm1", str(tmp_path / "vm1"))
+    assert run("save", str(file)).code == 0
+    edited = file.read_text() + '\n[[port]]\nname = "mine"\nsocket = "mine.sock"\n'
+    file.write_text(edited)
+    done = run("save", str(file))
+    assert (done.code, done.out) == (1, "")
+    assert 'left alone: port "mine" was added\n' in done.err
+    assert "vswitchctl save --force" in done.err
+    assert json.loads(run("save", str(file), "--json").err)["error"]["code"] == "changed"
+    assert file.read_text() == edited
+    assert run("save", str(file), "--force").code == 0
+    assert "mine" not in file.read_text()
+    assert run("save", str(file)).code == 0
 
 
 def test_mac_addresses(run: Run, controlled: Controlled, tmp_path: Path) -> None:

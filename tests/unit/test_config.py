@@ -266,12 +266,27 @@ def test_values_given_at_run_time() -> None:
         'port "vm1".socket: must be an absolute path (got "s")',
         'port "vm1".queues: must be at least 1 (got 0)',
         'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
-        "queues, mtu, offloads, frontend, features, max_macs, storm_broadcast, storm_multicast, "
-        "storm_unknown, storm_burst)",
+        "queues, mtu, offloads, frontend, features, worker, max_macs, storm_broadcast, "
+        "storm_multicast, storm_unknown, storm_burst)",
     ]
     assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
     with pytest.raises(ConfigError, match=r"uplink.name: is missing"):
         uplink_settings({})
+
+
+def test_a_worker_has_to_be_there() -> None:
+    port = '[[port]]\nname = "a"\nsocket = "/a"\nworker = '
+    assert parse(port + "0").ports[0].worker == 0
+    assert parse("[switch]\nworkers = 3\n" + port + "2").ports[0].worker == 2
+    with pytest.raises(ConfigError) as caught:
+        parse(port + "1")
+    assert caught.value.message == (
+        'ports.toml: port "a".worker: must be below 1, the number of workers in [switch] (got 1)'
+    )
+    with pytest.raises(ConfigError, match="must be at most 63"):
+        parse(port + "64")
+    with pytest.raises(ValueError, match=r"port\[1\].worker must be below 1"):
+        Settings(ports=[PortSettings(name="a", socket=Path("/a"), worker=1)])
 
 
 def test_settings_made_in_code_are_checked_too() -> None:

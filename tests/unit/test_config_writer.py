@@ -224,3 +224,78 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
         save(Settings(), file)
     assert file.read_text() == COMMENTED
     assert [p.name for p in tmp_path.iterdir()] == ["ports.toml"]
+
+
+PORTS = """# mine
+[[port]]
+name = "a"
+socket = "/run/a"
+
+[[port]]
+name = "b"
+socket = "b"
+"""
+
+
+def test_a_file_that_says_something_unknown_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(PORTS)
+    read = load(file)
+    now = read.model_copy(update={"ports": [read.ports[0], port("c", mtu=1400)]})
+    for edited, text in (
+        (PORTS + '[[port]]\nname = "x"\nsocket = "x"\n', 'port "x" was added'),
+        (PORTS.replace("/run/a", "/run/z"), 'port "a" was changed'),
+        (PORTS + '[[uplink]]\nname = "tap7"\n', 'uplink "tap7" was added'),
+        (PORTS[: PORTS.index("[[port]]", 20)], 'port "b" was taken out'),
+        ("[switch]\nworkers = 2\n" + PORTS, "the [switch] table was changed"),
+        (
+            PORTS + "".join(f'[[port]]\nname = "x{n}"\nsocket = "x{n}"\n' for n in range(50)),
+            "; and 42 more",
+        ),
+    ):
+        file.write_text(edited)
+        with pytest.raises(ConfigError) as caught:
+            save(now, file, known=[read])
+        assert caught.value.code == "changed"
+        assert text in caught.value.message
+        assert "save --force" in caught.value.hint
+        assert file.read_text() == edited
+        with pytest.raises(ConfigError, match=r'port "c" runs and is not in the file|and 44 more'):
+            save(now, file, known=[])
+    save(now, file)
+    assert load(file) == now
+
+
+def test_a_file_that_means_what_is_known_is_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "ports.toml"
+    file.write_text(PORTS)
+    read = load(file)
+    now = read.model_copy(update={"ports": [*read.ports, port("c")]})
+    # Comments, order of keys and spelling may change, and what runs may be in the file already.
+    file.write_text(PORTS.replace("# mine", "# mine and yours") + "# the end\n")
+    save(now, file, known=[read])
+    assert "# mine and yours" in file.read_text()
+    assert load(file) == now
+    save(now, file, known=[])
+    file.unlink()
+    save(now, file, known=[])
+    assert load(file) == now
+    file.write_text(" \n")
+    save(now, file, known=[])
+
+
+def test_a_file_behind_a_link_is_the_one_that_was_read(tmp_path: Path) -> None:
+    """Relative paths begin where the link is, as when it was read."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "ports.toml").write_text(PORTS)
+    link = tmp_path / "ports.toml"
+    link.symlink_to("real/ports.toml")
+    read = load(link)
+    save(read.model_copy(update={"ports": [*read.ports, port("c")]}), link, known=[read])
+    assert link.is_symlink()
+    assert load(link).ports[2].name == "c"
+    assert load(link).ports[1].socket == tmp_path / "b"
+
+
+def port(name: str, **more: object) -> PortSettings:
+    return PortSettings(name=name, socket=Path(f"/run/{name}"), **more)

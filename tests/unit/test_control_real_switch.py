@@ -154,6 +154,48 @@ def test_an_address_is_static_on_one_port(client: Client) -> None:
     assert client.fdb() == []
 
 
+def test_saving_beside_an_editor(client: Client, tmp_path: Path) -> None:
+    """What a file can say is saved, the rest is told, and what somebody wrote there stays."""
+    file = tmp_path / "ports.toml"
+    client.fdb_add("52:54:00:00:00:01", "vm1")
+    client.set_link("vm2", False)
+    assert client.worker_pin("vm1", 0) == 0
+    assert client.save() == file
+    assert client.unsaved == {"static_macs": 1, "links_down": ["vm2"]}
+    [vm1, _] = client.settings()["ports"]
+    assert vm1["worker"] == 0
+    assert file.read_text().count("worker = 0") == 1
+    client.worker_pin("vm1", None)
+    client.save()
+    assert "worker" not in file.read_text()
+    with file.open("a") as text:
+        text.write('\n[[port]]\nname = "mine"\nsocket = "mine.sock"\n')
+    edited = file.read_text()
+    with pytest.raises(ConfigError, match='left alone: port "mine" was added') as caught:
+        client.save()
+    assert caught.value.code == "changed"
+    assert file.read_text() == edited
+    # Once it runs as well there is nothing to lose.
+    client.add_port("mine", tmp_path / "mine.sock", worker=0)
+    with pytest.raises(ConfigError, match='port "mine" was added'):
+        client.save()
+    client.save(force=True)
+    assert "worker = 0" in file.read_text()
+    with pytest.raises(NotFoundError, match="there is no worker 1"):
+        client.add_port("more", tmp_path / "more.sock", worker=1)
+    assert not (tmp_path / "more.sock").exists()
+
+
+def test_many_addresses_are_the_same_in_pages_and_at_once(client: Client) -> None:
+    for n in range(600):
+        client.fdb_add(f"52:54:00:00:{n // 256:02x}:{n % 256:02x}", "vm1", vlan=n % 3)
+    entries = client.fdb()
+    assert len(entries) == 600
+    assert entries == sorted(client._call("fdb"), key=lambda each: (each["vlan"], each["mac"]))
+    client.del_port("vm1")
+    assert client.fdb() == []
+
+
 def test_save_and_load_again(client: Client, tmp_path: Path) -> None:
     client.add_port("vm3", tmp_path / "vm3.sock")
     client.del_port("vm1")

@@ -25,6 +25,7 @@ from vswitch.feature_names import FRONTENDS, OF_OFFLOADS, OFFERED
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vswitch.control.api import Unsaved
     from vswitch.control.client import Client
 
 
@@ -197,7 +198,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @click.argument("socket", type=click.Path())
 @click.option("--client", is_flag=True, help="Connect to SOCKET, where the frontend listens.")
 @click.option("--queues", type=int, default=1, show_default=True, help="Most queue pairs.")
-@click.option("--mtu", type=int, help="MTU offered to the guest, in bytes.")
+@click.option(
+    "--mtu", type=int, help="Largest MTU of the guest, in bytes; QEMU tells it with host_mtu=."
+)
 @click.option("--owner", help="User who owns the socket.")
 @click.option("--group", help="Group of the socket.")
 @click.option("--permissions", metavar="OCTAL", help="Permissions of the socket, e.g. 0660.")
@@ -215,6 +218,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     metavar="LIST",
     help="Virtio features not to offer, e.g. -CTRL_VQ,-STATUS; without -, to offer all the same.",
 )
+@click.option("--worker", type=click.IntRange(min=0), help="Worker that polls all of its queues.")
 @_limits
 @pass_state
 def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:
@@ -531,12 +535,26 @@ def ping(state: State) -> None:
 
 @cli.command()
 @click.argument("path", required=False, type=click.Path())
+@click.option("--force", is_flag=True, help="Overwrite a file that was changed meanwhile.")
 @pass_state
-def save(state: State, path: str | None) -> None:
+def save(state: State, path: str | None, force: bool) -> None:
     """Write the running ports and uplinks as TOML to PATH, or to the switch's own file."""
     with state.connect() as switch:
-        written: Path = switch.save(path)
-    state.done({"path": str(written)}, f"saved {written}")
+        written: Path = switch.save(path, force=force)
+        unsaved = switch.unsaved
+    state.done({"path": str(written), "unsaved": unsaved}, f"saved {written}")
+    if unsaved is not None and not state.json:
+        for text in _in_words(unsaved):
+            state.warn(f"not saved, a file has no word for it: {text}")
+
+
+def _in_words(unsaved: Unsaved) -> Iterator[str]:
+    if unsaved["static_macs"]:
+        yield f"{unsaved['static_macs']} static MAC addresses (vswitchctl fdb show)"
+    if unsaved["links_down"]:
+        yield f"link down of {', '.join(unsaved['links_down'])} (vswitchctl set-link)"
+    if "log_level" in unsaved:
+        yield f"log level {unsaved['log_level']} (vswitchctl log-level)"
 
 
 @cli.command()

@@ -55,6 +55,7 @@ def start(config_path: Path | None, check: bool, control: str | None, log_level:
     if check and config_path is None:
         raise click.UsageError("--check needs a file: --config FILE")
     settings = Settings() if config_path is None else load(config_path)
+    read = settings
     changes = {
         "control": None if control is None else str(Path(control).absolute()),
         "log_level": log_level,
@@ -73,7 +74,9 @@ def start(config_path: Path | None, check: bool, control: str | None, log_level:
 
     from vswitch.daemon import run
 
-    return run(settings, None if config_path is None else config_path.absolute())
+    if config_path is None:
+        return run(settings)
+    return run(settings, config_path.absolute(), read)
 
 
 @cli.command()

@@ -223,6 +223,18 @@ class WorkerInfo(TypedDict):
     queues: list[QueueInfo]
 
 
+class Unsaved(TypedDict):
+    """What runs otherwise than the file says after `save`, for the file has no word for it.
+
+    `static_macs` is the number of static MAC addresses, `links_down` names the ports whose link was
+    set down, `log_level` is what it was set to at run time, if it was.
+    """
+
+    static_macs: int
+    links_down: list[str]
+    log_level: NotRequired[str]
+
+
 class HelloInfo(TypedDict):
     """Who answers on a control socket: the switch's name, versions and process."""
 
@@ -277,6 +289,10 @@ class SwitchApi(Protocol):
     @property
     def switch_settings(self) -> SwitchSettings:
         """The `[switch]` table of `settings`."""
+        ...
+
+    def unsaved(self) -> Unsaved:
+        """What `settings` does not tell of what runs."""
         ...
 
     def port_settings(

@@ -22,6 +22,7 @@ from vswitch.control.api import (
     HelloInfo,
     PortInfo,
     PortStats,
+    Unsaved,
     VersionInfo,
     WorkerInfo,
 )
@@ -70,6 +71,8 @@ class Client:
         self.timeout = timeout
         self.events_lost = 0
         """Events that the switch or this client dropped because nobody took them in time."""
+        self.unsaved: Unsaved | None = None
+        """What the last `save` had no word for."""
         self._events: deque[Event] = deque()
         self._msgid = 0
         self._decoder = Decoder(trusted=True)
@@ -147,10 +150,16 @@ class Client:
         """The level of the log: debug, info, warning or error; sets it first if one is given."""
         return str(self._call("log_level", level=level)["level"])
 
-    def save(self, path: Path | str | None = None) -> Path:
-        """Write the running configuration to `path`, or to the file the switch was started with."""
+    def save(self, path: Path | str | None = None, *, force: bool = False) -> Path:
+        """Write the running configuration to `path`, or to the file the switch was started with.
+
+        A file that says what the switch has neither read nor written there is left alone
+        (ConfigError, code `changed`), unless `force`. `unsaved` has what could not be written.
+        """
         absolute = None if path is None else str(Path(path).absolute())
-        return Path(self._call("save", path=absolute)["path"])
+        result = self._call("save", path=absolute, force=force)
+        self.unsaved = cast(Unsaved, result["unsaved"])
+        return Path(result["path"])
 
     def stop(self) -> None:
         """Stop the switch and wait until it has closed its ports and removed its sockets."""
@@ -173,13 +182,14 @@ class Client:
         offloads: bool | list[str] = True,
         frontend: str | None = None,
         features: Sequence[str] = (),
+        worker: int | None = None,
         **limits: int | None,
     ) -> PortInfo:
         """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes.
 
         `offloads`: all, none, or those of settings.OFFLOADS that are named.
         `frontend`: one of feature_names.FRONTENDS; `features`: names of virtio features, behind a
-        `-` not to be offered. `limits` as for `set_port`.
+        `-` not to be offered. `worker` polls all of its queues. `limits` as for `set_port`.
         """
         return cast(
             PortInfo,
@@ -196,6 +206,7 @@ class Client:
                 offloads=offloads,
                 frontend=frontend,
                 features=list(features),
+                worker=worker,
                 **limits,
             ),
         )

@@ -38,7 +38,14 @@ from vswitch.control.api import (
 )
 from vswitch.control.protocol import PROTOCOL_VERSION, ControlError, Packed, pack
 from vswitch.errors import ConfigError
-from vswitch.settings import LogLevel, MacLimit, PortSettings, StormRate, UplinkSettings
+from vswitch.settings import (
+    LogLevel,
+    MacLimit,
+    PortSettings,
+    Settings,
+    StormRate,
+    UplinkSettings,
+)
 
 _log = logging.getLogger(__name__)
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
@@ -169,9 +176,13 @@ class LogLevelParams(_Params):
 
 
 class SaveParams(_Params):
-    """The file to write, an absolute path; the one the switch was started with if none."""
+    """The file to write, an absolute path; the one the switch was started with if none.
+
+    `force`: whatever is there now.
+    """
 
     path: str | None = Field(default=None, max_length=4095)
+    force: bool = False
 
 
 class SubscribeParams(_Params):
@@ -188,15 +199,20 @@ class Methods:
         switch: SwitchApi,
         *,
         config_path: Path | None,
+        config_read: Settings | None,
         request_stop: Callable[[], None],
         turns: Callable[[], TurnsInfo | None],
     ) -> None:
-        """`config_path` is where `save` writes by default; `request_stop` starts the shutdown.
+        """`config_path` is where `save` writes by default, `request_stop` starts the shutdown.
 
-        `turns` are those of the event loop.
+        `config_read` is what was read from that file, `turns` are those of the event loop.
         """
         self._switch = switch
         self._config_path = config_path
+        self._in_files: dict[Path, Settings] = {}
+        """What the switch has read from files or written to them."""
+        if config_path is not None and config_read is not None:
+            self._in_files[config_path] = config_read
         self._request_stop = request_stop
         self._turns = turns
         self._start = time.monotonic()
@@ -338,7 +354,7 @@ class Methods:
         if params.level is not None:
             logger.setLevel(params.level.upper())
             _log.info("log level is %s", params.level)
-        return {"level": logging.getLevelName(logger.getEffectiveLevel()).lower()}
+        return {"level": _log_level()}
 
     async def _save(self, params: SaveParams, session: Session) -> Any:  # noqa: ARG002
         from vswitch.config_writer import save  # tomlkit takes long to import, saving is rare
@@ -358,9 +374,16 @@ class Methods:
                     code="invalid-params",
                 )
         async with self._saving:
-            written = await asyncio.to_thread(save, self._switch.settings, path)
+            settings, unsaved = self._switch.settings, self._switch.unsaved()
+            before = self._in_files.get(path)
+            known = None if params.force else [] if before is None else [before]
+            written = await asyncio.to_thread(save, settings, path, known=known)
+            self._in_files[path] = settings
+        level = _log_level()
+        if level != settings.switch.log_level:
+            unsaved["log_level"] = level
         _log.info("saved the running configuration to %s", written)
-        return {"path": str(written)}
+        return {"path": str(written), "unsaved": unsaved}
 
     async def _stop(self, params: NoParams, session: Session) -> None:  # noqa: ARG002
         _log.info("asked to stop over the control socket")
@@ -373,6 +396,10 @@ class Methods:
 
     async def _unsubscribe(self, params: NoParams, session: Session) -> None:  # noqa: ARG002
         session.unsubscribe()
+
+
+def _log_level() -> str:
+    return str(logging.getLevelName(logging.getLogger("vswitch").getEffectiveLevel())).lower()
 
 
 async def _listed(

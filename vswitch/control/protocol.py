@@ -291,7 +291,7 @@ _CLASSES: dict[str, type[VswitchError]] = {
         ProtocolError,
         VswitchError,
     )
-} | {"invalid-params": ConfigError}
+} | {"invalid-params": ConfigError, "changed": ConfigError}
 
 
 def error_to_map(error: VswitchError) -> dict[str, str]:

@@ -32,6 +32,7 @@ from vswitch.control.protocol import (
 from vswitch.control.subscriptions import EventQueue, Subscriptions
 from vswitch.control.turns import Queue, Turn, Turns
 from vswitch.errors import ProtocolError, VswitchError
+from vswitch.settings import Settings
 from vswitch.unixsocket import ListeningSocket, unlink_if_ours
 
 _log = logging.getLogger(__name__)
@@ -106,17 +107,23 @@ class ControlServer:
         listener: ListeningSocket,
         *,
         config_path: Path | None = None,
+        config_read: Settings | None = None,
         request_stop: Callable[[], None],
         turns: Callable[[], TurnsInfo | None] = lambda: None,
     ) -> None:
-        """Takes over `listener`; `config_path` is where `save` writes unless told otherwise.
+        """Takes over `listener`; `config_path` is where `save` writes unless told otherwise,
+        `config_read` what was read there.
 
         `turns` are those of the event loop.
         """
         self._switch = switch
         self._listener = listener
         self._methods = Methods(
-            switch, config_path=config_path, request_stop=request_stop, turns=turns
+            switch,
+            config_path=config_path,
+            config_read=config_read,
+            request_stop=request_stop,
+            turns=turns,
         )
         self._turns = Turns()
         self._door = Turn(self._turns, Queue.DOOR)
