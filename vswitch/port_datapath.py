@@ -61,6 +61,10 @@ class PortDatapath(PortMemory):
         self._limit_mtu(None)
 
     @abc.abstractmethod
+    def _hint(self, size: int, text: str) -> str:
+        """What the fault of a ring of that size may mean; "" if nothing is known."""
+
+    @abc.abstractmethod
     def _rings_changed(self) -> None:
         """Rings have started or stopped."""
 
@@ -276,7 +280,7 @@ class PortDatapath(PortMemory):
         self._faulted.add(index)
         name, text = ring.fault
         if not self._memory_lost:
-            self._fail(f"{_ring_name(index)}: {text} ({name})")
+            self._fail(f"{_ring_name(index)}: {text} ({name}){self._hint(ring.size, text)}")
         if self._backend is not None:
             self._backend.signal_error(index)
 

@@ -14,6 +14,7 @@ from vswitch.errors import ProtocolError
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.port import Port, Ring
 from vswitch.port_datapath import PortDatapath
+from vswitch.port_diagnosis import PortDiagnosis
 from vswitch.port_iotlb import PortIotlb
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
@@ -61,6 +62,7 @@ class VhostPort(PortDatapath):
         self._was_ready = False
         self._last_error: str | None = None
         self._problem_logged: str | None = None
+        self._diagnosis = PortDiagnosis(settings)
         limits.apply(settings, port, engine.fdb)
 
     # Life
@@ -68,6 +70,7 @@ class VhostPort(PortDatapath):
     def open(self) -> None:
         """Listen, or begin to connect. Raises SocketError."""
         self._endpoint.open()
+        self._diagnosis.opened()
         self._task = asyncio.create_task(self._serve_for_ever(), name=f"port {self.name}")
 
     async def close(self) -> None:
@@ -94,9 +97,11 @@ class VhostPort(PortDatapath):
             if problem != self._problem_logged and problem is not None:
                 log.warning("port %s: %s", self.name, problem)
             self._problem_logged = problem
+        self._diagnosis.check()
 
     async def _serve_for_ever(self) -> None:
         while True:
+            await asyncio.sleep(self._diagnosis.pause_s)
             sock = await self._endpoint.next()
             connection = Connection(sock)
             try:
@@ -126,7 +131,13 @@ class VhostPort(PortDatapath):
         self._connected_at = time.time()
         self._fault = self._last_error = self._warning = None
         self._limit_mtu(None)
-        log.info("port %s: frontend connected (pid %s)", self.name, pid or "unknown")
+        self._diagnosis.connected(backend)
+        log.log(
+            self._diagnosis.level,
+            "port %s: frontend connected (pid %s)",
+            self.name,
+            pid or "unknown",
+        )
         self._notify("port-connected", None)
         guard = asyncio.create_task(self._endpoint.guard(connection, self._refused))
         reason = "closed by the frontend"
@@ -151,11 +162,13 @@ class VhostPort(PortDatapath):
             self.fast.rings.clear()
             self._use_journal(journal)
             await addresses.flush(self._engine.fdb, self.fast.id)
-            log.info("port %s: disconnected: %s", self.name, reason)
+            self._diagnosis.disconnected(self._last_error)
+            log.log(self._diagnosis.level, "port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)
 
     def _refused(self, pid: int | None) -> None:
-        log.warning(
+        log.log(
+            logging.DEBUG if self._diagnosis.is_pattern else logging.WARNING,
             "port %s: refused a second frontend (pid %s): one is connected already",
             self.name, pid or "unknown",
         )  # fmt: skip
@@ -187,6 +200,9 @@ class VhostPort(PortDatapath):
         self._rings_changed()
 
     # State
+
+    def _hint(self, size: int, text: str) -> str:
+        return self._diagnosis.of_fault(size, text)
 
     def _fail(self, reason: str) -> None:
         self._fault = reason
@@ -225,7 +241,7 @@ class VhostPort(PortDatapath):
             connects=self._connects,
             connected_since=self._connected_at,
             error=self._error(),
-            warning=self._warning or self._postcopy_note(),
+            warning=self._warning or self._postcopy_note() or self._note(),
             macs=self._engine.fdb.learned(self.fast.id),
             max_macs=limits.max_macs(self.settings, self._engine.fdb),
             storm=limits.storm_info(self.settings),
@@ -243,10 +259,18 @@ class VhostPort(PortDatapath):
             f"{self._postcopy.waited_for} pages of its memory are waited for"
         )
 
+    def _note(self) -> str | None:
+        """What the frontend did not get although the port forwards, or why none comes."""
+        if self._backend is None:
+            return self._diagnosis.nobody_may if self._endpoint.problem is None else None
+        return self._diagnosis.reason if self._is_ready() else None
+
     def _error(self) -> str | None:
-        if self._backend is not None:
-            return self._fault
-        return self._endpoint.problem or self._last_error
+        if self._backend is None:
+            return self._endpoint.problem or self._last_error or self._diagnosis.reason
+        if self._fault is None and not self._is_ready():
+            return self._diagnosis.reason
+        return self._fault
 
     def _memory_info(self) -> list[MemoryRegion]:
         if self._memory is None:
@@ -274,6 +298,8 @@ class VhostPort(PortDatapath):
 
     def _rings_changed(self) -> None:
         ready = self._is_ready()
+        if any(ring.started for ring in self.fast.rings.values()):
+            self._diagnosis.rings_run()
         if ready and not self._was_ready:
             log.info("port %s: ready", self.name)
             self._notify("port-ready", None)

@@ -71,3 +71,60 @@ def test_both_ends_connect(testbed: Testbed) -> None:
         testbed.ctl("add-port", "vm3", path)
         with testbed.client() as client:
             wait_until("QEMU is connected", lambda: client.port("vm3")["connects"] == 1)
+
+
+def test_qemu_wants_more_queue_pairs_than_the_port_has(testbed: Testbed) -> None:
+    """It tries again without a pause, hundreds of times a second if it is let."""
+    vm1, vm2 = testbed.require("vm1", "vm2")
+    with testbed.in_place_of("vm3", queues=4) as vm3, pinging(vm1, vm2):
+        logged = testbed.log_len()
+        testbed.ctl("add-port", "vm3", testbed.socket("vm3"))
+        vm3.start()
+        wait_until("the port says so", lambda: testbed.show("vm3")["error"])
+        assert "more than 1 queue pair (QEMU: queues=N" in testbed.show("vm3")["error"]
+        # It is in a loop by now: what it does five times more is not in the log.
+        so_far = testbed.show("vm3")["connects"]
+        wait_until("it goes on", lambda: testbed.show("vm3")["connects"] >= so_far + 5)
+        said = [line for line in testbed.logged_after(logged).splitlines() if "port vm3:" in line]
+        assert any("queue pair" in line for line in said)
+        assert len(said) < 40
+        # What it says helps.
+        testbed.ctl("del-port", "vm3")
+        testbed.ctl("add-port", "vm3", testbed.socket("vm3"), "--queues", 4)
+        vm3.wait_up()
+        testbed.wait_state("vm3", "ready")
+        assert (testbed.show("vm3")["error"], testbed.show("vm3")["warning"]) == (None, None)
+
+
+def test_the_port_comes_back_with_less(testbed: Testbed) -> None:
+    """The guest's device has what the port had when it was made, and cannot do with less."""
+    (vm1,) = testbed.require("vm1")
+    whole = {"--queues": "2", "--mtu": "1500", "--offloads": "on"}
+    path = testbed.socket("vm3")
+
+    def port(**less: str) -> None:
+        if "vm3" in {one["name"] for one in testbed.ctl("list-ports")}:
+            testbed.ctl("del-port", "vm3")
+        options = whole | {f"--{name}": value for name, value in less.items()}
+        testbed.ctl("add-port", "vm3", path, *(word for pair in options.items() for word in pair))
+
+    def complaint() -> str:
+        shown = testbed.show("vm3")
+        return (shown["error"] or shown["warning"] or "") if shown["connects"] else ""
+
+    with testbed.in_place_of("vm3", queues=2, mtu=1500) as vm3:
+        port()
+        vm3.start().wait_up()
+        for name, value, said in (
+            ("offloads", "off", "`offloads`"),
+            ("queues", "1", "more than 1 queue pair"),
+            ("mtu", "1400", "NET_SET_MTU: MTU 1500 is more than the port's mtu, 1400"),
+        ):
+            testbed.wait_state("vm3", "ready")
+            port(**{name: value})
+            wait_until("the port says so", complaint)
+            assert said in complaint()
+            assert not vm3.ping(vm1.ip, timeout_s=1)
+            port()
+            wait_until("the guest is back", lambda: vm3.ping(vm1.ip))
+            assert complaint() == ""

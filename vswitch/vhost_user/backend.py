@@ -7,6 +7,7 @@ docs/interop/vhost-user.rst is the specification; section names in quotes are it
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 
 from vswitch.errors import ProtocolError
@@ -73,6 +74,11 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         self._counts_virtqueues = counts_virtqueues
         self._translates = translates
         self.status = Status(0)
+        self.asked: set[Request] = set()
+        """What the frontend has ever sent."""
+        self.refused: dict[str, str] = {}
+        """Requests by name that were refused and have not succeeded since, and why."""
+        self._last_message = time.monotonic()
         self._features_refused = False
         self._offered_protocol = PROTOCOL_FEATURES
         if not datapath.has_postcopy:
@@ -116,6 +122,11 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             Request.POSTCOPY_END: self._postcopy_end,
         }
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the frontend has sent nothing, in seconds."""
+        return time.monotonic() - self._last_message
+
     async def run(self) -> None:
         """Serve the connection until the frontend goes.
 
@@ -143,6 +154,7 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
     async def _serve(self, message: Message) -> None:
         """Handle one request and answer it as "Communication" and REPLY_ACK demand."""
         number = message.header.request
+        self._last_message = time.monotonic()
         wants_ack = self._wants_ack(message)
         if message.header.is_reply:
             raise MalformedError(
@@ -161,6 +173,8 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             self._log.warning(
                 "port %s: %s is not supported", self._name, protocol.request_name(number)
             )
+            if len(self.refused) < len(Request):
+                self.refused[protocol.request_name(number)] = "it is not supported"
             await self._reply(number, protocol.encode_u64(1))
             return
         spec = protocol.check_shape(request, message.payload, len(message.fds))
@@ -169,14 +183,17 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
                 f"{request.name}: protocol feature {spec.needs.name} was not negotiated"
             )
         self._log.debug("port %s: %s", self._name, request.name)
+        self.asked.add(request)
         try:
             answer = await handler(message)
         except DatapathError as exc:
             if not wants_ack or spec.reply is Reply.ALWAYS:
                 raise ProtocolError(f"{request.name}: {exc}") from exc
             self._log.error("port %s: %s: %s", self._name, request.name, exc)
+            self.refused[request.name] = str(exc)
             await self._reply(number, protocol.encode_u64(1))
             return
+        self.refused.pop(request.name, None)
         if answer is not None:
             if not self._was_paid(answer):
                 await self._reply(number, answer)

@@ -127,7 +127,7 @@ class BackendChannel:
             )
 
     def _end(self, why: str) -> None:
-        self._log.info("port %s: channel for backend requests: %s", self._name, why)
+        self._log.debug("port %s: channel for backend requests: %s", self._name, why)
         self.close()
 
 

@@ -48,6 +48,8 @@ class Device:
         self.protocol_features = ProtocolFeature(0)
         self.regions: list[MemRegion] = []
         self.vrings: dict[int, Vring] = {}
+        self.has_run = False
+        """Whether a ring has ever started."""
         self._channel: BackendChannel | None = None
         self._log_fd = -1
         self._repeated: Counter[tuple[int, int, int]] = Counter()
@@ -167,6 +169,7 @@ class Device:
                     self._name, vring.index, base, vring.base,
                 )  # fmt: skip
             vring.base = base
+            self.has_run = True
             # The driver may wait for what happened before: to be woken once too often is harmless.
             if not setup.quiet:
                 self._signal(vring.call_fd)
