@@ -20,7 +20,7 @@ MINUTES ?= 10
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
 	@echo 'make test      run the tests (unit, conformance, end to end with QEMU guests)'
-	@echo 'make test-all  the same and the longer matrices'
+	@echo 'make test-all  the same and the longer matrices, also with the QEMU and kernel of Debian 13'
 	@echo 'make roots     as root: both of these in fresh roots of Debian 13, Ubuntu 24.04 and 26.04;'
 	@echo '               ARGS="debian-13 --commands demo" for less, ARGS=--help for more'
 	@echo 'make repeat    TESTS=file TIMES=50: run some tests that often; STRESS=2: beside stress-ng --cpu 2'

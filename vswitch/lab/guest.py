@@ -34,7 +34,7 @@ _TRICKLE = 1 << 20
 _AT_ONCE_MS = 10_000
 """A downtime limit with which a guest of the lab is stopped for the rest after the first round."""
 
-MemoryBackend = Literal["memfd", "shm", "hugetlb", "hugetlbfs"]
+MemoryBackend = Literal["memfd", "shm", "posix-shm", "hugetlb", "hugetlbfs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,8 @@ class GuestSettings:
     """A TAP interface of QEMU's own that the card is behind, and not behind the socket."""
     memory_mib: int = 192
     memory_backend: MemoryBackend = "memfd"
-    """A memfd, with huge pages (of 2 MiB) for hugetlb, or a file in a file system."""
+    """A memfd, with huge pages (of 2 MiB) for hugetlb, or a file in a file system; posix-shm is
+    memory-backend-shm, which QEMU has from 9.1 on."""
     hugetlbfs: Path = Path("/dev/hugepages")
     """Where the file system for `hugetlbfs` is mounted."""
     share: bool = True
@@ -384,6 +385,8 @@ def _memory_object(one: GuestSettings) -> str:
             return f"memory-backend-memfd,{common}"
         case "shm":
             return f"memory-backend-file,{common},mem-path=/dev/shm"
+        case "posix-shm":
+            return f"memory-backend-shm,{common}"
         case "hugetlb":
             return f"memory-backend-memfd,{common},hugetlb=on,hugetlbsize=2M"
         case "hugetlbfs":
