@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hostile
 import pytest
 from running import RunningSwitch, Wire, exchanging, teach
+from threads import held, workers_of
 
 from vswitch.guest import SoftwareGuest
 from vswitch.log import BURST_LINES
@@ -107,6 +108,24 @@ def test_clients(wire: Wire, kind: str) -> None:
 
 def test_every_kind_has_its_rounds() -> None:
     assert ROUNDS.keys() == hostile.FRONTENDS.keys() | hostile.CLIENTS.keys()
+
+
+def test_a_worker_that_hangs_holds_up_no_loop(start: Callable[..., Wire]) -> None:
+    """Each frontend that changes something waits for it, and nobody else does."""
+    wire = start(polling="busy")
+    paths = {name: wire.port(name) for name in ("p0", "p1", "p2", "p3")}
+    with contextlib.ExitStack() as frontends, held(workers_of(wire.switch)[0]):
+        waiting = [frontends.enter_context(raging("rings", path)) for path in paths.values()]
+        for name in paths:
+            # Its memory has come, and its first ring is to start: that takes the worker.
+            wire.wait_until(lambda name=name: wire.info(name)["rings"] != [], "a ring")  # type: ignore[misc]
+        for _ in range(100):
+            wire.client.ping()
+            time.sleep(0.005)
+        turns = longest_turns(wire)
+        assert turns["event loop"] < TURN_NS_MAX
+        assert turns["worker 0"] > 500_000_000
+        assert [each.poll() for each in waiting] == [None] * len(paths)
 
 
 class Unread(RunningSwitch):

@@ -7,7 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security-cases.md").read_text()
-ROWS = [line for line in TEXT.splitlines() if line.startswith("| ") and "| cause |" not in line]
+HEADERS = ("| CVE | cause |", "| for whom |")
+ROWS = [
+    line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith(HEADERS)
+]
+LOOP = TEXT[TEXT.index("## What the event loop does") : TEXT.index("## Found here")]
 
 
 def test_each_case_names_a_test_that_exists() -> None:
@@ -15,7 +19,7 @@ def test_each_case_names_a_test_that_exists() -> None:
     for row in ROWS:
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert len(cells) == 4, row
-        named = re.fullmatch(r"`(tests/\S+\.py)::(test_\w+)`", cells[3])
+        named = re.fullmatch(r"`(tests/\S+\.py)::(test_\w+)(\[\w+\])?`", cells[3])
         assert named, row
         source = (ROOT / named[1]).read_text()
         assert re.search(rf"^def {named[2]}\(", source, re.MULTILINE), f"{cells[3]} is not there"
@@ -28,3 +32,20 @@ def test_each_known_cause_has_a_row() -> None:
         number = re.fullmatch(r"test_cve_(\d+)_(\d+)", name)
         if number:
             assert f"| CVE-{number[1]}-{number[2]}" in TEXT
+
+
+def test_each_request_is_bounded() -> None:
+    """Whoever adds one says what it costs the event loop."""
+    source = (ROOT / "vswitch" / "vhost_user" / "backend.py").read_text()
+    requests = re.findall(r"^ +Request\.(\w+): self\.", source, re.MULTILINE)
+    assert len(requests) > 30
+    for name in requests:
+        assert re.search(rf"\b{name}\b", LOOP), name
+
+
+def test_each_kind_of_hostility_has_a_row() -> None:
+    source = (ROOT / "tests" / "conformance" / "hostile.py").read_text()
+    kinds = re.findall(r"^def (\w+)\(path: Path.*\) -> Rounds:", source, re.MULTILINE)
+    assert len(kinds) > 20
+    named = set(re.findall(r"\[(\w+)\]`", LOOP))
+    assert named == set(kinds)
