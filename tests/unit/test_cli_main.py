@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_wrong_usage(arguments: list[str], code: int, text: str) -> None:
     assert done.returncode == code
     assert text in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["-s", "/a"], "1 sockets given"), (["--size", "7"], "7 is not in the range")],
+)
+def test_wrong_usage_is_json_where_json_is_asked_for(arguments: list[str], text: str) -> None:
+    done = run("bench", "--json", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    error = json.loads(done.stderr)["error"]
+    assert error["code"] == "usage"
+    assert text in error["message"]
 
 
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
