@@ -474,14 +474,13 @@ def test_who_may_do_what() -> None:
     ],
 )
 @pytest.mark.root("becomes another user")
-def test_another_user(tmp_path: Path, mode: int, gids: list[int], answers: list[object]) -> None:
-    running = Controlled(tmp_path / "c", mode=mode)
+def test_another_user(public_dir: Path, mode: int, gids: list[int], answers: list[object]) -> None:
+    running = Controlled(public_dir / "c", mode=mode)
     logger = logging.getLogger("vswitch")
     before = logger.level
     try:
-        open_the_way_to(tmp_path)
         assert [
-            call_as(4242, gids, ask, tmp_path / "c", *request)
+            call_as(4242, gids, ask, public_dir / "c", *request)
             for request in (("ping",), ("log_level", {"level": "debug"}))
         ] == answers
     finally:
@@ -516,24 +515,15 @@ def test_everything_that_changes_something_is_refused_to_those_who_may_look(
 
 
 @pytest.mark.root("becomes another user")
-def test_a_connection_made_with_rights_that_are_gone_is_refused(tmp_path: Path) -> None:
+def test_a_connection_made_with_rights_that_are_gone_is_refused(public_dir: Path) -> None:
     # Who kept a descriptor of the directory, or is let in by the file system, is still looked at.
-    running = Controlled(tmp_path / "c", mode=0o666)
+    running = Controlled(public_dir / "c", mode=0o666)
     try:
-        open_the_way_to(tmp_path)
         running.do(setattr, server_module, "access_of", lambda *_: Access.NONE)
-        assert call_as(4242, [4242], ask, tmp_path / "c", "ping") == "permission-denied"
+        assert call_as(4242, [4242], ask, public_dir / "c", "ping") == "permission-denied"
     finally:
         server_module.access_of = access_of
         running.close()
-
-
-def open_the_way_to(directory: Path) -> None:
-    """Let everybody search a directory of pytest's, which are for their owner only."""
-    for each in (directory, *directory.parents):
-        mode = each.stat().st_mode
-        if not mode & stat.S_IXOTH:
-            each.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
 
 
 def test_the_log_level(raw: Raw) -> None:
