@@ -6,12 +6,18 @@ import asyncio
 import ctypes
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from vswitch.departing import AT_ONCE_LEN, forget_pages
+from vswitch import port_memory
+from vswitch.departing import AT_ONCE_LEN, Part, forget_pages
+from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.mapping import DirtyLog, Memory
+from vswitch.port_memory import PortMemory
+from vswitch.settings import PortSettings
+from vswitch.vhost_user.protocol import LogArea, MemRegion
 
 MIB = 1 << 20
 LEN = 64 * MIB
@@ -123,5 +129,49 @@ def test_a_log() -> None:
         ctypes.memset(address(NAME), 1, LEN)
         log.forget_pages()
         assert resident_kib(NAME) == 0
+    finally:
+        os.close(fd)
+
+
+class Ported(PortMemory):
+    def _fail(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def test_a_port_has_its_memory_and_logs_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way they go."""
+    gone: list[int] = []
+
+    async def forget(parts: Iterable[Part]) -> None:
+        gone.extend(part.length for part in parts)
+
+    monkeypatch.setattr(port_memory, "forget_pages", forget)
+    engine = Engine()
+
+    async def settle() -> None:
+        assert engine.wait(engine.publish(), 1_000_000_000)
+
+    settings = PortSettings(name="p", socket=Path("/nowhere"))
+    port = Ported(settings, engine, engine.add_port("p"), settle)
+    fd = os.memfd_create(NAME)
+
+    async def run() -> None:
+        first, second = MemRegion(0, LEN, 0, 0), MemRegion(LEN, 2 * LEN, LEN, 0)
+        await port.set_memory([first], [fd])
+        await port.add_memory(second, fd)
+        assert gone == []
+        await port.remove_memory(first)
+        assert gone == [LEN]
+        await port.set_memory([first], [fd])
+        assert gone == [LEN, 2 * LEN]
+        for size in (LEN, 3 * LEN):
+            await port.set_log(fd, LogArea(size, 0))
+        assert gone == [LEN, 2 * LEN, LEN]
+        await port.set_memory([], [])
+        assert gone == [LEN, 2 * LEN, LEN, LEN, 3 * LEN]
+
+    try:
+        os.ftruncate(fd, 3 * LEN)
+        asyncio.run(run())
     finally:
         os.close(fd)
