@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h') $(wildcard vswitch/relay/*.c)
 
 # The first interpreter that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -115,6 +115,7 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES) | required
 	@touch $@
 
 clean:
+	rm -f vswitch/relay/vswitch-relay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find vswitch \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
 	for source in $(filter %.pyx,$(SOURCES)); do rm -f "$${source%.pyx}.c" "$${source%.pyx}.html"; done

@@ -1,4 +1,4 @@
-"""Builds the Cython extensions; everything else about the package is in pyproject.toml."""
+"""Builds the Cython extensions and the relay; all else of the package is in pyproject.toml."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vswitch.lab import requirements
@@ -93,4 +94,41 @@ if METADATA.isdisjoint(sys.argv):
         sys.exit(f"error: missing: {names}\n  hint: {requirements.advice(lacking)}")
     EXTENSIONS = cythonize(EXTENSIONS, compiler_directives=DIRECTIVES)
 
-setup(ext_modules=EXTENSIONS)
+
+class BuildExtensionsAndRelay(build_ext):
+    """The extensions, and the program in vswitch/relay, which is started and not imported."""
+
+    FOLDER = "vswitch/relay"
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.FOLDER)
+        target = self.relay_path()
+        sources = sorted(map(str, folder.glob("*.c")))
+        newest = max(path.stat().st_mtime for path in folder.glob("*.[ch]"))
+        if not self.force and target.exists() and target.stat().st_mtime >= newest:
+            return
+        flags = ["-O2", "-Wall", "-Wextra", "-pthread", "-fstack-protector-strong"]
+        if SANITIZE:
+            flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g"]
+        objects = self.compiler.compile(
+            sources, output_dir=self.build_temp, extra_preargs=flags, include_dirs=[self.FOLDER]
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_executable(
+            objects,
+            target.name,
+            output_dir=str(target.parent),
+            extra_preargs=[*flags, "-Wl,-z,relro,-z,now"],
+        )
+
+    def relay_path(self) -> Path:
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        root = Path() if inplace else Path(self.build_lib)
+        return root / self.FOLDER / "vswitch-relay"
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.relay_path())]
+
+
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtensionsAndRelay})

@@ -21,6 +21,7 @@ from vswitch.control.server import ControlServer
 from vswitch.errors import SocketError, VswitchError
 from vswitch.heartbeat import Heartbeat
 from vswitch.log_outlet import Outlet
+from vswitch.relay.process import Relay
 from vswitch.settings import Settings
 from vswitch.supervisor import Supervisor
 from vswitch.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ours
@@ -50,7 +51,7 @@ class RunningSwitch(SwitchApi, Protocol):
         ...
 
 
-Create = Callable[[Settings, Path], Awaitable[RunningSwitch]]
+Create = Callable[[Settings, Relay, Path], Awaitable[RunningSwitch]]
 """Builds the switch; the path is that of its control socket."""
 
 
@@ -102,10 +103,10 @@ def _run_as_the_user(
         return runner.run(_run(settings, control, config_path, config_read, create, lines, outlet))
 
 
-async def _create(settings: Settings, control: Path) -> RunningSwitch:
+async def _create(settings: Settings, relay: Relay, control: Path) -> RunningSwitch:
     from vswitch.switch import Switch
 
-    return await Switch.create(settings, journals=control.with_name(f"{control.name}.rings"))
+    return await Switch.create(settings, relay, journals=control.with_name(f"{control.name}.rings"))
 
 
 def _become_the_user(settings: Settings) -> Path:
@@ -169,17 +170,22 @@ async def _run(
     # First of all, because a second switch with the same configuration must fail before it
     # touches anything else.
     listener = _open_control_socket(settings, control_path)
+    relay: Relay | None = None
     try:
-        switch = await create(settings, control_path)
+        relay = await Relay.start()
+        switch = await create(settings, relay, control_path)
     except BaseException:
         unlink_if_ours(listener.path, listener)
         listener.close()
+        if relay is not None:
+            await relay.close()
         raise
 
     turns: LoopTurns | None = None
     control = ControlServer(
         switch,
         listener,
+        relay,
         config_path=config_path,
         config_read=config_read,
         request_stop=stopping.set,
@@ -202,10 +208,11 @@ async def _run(
             also=lines.tell_left_out,
         )
         stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
-        await asyncio.wait({stopped, switch.failed}, return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [switch.failed, relay.ended]
+        await asyncio.wait([stopped, *ends], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         heartbeat.stop()
-        failure = switch.failed.exception() if switch.failed.done() else None
+        failure = next((end.exception() for end in ends if end.done()), None)
     finally:
         _log.info("stopping")
         if turns is not None:
@@ -221,6 +228,7 @@ async def _run(
             os._exit(1)
         finally:
             await control.close()
+            await relay.close()
     if failure is not None:
         _log.error("the switch failed and was stopped: %s", failure, exc_info=failure)
         return 1
@@ -265,6 +273,7 @@ def _open_control_socket(settings: Settings, path: Path) -> ListeningSocket:
             mode=CONTROL_PERMISSIONS if permissions is None else int(permissions, 8),
             owner=None,
             group=settings.switch.control_group,
+            rights=False,
         )
     except InUseError as exc:
         raise SocketError(

@@ -21,8 +21,10 @@ from vswitch.port_iotlb import PortIotlb
 from vswitch.port_memory import PortMemory
 from vswitch.port_parking import LOOKS, Parking
 from vswitch.port_postcopy import PortPostcopy
+from vswitch.relay.wire import Kind
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
+from vswitch.vhost_user.descriptors import found_of
 from vswitch.vhost_user.protocol import Feature, MemRegion
 
 ETH_OVERHEAD = 14 + 4
@@ -91,6 +93,9 @@ class PortDatapath(PortMemory):
             place = translation.place(index, setup)
         elif translation is not None:
             runs = translation.place(index, setup)
+        if (reason := self._unmapped.why_no_ring(place.areas())) is not None:
+            self._ring_lost(index, reason)
+            raise TranslationPending
         ring = self.fast.rings.get(index) or Ring(self.fast, index)
         self._enabled[index] = setup.enabled
         if setup.quiet and translation is None and (setup.kick_fd >= 0 or not ring.is_transmitq):
@@ -173,6 +178,9 @@ class PortDatapath(PortMemory):
             raise DatapathError(f"no memory to be had: {exc.strerror}") from exc
 
     def use_inflight(self, fd: int, size: int, offset: int) -> None:
+        found = found_of(fd)
+        if found is not None and found.kind is not Kind.MEMORY:
+            raise DatapathError(f"the file is not the one from GET_INFLIGHT_FD but {found.text}")
         try:
             journal = open_shared(fd, size, offset, MAX_VRINGS)
         except OSError as exc:
@@ -279,6 +287,8 @@ class PortDatapath(PortMemory):
             return
         self._faulted.add(index)
         name, text = ring.fault
+        if name == "bad-address" and (why := self._unmapped.why_no_buffer(ring.fault_value)):
+            text = f"{text}: {why}"
         if not self._memory_lost:
             self._fail(f"{_ring_name(index)}: {text} ({name}){self._hint(ring.size, text)}")
         if self._backend is not None:
@@ -308,6 +318,12 @@ class PortDatapath(PortMemory):
 
     async def fault_base(self, region: MemRegion, fd: int) -> int:
         assert self._postcopy is not None
+        found = found_of(fd)
+        if found is not None and found.kind is not Kind.MEMORY:
+            raise DatapathError(
+                f"the region with guest address {region.gpa:#x} is {found.text}: postcopy takes "
+                "memfd, /dev/shm or hugetlbfs"
+            )
         return await self._postcopy.map(region, fd)
 
     def allow_faults(self, allowed: bool) -> None:
@@ -388,8 +404,10 @@ class PortDatapath(PortMemory):
     def _ring_lost(self, index: int, reason: str | None) -> None:
         """A ring cannot be where its driver says it is; None: now it can."""
         if reason is not None:
-            self._astray[index] = f"{_ring_name(index)}: {reason}"
-            self._fail(self._astray[index])
+            text = f"{_ring_name(index)}: {reason}"
+            if self._astray.get(index) != text:
+                self._astray[index] = text
+                self._fail(text)
         else:
             self._astray.pop(index, None)
             self._forgive()

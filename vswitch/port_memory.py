@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import hashlib
 import logging
 import os
@@ -14,11 +15,14 @@ from vswitch.fastpath.mapping import SLOTS, DirtyLog, Memory, SharedFile
 from vswitch.fastpath.port import Port
 from vswitch.port_iotlb import PortIotlb
 from vswitch.port_postcopy import PortPostcopy
+from vswitch.port_unmapped import Unmapped
+from vswitch.relay.link import Link
+from vswitch.relay.wire import Kind
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
+from vswitch.vhost_user.descriptors import found_of
 from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion
-from vswitch.vhost_user.sharing import is_private_copy
 
 TIB = 1 << 40
 MEMORY_LEN_MAX = TIB
@@ -57,6 +61,9 @@ class PortMemory(abc.ABC):
         self._old_logs: list[DirtyLog | None] = []
         self._logs: dict[int, RingLog | None] = {}
         self._file_ids: list[tuple[int, int]] = []
+        self._unmapped = Unmapped()
+        self._sharing_looked_for = False
+        self._sharing_task: asyncio.Task[None] | None = None
         self._warning: str | None = None
 
     @property
@@ -90,6 +97,8 @@ class PortMemory(abc.ABC):
         self._memory_lost = False
         self._old_memory.clear()
         self._file_ids = []
+        self._unmapped.clear()
+        self._sharing_looked_for = False
         self._old_logs.clear()
         if not regions and self._dirty_log is not None:
             leaving.append(self._dirty_log)
@@ -99,29 +108,46 @@ class PortMemory(abc.ABC):
         if not regions:
             return
         _check_memory_len(regions)
+        mapped, kept = [], []
         try:
-            self._memory = Memory(regions, fds)
+            for i, (region, fd) in enumerate(zip(regions, fds, strict=True)):
+                found = found_of(fd)
+                if not self._unmapped.takes(region, found, i):
+                    mapped.append((region, fd))
+                    kept.append(found)
+            self._memory = Memory([r for r, _ in mapped], [fd for _, fd in mapped], kept)
+        except DatapathError:
+            self._unmapped.clear()
+            raise
         except ValueError as exc:
+            self._unmapped.clear()
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
+            self._unmapped.clear()
             raise DatapathError(exc.strerror or str(exc)) from exc
-        self._file_ids = [(status.st_dev, status.st_ino) for status in map(os.fstat, fds)]
+        self._file_ids = [_file_id(fd) for _, fd in mapped]
         if self._postcopy is not None:
             await self._postcopy.use_memory(self._memory)
 
     async def add_memory(self, region: MemRegion, fd: int) -> None:
         _check_memory_len([region, *(self._memory.regions if self._memory else ())])
+        found = found_of(fd)
+        before = self._memory or Memory([], [])
+        if self._unmapped.takes(region, found, len(before.regions) + len(self._unmapped)):
+            self._memory = before
+            return
         try:
-            memory = (self._memory or Memory([], [])).with_region(region, fd)
+            memory = before.with_region(region, fd, found)
         except ValueError as exc:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
-        status = os.fstat(fd)
-        await self._replace_memory(memory, [*self._file_ids, (status.st_dev, status.st_ino)])
+        await self._replace_memory(memory, [*self._file_ids, _file_id(fd)])
 
     async def remove_memory(self, region: MemRegion) -> None:
         assert self._memory is not None
+        if self._unmapped.remove(region):
+            return
         at = self._memory.regions.index(region)
         memory = self._memory.without_region(region.gpa, region.size, region.uva)
         await self._replace_memory(memory, self._file_ids[:at] + self._file_ids[at + 1 :])
@@ -150,8 +176,13 @@ class PortMemory(abc.ABC):
         if area.size > LOG_LEN_MAX:
             raise DatapathError(f"the log has {area.size} bytes, more than {LOG_LEN_MAX}")
         old = self._dirty_log
+        found = found_of(fd)
+        if found is not None and found.kind is not Kind.MEMORY:
+            raise DatapathError(
+                f"the log's file descriptor is not a file of shared memory but {found.text}"
+            )
         try:
-            self._dirty_log = DirtyLog(fd, area.size, area.offset)
+            self._dirty_log = DirtyLog(fd, area.size, area.offset, found)
         except ValueError as exc:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
@@ -218,22 +249,44 @@ class PortMemory(abc.ABC):
         return int.from_bytes(digest, "little") | 1
 
     def _look_for_sharing(self, setup: RingSetup) -> None:
-        """Warn when the driver's rings are not in the memory that we were given.
+        """Warn, some time later, when the driver's rings are not in the memory that we were given.
 
-        QEMU without share=on hands over the file all the same, and keeps a private copy of it.
+        QEMU without share=on hands over the file all the same, and keeps a private copy of it. The
+        relay looks, once a memory table: that takes as long as the frontend makes it.
         """
         assert self._memory is not None
-        if self._warning is not None or self._backend is None:
+        if self._sharing_looked_for or self._warning is not None or self._backend is None:
             return
-        pid = self._backend.connection.peer_pid
-        for file_id, (_, size, uva, _) in zip(self._file_ids, self._memory.regions, strict=True):
-            if 0 <= setup.desc_uva - uva < size and is_private_copy(pid, setup.desc_uva, file_id):
-                self._warning = (
-                    "the guest's memory is not shared with the switch: its process has it mapped "
-                    "privately. Start QEMU with share=on, for example: -object "
-                    "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+        connection = self._backend.connection
+        if connection.peer_pid is None:
+            return
+        for (dev, ino), (_, size, uva, _) in zip(self._file_ids, self._memory.regions, strict=True):
+            if 0 <= setup.desc_uva - uva < size:
+                self._sharing_looked_for = True
+                self._sharing_task = asyncio.create_task(
+                    self._warn_of_private_copy(connection.link, setup.desc_uva, dev, ino)
                 )
-                log.warning("port %s: %s", self.name, self._warning)
+                return
+
+    async def _warn_of_private_copy(self, link: Link, uva: int, dev: int, ino: int) -> None:
+        if not await link.is_private_copy(uva, dev, ino):
+            return
+        if self._backend is not None and self._backend.connection.link is link:
+            self._warning = (
+                "the guest's memory is not shared with the switch: its process has it mapped "
+                "privately. Start QEMU with share=on, for example: -object "
+                "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+            )
+            log.warning("port %s: %s", self.name, self._warning)
+
+
+def _file_id(fd: int) -> tuple[int, int]:
+    """st_dev and st_ino of a file."""
+    found = found_of(fd)
+    if found is not None:
+        return found.dev, found.ino
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _check_memory_len(regions: Iterable[tuple[int, int, int, int]]) -> None:

@@ -37,6 +37,7 @@ from vswitch.fastpath.table import key_mac, mac_key
 from vswitch.fault_process import unavailable
 from vswitch.journals import Journals
 from vswitch.placement import Placement
+from vswitch.relay.process import Relay
 from vswitch.settings import (
     PortSettings,
     Settings,
@@ -66,10 +67,11 @@ _PORTS_A_TURN = 16
 class Switch:
     """A running switch. Implements `vswitch.control.api.SwitchApi`; make one with `create`."""
 
-    def __init__(self, settings: Settings, journals: Path | None) -> None:
+    def __init__(self, settings: Settings, relay: Relay, journals: Path | None) -> None:
         switch = settings.switch
         idle_ns = {"adaptive": switch.idle_us * 1000, "sleep": 0, "busy": None}[switch.polling]
         self._loop = asyncio.get_running_loop()
+        self._relay = relay
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
         self._say_how_to_notify()
@@ -90,13 +92,14 @@ class Switch:
         self._journals = None if journals is None else Journals(journals)
 
     @classmethod
-    async def create(cls, settings: Settings, journals: Path | None = None) -> Self:
+    async def create(cls, settings: Settings, relay: Relay, journals: Path | None = None) -> Self:
         """Start workers, open all ports and uplinks. Raises VswitchError, and then nothing is left.
 
-        `journals` is a directory for what lets guests with packed rings survive a restart.
+        The sockets of ports are `relay`'s, which stays the caller's. `journals` is a directory for
+        what lets guests with packed rings survive a restart.
         Must be called on the loop that the switch is to live on.
         """
-        switch = cls(settings, journals)
+        switch = cls(settings, relay, journals)
         try:
             switch._threads.start()
             switch._loop.add_reader(switch._engine.event_fd, switch._on_events)
@@ -181,6 +184,7 @@ class Switch:
                 settings,
                 self._engine,
                 self._new_fast_port(settings.name),
+                self._relay,
                 self._settle,
                 self._placement.choose,
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),

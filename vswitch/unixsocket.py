@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 import struct
@@ -22,6 +23,9 @@ from vswitch.errors import SocketError
 SUN_PATH_LEN_MAX = 107
 """Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
 
+
+_SO_PASSRIGHTS = 83
+_SO_PEERPIDFD = 77
 
 LOCK_PATIENCE_S = 0.2
 """How long another process may keep us from a directory; a switch needs microseconds."""
@@ -37,10 +41,12 @@ class FileId(NamedTuple):
 class ListeningSocket(socket.socket):
     """A listening, non-blocking Unix stream socket that knows its place in the file system."""
 
-    __slots__ = ("file_id", "path")
+    __slots__ = ("file_id", "path", "refuses_rights")
 
     path: Path
     file_id: FileId
+    refuses_rights: bool
+    """Nobody who is connected can send descriptors; the sender gets EPERM."""
 
 
 class InUseError(SocketError):
@@ -54,6 +60,7 @@ def listen(
     owner: str | None,
     group: str | None,
     backlog: int = 16,
+    rights: bool = True,
 ) -> ListeningSocket:
     """Create a socket at `path` and listen on it; the caller closes and unlinks it.
 
@@ -61,7 +68,8 @@ def listen(
     The socket comes into being with no permissions at all and gets its own after its owner, so
     nobody can connect who may not later. A stale socket, one on which nobody listens, is replaced;
     any other file is left alone. Of several switches that start at once one gets the path. Raises
-    SocketError; InUseError if somebody listens.
+    SocketError; InUseError if somebody listens. Without `rights` nobody may send descriptors, where
+    the kernel can refuse them: see `ListeningSocket.refuses_rights`.
 
     Sets the process's umask for the duration of bind(), which can only narrow the rights of a file
     that another thread creates meanwhile.
@@ -72,7 +80,7 @@ def listen(
     gid = -1 if group is None else _find("group", group)
     with _only_switch_in(path.parent):
         _remove_stale(path)
-        return _bind(path, uid, gid, mode, backlog, owner, group)
+        return _bind(path, uid, gid, mode, backlog, owner, group, rights)
 
 
 def _bind(
@@ -83,9 +91,11 @@ def _bind(
     backlog: int,
     owner: str | None,
     group: str | None,
+    rights: bool,
 ) -> ListeningSocket:
     sock = ListeningSocket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     sock.path = path
+    sock.refuses_rights = not rights and refuse_rights(sock)
     try:
         umask = os.umask(0o777)
         try:
@@ -107,6 +117,18 @@ def _bind(
                 path.unlink()
         raise _ownership_error(path, exc, owner, group) from exc
     return sock
+
+
+def refuse_rights(sock: socket.socket) -> bool:
+    """Let nobody send descriptors to a socket, nor to those it accepts; False before Linux 6.16.
+
+    Such a descriptor may make whoever closes it, or the socket that it waits in, sleep for long.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
 
 
 def unlink_if_ours(path: Path | str, sock_or_id: ListeningSocket | FileId) -> bool:
@@ -273,8 +295,38 @@ def _check_nobody_listens(path: Path) -> None:
             if exc.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                 raise _bind_error(path, exc) from exc
         else:
+            if _listener_is_gone(probe):
+                return
             raise _in_use(path, _listener_of(probe))
     raise _in_use(path)
+
+
+def _listener_is_gone(connected: socket.socket) -> bool:
+    """Whether the process that called listen() has ended and something else holds its socket open.
+
+    That is a relay of a switch before us, killed while it waits for what somebody left in a queue.
+    """
+    try:
+        raw = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+    except OSError as exc:
+        if exc.errno != errno.ENOPROTOOPT:
+            return exc.errno in (errno.ESRCH, errno.EINVAL)  # it has been reaped
+    else:
+        pidfd = struct.unpack("=i", raw)[0]
+        try:
+            return bool(select.select([pidfd], [], [], 0)[0])
+        finally:
+            os.close(pidfd)
+    # Before Linux 6.5. Should its number belong to another process by now, the socket is in use.
+    raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid = struct.unpack("=iII", raw)[0]
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except FileNotFoundError:
+        return bool(pid)  # 0: of another PID namespace
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
 def _in_use(path: Path, listener: str = "") -> InUseError:

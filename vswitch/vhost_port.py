@@ -16,6 +16,7 @@ from vswitch.fastpath.port import Port, Ring
 from vswitch.port_datapath import PortDatapath
 from vswitch.port_diagnosis import PortDiagnosis
 from vswitch.port_iotlb import PortIotlb
+from vswitch.relay.process import Relay
 from vswitch.settings import PortSettings
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
@@ -31,8 +32,8 @@ Notify = Callable[[str, str | None], None]
 class VhostPort(PortDatapath):
     """One `[[port]]`.
 
-    `settle` publishes the engine's state and returns when no worker uses an older one, `place`
-    names the worker for a ring, `notify` hears of the port's events.
+    Its socket is `relay`'s. `settle` publishes the engine's state and returns when no worker uses
+    an older one, `place` names the worker for a ring, `notify` hears of the port's events.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class VhostPort(PortDatapath):
         settings: PortSettings,
         engine: Engine,
         port: Port,
+        relay: Relay,
         settle: Callable[[], Awaitable[None]],
         place: Callable[[Ring], int],
         notify: Notify,
@@ -49,13 +51,14 @@ class VhostPort(PortDatapath):
         self._endpoint: Endpoint
         if settings.mode == "server":
             self._endpoint = Listener(
+                relay,
                 settings.socket,
                 mode=settings.permission_bits,
                 owner=settings.owner,
                 group=settings.group,
             )
         else:
-            self._endpoint = Connector(settings.socket)
+            self._endpoint = Connector(relay, settings.socket)
         self._task: asyncio.Task[None] | None = None
         self._connects = 0
         self._connected_at: float | None = None
@@ -102,8 +105,7 @@ class VhostPort(PortDatapath):
     async def _serve_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self._diagnosis.pause_s)
-            sock = await self._endpoint.next()
-            connection = Connection(sock)
+            connection = Connection(await self._endpoint.next())
             try:
                 await self._serve(connection)
             except asyncio.CancelledError:

@@ -20,6 +20,7 @@ from mappings import EVERYWHERE, LAST, Mappings, Range, merged, minus
 
 from vswitch import offloads
 from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE
+from vswitch.relay.process import Relay
 from vswitch.settings import PortSettings
 from vswitch.vhost_port import VhostPort
 from vswitch.vhost_user.backend import Backend
@@ -71,8 +72,8 @@ class IommuBed(Bed):
     def _begin(self, *, deaf: bool) -> None:
         """A frontend that connects."""
         self.vhost = VhostPort(
-            self._settings, self.engine, self.hostile, self._settled, lambda _: 0,
-            lambda *_: None,
+            self._settings, self.engine, self.hostile, cast("Relay", None), self._settled,
+            lambda _: 0, lambda *_: None,
         )  # fmt: skip
         # Of a backend, a port behind an IOMMU uses no more than this.
         self.vhost._backend = cast(

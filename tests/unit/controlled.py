@@ -14,6 +14,7 @@ import uvloop
 from fakeswitch import FakeSwitch
 
 from vswitch.control.server import ControlServer
+from vswitch.relay.process import Relay
 from vswitch.settings import Settings, SwitchSettings
 from vswitch.unixsocket import listen
 
@@ -44,15 +45,17 @@ class Controlled:
         self.switch = await FakeSwitch.create(
             Settings(switch=SwitchSettings(name="lab", control=self.path))
         )
-        listener = listen(self.path, mode=self.mode, owner=None, group=None)
+        listener = listen(self.path, mode=self.mode, owner=None, group=None, rights=False)
+        relay = await Relay.start()
         self.server = ControlServer(
-            self.switch, listener, config_path=self.config_path, request_stop=self._stop.set
+            self.switch, listener, relay, config_path=self.config_path, request_stop=self._stop.set
         )
         await self.server.start()
         self._started.set()
         await self._stop.wait()
         await self.switch.close()
         await self.server.close()
+        await relay.close()
 
     def do(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Call a function in the server's thread."""

@@ -47,7 +47,7 @@ class FakeSwitch:
         somebody has written to its socket, which is a named pipe, and closed it."""
 
     @classmethod
-    async def create(cls, settings: Settings, **_: object) -> FakeSwitch:
+    async def create(cls, settings: Settings, *_: object, **__: object) -> FakeSwitch:
         switch = cls(settings)
         try:
             for port in settings.ports:

@@ -11,21 +11,26 @@ from pathlib import Path
 import pytest
 
 from vswitch.errors import SocketError
+from vswitch.relay.process import Relay
 from vswitch.vhost_user import endpoint
-from vswitch.vhost_user.connection import Connection
+from vswitch.vhost_user.connection import Connection, ConnectionClosedError
 from vswitch.vhost_user.endpoint import Connector, Listener
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
+def run(test: Callable[[Relay], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(60):
-            await test()
+        relay = await Relay.start()
+        try:
+            async with asyncio.timeout(60):
+                await test(relay)
+        finally:
+            await relay.close()
 
     asyncio.run(limited())
 
 
-def listener(path: Path) -> Listener:
-    made = Listener(path, mode=0o600, owner=None, group=None)
+def listener(relay: Relay, path: Path) -> Listener:
+    made = Listener(relay, path, mode=0o600, owner=None, group=None)
     made.open()
     return made
 
@@ -37,15 +42,16 @@ def client(path: Path) -> socket.socket:
 
 
 def test_one_frontend_after_the_other(tmp_path: Path) -> None:
-    async def test() -> None:
-        ours = listener(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = listener(relay, tmp_path / "s")
         for _ in range(3):
             waiting = asyncio.create_task(ours.next())
             await asyncio.sleep(0)
             with client(tmp_path / "s") as theirs:
                 got = await waiting
                 theirs.send(b"x")
-                assert await asyncio.get_running_loop().sock_recv(got, 1) == b"x"
+                assert await got.receive(1) == (b"x", [])
+                assert got.peer.pid == os.getpid()
                 got.close()
         ours.close()
         assert not (tmp_path / "s").exists()
@@ -54,10 +60,11 @@ def test_one_frontend_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_second_frontend_is_turned_away(tmp_path: Path) -> None:
-    async def test() -> None:
-        ours = listener(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = listener(relay, tmp_path / "s")
         first = client(tmp_path / "s")
         connection = Connection(await ours.next())
+        reading = asyncio.create_task(connection.receive())
         refused: list[int | None] = []
         guard = asyncio.create_task(ours.guard(connection, refused.append))
         second = client(tmp_path / "s")
@@ -68,10 +75,13 @@ def test_a_second_frontend_is_turned_away(tmp_path: Path) -> None:
         first.close()
         third = client(tmp_path / "s")
         await guard
+        with pytest.raises(ConnectionClosedError):
+            await reading
         connection.close()
         successor = await ours.next()
-        successor.send(b"!")
-        assert third.recv(1) == b"!"
+        await successor.send(b"!")
+        third.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(third, 1) == b"!"
         for sock in (second, third, successor):
             sock.close()
         ours.close()
@@ -80,8 +90,8 @@ def test_a_second_frontend_is_turned_away(tmp_path: Path) -> None:
 
 
 def test_a_socket_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
-    async def test() -> None:
-        ours = listener(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = listener(relay, tmp_path / "s")
         waiting = asyncio.create_task(ours.next())
         await asyncio.sleep(0)
         (tmp_path / "s").unlink()
@@ -98,8 +108,8 @@ def test_a_socket_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
 def test_a_socket_file_that_another_listens_on_is_reported_and_left(tmp_path: Path) -> None:
     """QEMU with server=on unlinks what it finds and listens in its place: both ends listen."""
 
-    async def test() -> None:
-        ours = listener(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = listener(relay, tmp_path / "s")
         ours.check()
         assert ours.problem is None
         (tmp_path / "s").unlink()
@@ -117,10 +127,10 @@ def test_a_socket_file_that_another_listens_on_is_reported_and_left(tmp_path: Pa
 
 
 def test_the_directory_goes_away(tmp_path: Path) -> None:
-    async def test() -> None:
+    async def test(relay: Relay) -> None:
         home = tmp_path / "run"
         home.mkdir()
-        ours = listener(home / "s")
+        ours = listener(relay, home / "s")
         (home / "s").unlink()
         home.rmdir()
         ours.check()
@@ -136,10 +146,10 @@ def test_the_directory_goes_away(tmp_path: Path) -> None:
 
 
 def test_listening_where_somebody_listens(tmp_path: Path) -> None:
-    async def test() -> None:
-        ours = listener(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = listener(relay, tmp_path / "s")
         with pytest.raises(SocketError, match="listens on it already"):
-            listener(tmp_path / "s")
+            listener(relay, tmp_path / "s")
         ours.close()
 
     run(test)
@@ -151,8 +161,8 @@ def test_a_connector_waits_for_its_frontend(
     monkeypatch.setattr(endpoint, "BACKOFF_MIN_S", 0.005)
     monkeypatch.setattr(endpoint, "BACKOFF_MAX_S", 0.01)
 
-    async def test() -> None:
-        ours = Connector(tmp_path / "s")
+    async def test(relay: Relay) -> None:
+        ours = Connector(relay, tmp_path / "s")
         ours.open()
         waiting = asyncio.create_task(ours.next())
         while ours.problem is None:
@@ -184,12 +194,13 @@ def test_a_frontend_that_hangs_up_at_once_is_not_run_down(
         slept.append(seconds)
         await sleep(0)
 
-    async def test() -> None:
+    async def test(relay: Relay) -> None:
         with socket.socket(socket.AF_UNIX) as qemu:
             qemu.bind(str(tmp_path / "s"))
             qemu.listen(20)
             monkeypatch.setattr(endpoint.asyncio, "sleep", note)
-            ours = Connector(tmp_path / "s")
+            ours = Connector(relay, tmp_path / "s")
+            ours.open()
             for _ in range(7):
                 (await ours.next()).close()
         assert slept == [0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]

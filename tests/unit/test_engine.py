@@ -100,10 +100,11 @@ def test_only_files_are_memory(path: str) -> None:
             os.close(fd)
 
 
-def test_a_read_only_file_is_refused_by_the_kernel(tmp_path: Path) -> None:
-    file = tmp_path / "memory"
-    file.write_bytes(b"\0" * PAGE)
-    fd = os.open(file, os.O_RDONLY)
+def test_a_read_only_file_is_refused_by_the_kernel() -> None:
+    memfd = os.memfd_create("guest")
+    os.ftruncate(memfd, PAGE)
+    fd = os.open(f"/proc/self/fd/{memfd}", os.O_RDONLY)
+    os.close(memfd)
     try:
         with pytest.raises(OSError, match="region 0: mmap of 0x1000 bytes: Permission denied"):
             Memory([(0, PAGE, UVA, 0)], [fd])

@@ -48,10 +48,11 @@ def test_around_a_region(size: int, offset: int) -> None:
     os.close(fd)
 
 
-def test_nothing_is_left_where_a_mapping_failed(tmp_path: Path) -> None:
-    path = tmp_path / "read-only"
-    path.write_bytes(bytes(PAGE))
-    fd = os.open(path, os.O_RDONLY)
+def test_nothing_is_left_where_a_mapping_failed() -> None:
+    memfd = os.memfd_create("guest")
+    os.ftruncate(memfd, PAGE)
+    fd = os.open(f"/proc/self/fd/{memfd}", os.O_RDONLY)
+    os.close(memfd)
     before = Path("/proc/self/maps").read_text().count("---p")
     for _ in range(3):
         with pytest.raises(OSError, match="Permission denied"):

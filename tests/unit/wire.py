@@ -8,13 +8,19 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable
+import tempfile
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+from vswitch.relay.link import Link
+from vswitch.relay.process import Relay
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
 from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup, TranslationPending
+from vswitch.vhost_user.endpoint import Listener
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     HEADER,
@@ -170,6 +176,8 @@ class Peer:
     def __init__(self, datapath: RecordingDatapath, connection: Connection, sock: socket.socket):
         self.datapath = datapath
         self.sock = sock
+        self.sock_fd = str(sock.fileno())
+        self.link_fd = str(connection.link.fileno())
         self.backend = Backend("p", connection, datapath)
         self.task = asyncio.create_task(self._run(connection))
 
@@ -223,23 +231,43 @@ def with_peer(
     """Run `test` with a connected peer, then close it and see that no descriptor is left."""
 
     async def run() -> None:
-        before = open_fds(collect=True)
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        peer = Peer(datapath or RecordingDatapath(), Connection(ours), theirs)
-        try:
-            async with asyncio.timeout(60):
-                await test(peer)
-        finally:
-            theirs.close()
-            await asyncio.wait([peer.task])
-        if not peer.task.cancelled():
-            peer.task.exception()
-        assert open_fds() == before
-        assert not peer.datapath.running
+        async with relayed() as (link, theirs):
+            before = open_fds(collect=True)
+            peer = Peer(datapath or RecordingDatapath(), Connection(link), theirs)
+            try:
+                async with asyncio.timeout(60):
+                    await test(peer)
+            finally:
+                theirs.close()
+                await asyncio.wait([peer.task])
+            problem = None if peer.task.cancelled() else peer.task.exception()
+            while problem is not None:
+                traceback.clear_frames(problem.__traceback__)  # they know what came
+                problem = problem.__cause__ or problem.__context__
+            for closed in (peer.link_fd, peer.sock_fd):
+                del before[closed]
+            assert open_fds() == before
+            assert not peer.datapath.running
 
     asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def relayed() -> AsyncIterator[tuple[Link, socket.socket]]:
+    """A connection through a relay of its own: the switch's end of it, and the frontend's."""
+    relay = await Relay.start()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vswitch-") as directory:
+            listener = Listener(relay, Path(directory, "s"), mode=0o600, owner=None, group=None)
+            listener.open()
+            theirs = socket.socket(socket.AF_UNIX)
+            theirs.connect(f"{directory}/s")
+            theirs.setblocking(False)
+            link = await listener.next()
+            yield link, theirs
+            listener.close()
+    finally:
+        await relay.close()
 
 
 def open_fds(*, collect: bool = False) -> dict[str, str]:

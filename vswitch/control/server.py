@@ -32,6 +32,9 @@ from vswitch.control.protocol import (
 from vswitch.control.subscriptions import EventQueue, Subscriptions
 from vswitch.control.turns import Queue, Turn, Turns
 from vswitch.errors import ProtocolError, VswitchError
+from vswitch.relay import link
+from vswitch.relay.process import Relay
+from vswitch.relay.wire import Mode
 from vswitch.settings import Settings
 from vswitch.unixsocket import ListeningSocket, unlink_if_ours
 
@@ -105,6 +108,7 @@ class ControlServer:
         self,
         switch: SwitchApi,
         listener: ListeningSocket,
+        relay: Relay,
         *,
         config_path: Path | None = None,
         config_read: Settings | None = None,
@@ -114,10 +118,13 @@ class ControlServer:
         """Takes over `listener`; `config_path` is where `save` writes unless told otherwise,
         `config_read` what was read there.
 
-        `turns` are those of the event loop.
+        `turns` are those of the event loop. Where the kernel cannot keep clients from sending
+        descriptors, these are `relay`'s to get.
         """
         self._switch = switch
         self._listener = listener
+        self._relay = relay
+        self._relayed: int | None = None
         self._methods = Methods(
             switch,
             config_path=config_path,
@@ -137,11 +144,16 @@ class ControlServer:
         """Accept clients from now on."""
         self._listener.setblocking(False)
         self._listener.listen(_BACKLOG)
+        if not self._listener.refuses_rights:
+            self._relayed = self._relay.listen(self._listener, self, Mode.PLAIN)
+            return
         self._doorkeeper = asyncio.get_running_loop().create_task(self._let_in())
 
     async def close(self) -> None:
         """Remove the socket and close all connections, after what was sent on them has left."""
         unlink_if_ours(self._listener.path, self._listener)
+        if self._relayed is not None:
+            self._relay.forget(self._relayed)
         tasks = list(self._tasks)
         if self._doorkeeper is not None:
             tasks.append(self._doorkeeper)
@@ -175,15 +187,32 @@ class ControlServer:
             _log.error("no control client can be accepted: %s", exc.strerror)
             return False
         sock.setblocking(False)
-        task = asyncio.get_running_loop().create_task(self._serve(sock))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin(sock, Peer.of(sock))
         return True
 
-    async def _serve(self, sock: socket.socket) -> None:
+    def _begin(self, sock: socket.socket, peer: Peer) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(sock, peer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # What the relay says
+
+    def connected(self, sock: socket.socket, peer: link.Peer, _: int) -> None:
+        self._begin(sock, Peer(*peer))
+
+    def failed(self, error: int) -> None:
+        """Nobody is connected to."""
+
+    def crowded(self, stuck: int) -> None:
+        if stuck:
+            _log.warning(
+                "control socket: nobody more is let in, %d clients are there or sent what cannot "
+                "be closed", stuck,
+            )  # fmt: skip
+
+    async def _serve(self, sock: socket.socket, peer: Peer) -> None:
         writer: asyncio.StreamWriter | None = None
         try:
-            peer = Peer.of(sock)
             access = self._access(peer)
             reader, writer = await _streams(sock)
             refusal = self._refusal(peer, access)

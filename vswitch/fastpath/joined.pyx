@@ -124,6 +124,7 @@ cdef class Joined(SharedFile):
                 raise OSError(errno, f"mapping {size} bytes once more: {os.strerror(errno)}")
             at += size
         self.regions = tuple(regions)
+        self.kept = self.regions  # goes after the mapping: this is not the files' last use
         self.map_base = base
         self.map_len = total
         # Its truncation is that of the memory: who looks there learns of it.

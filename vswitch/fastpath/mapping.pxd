@@ -10,7 +10,8 @@ cdef class SharedFile:
     cdef uint64_t map_len
     cdef uint32_t lost        # atomic; its file was truncated under us
     cdef int slot             # in the table of sigbus.h
-    cdef char *_map(self, what, int fd, info, size, offset) except NULL
+    cdef object kept          # whatever keeps our mapping from being the last use of the file
+    cdef char *_map(self, what, int fd, uint64_t page, size, offset) except NULL
     cdef int _watch(self, what, char *base, uint64_t length, uint32_t *lost) except -1
 
 
@@ -25,7 +26,7 @@ cdef class Memory:
     cdef list mapped          # Mapped, in the table's order
     cdef Memory _copy(self)
     cdef _enter(self, Mapped one)
-    cdef _map(self, tuple region, int fd)
+    cdef _map(self, tuple region, int fd, kept)
 
 
 cdef class DirtyLog(SharedFile):

@@ -35,36 +35,39 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 # Magic numbers of linux/magic.h.
 TMPFS_MAGIC = 0x01021994
 HUGETLBFS_MAGIC = 0x958458F6
-# A page of these is there, or comes from a disk of this machine. On
-# others (FUSE, NFS, ...) a worker could wait for it for as long as somebody likes.
-FILESYSTEMS = frozenset({
-    TMPFS_MAGIC,  # memfd as well
-    HUGETLBFS_MAGIC,
-    0x858458F6,  # ramfs
-    0xEF53,      # ext2, ext3, ext4
-    0x58465342,  # xfs
-    0x9123683E,  # btrfs
-    0xF2F52010,  # f2fs
-    0x2FC12FC1,  # zfs
-    0x794C7630,  # overlayfs
-})
+# A page of these comes from memory: on others a worker could wait for a disk, a network (NFS) or
+# somebody's process (FUSE).
+FILESYSTEMS = frozenset({TMPFS_MAGIC, HUGETLBFS_MAGIC})
 U64_END = 1 << 64
 cdef uint64_t HUGE_PAGE = 2 << 20
 cdef uint64_t FORGET_LEN = 16 << 20
 SLOTS = MAX_REGIONS  # the most regions at a time
 
 
-def _check_filesystem(what, int fd):
-    """Raise ValueError for a file whose pages somebody else may keep back."""
-    cdef statfs_t info
-    if fstatfs(fd, &info) < 0:
+def _size_and_page(what, int fd, kept):
+    """Bytes of a memory file, and of what comes together in it.
+
+    `kept` has them as `size` and `block` where somebody else has looked at the file. Raises ValueError
+    for a file whose pages somebody may keep back.
+    """
+    cdef statfs_t told
+    if kept is not None:
+        return kept.size, kept.block
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(
+            f"{what}: its file descriptor is not a file of shared memory "
+            f"(file type {stat.S_IFMT(info.st_mode):#o})"
+        )
+    if fstatfs(fd, &told) < 0:
         raise OSError(errno, os.strerror(errno))
-    kind = info.f_type & 0xFFFFFFFF
+    kind = told.f_type & 0xFFFFFFFF
     if kind not in FILESYSTEMS:
         raise ValueError(
-            f"{what}: its file is on a file system of type {kind:#x}, which may keep its pages back: "
+            f"{what}: its file is on a file system of type {kind:#x}, not tmpfs or hugetlbfs: "
             "use memfd, /dev/shm or hugetlbfs"
         )
+    return info.st_size, info.st_blksize
 
 
 def page_size(int fd):
@@ -83,8 +86,11 @@ def keeps_holes(int fd):
     return info.f_type & 0xFFFFFFFF == TMPFS_MAGIC
 
 
-def _check_region(index, region, fd, earlier):
-    """Raise ValueError unless the region can be mapped and addressed without surprises."""
+def _check_region(index, region, fd, earlier, kept):
+    """Raise ValueError unless the region can be mapped and addressed without surprises.
+
+    Returns the bytes of a page of its file.
+    """
     gpa, size, uva, offset = region
     if size == 0:
         raise ValueError(f"region {index}: size is 0")
@@ -98,19 +104,13 @@ def _check_region(index, region, fd, earlier):
             raise ValueError(f"region {index}: guest address {gpa:#x} overlaps region {other}")
         if uva < o_uva + o_size and o_uva < uva + size:
             raise ValueError(f"region {index}: user address {uva:#x} overlaps region {other}")
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError(
-            f"region {index}: its file descriptor is not a file of shared memory "
-            f"(file type {stat.S_IFMT(info.st_mode):#o})"
-        )
-    _check_filesystem(f"region {index}", fd)
-    if offset + size > info.st_size:
+    len_file, page = _size_and_page(f"region {index}", fd, kept)
+    if offset + size > len_file:
         raise ValueError(
             f"region {index}: mmap offset {offset:#x} plus size {size:#x} is beyond "
-            f"the end of its file ({info.st_size:#x} bytes)"
+            f"the end of its file ({len_file:#x} bytes)"
         )
-    return info
+    return page
 
 
 def watch_lost_memory():
@@ -149,14 +149,14 @@ cdef class SharedFile:
                 )
                 at += FORGET_LEN
 
-    cdef char *_map(self, what, int fd, info, size, offset) except NULL:
-        """Map `size` bytes from `offset`, with `info` the file's fstat(); returns the first of them.
+    cdef char *_map(self, what, int fd, uint64_t page, size, offset) except NULL:
+        """Map `size` bytes from `offset` of a file that has pages of `page`; returns the first of them.
 
         Raises OSError. Unmapped with the object, of which nobody may have a pointer any more. Address
         space that nobody can use lies on both sides: an access that runs out of the mapping, which
         no guest should be able to cause, ends the process and reaches nobody else's memory.
         """
-        cdef uint64_t page = max(PAGE, info.st_blksize)
+        page = max(PAGE, page)
         # hugetlbfs wants file offset and length in whole huge pages; st_blksize tells their size.
         cdef uint64_t start = offset - offset % page
         cdef uint64_t length = (offset - start + size + page - 1) // page * page
@@ -201,10 +201,11 @@ cdef class SharedFile:
 cdef class Mapped(SharedFile):
     """One region in our address space; unmapped when nobody holds it any more."""
 
-    def __cinit__(self, index, region, int fd, earlier):
-        info = _check_region(index, region, fd, earlier)
+    def __cinit__(self, index, region, int fd, earlier, kept):
+        page = _check_region(index, region, fd, earlier, kept)
+        self.kept = kept
         self.c.gpa, self.c.size, self.c.uva, offset = region
-        self.c.host = self._map(f"region {index}", fd, info, region[1], offset)
+        self.c.host = self._map(f"region {index}", fd, page, region[1], offset)
         # Guest memory is of no use in a core dump of the switch, and is somebody else's secret.
         madvise(self.map_base, self.map_len, MADV_DONTDUMP)
         self.page = page_size(fd)
@@ -216,38 +217,39 @@ cdef class Memory:
 
     `regions` is a list of (guest address, size, user address, mmap offset), sizes and offsets in
     bytes; `fds` holds one file descriptor each, which stay the caller's and may be closed
-    afterwards. Raises ValueError naming the region, field and value for what no honest frontend
-    sends, OSError when the kernel refuses to map.
+    afterwards. `kept` has, for each, None or an object that tells `size` and `block` of the file (its
+    st_size and st_blksize), and is held until the region is unmapped. Raises ValueError naming the
+    region, field and value for what no honest frontend sends, OSError when the kernel refuses to map.
 
     A Memory never changes: `with_region` and `without_region` make another one, in which what stays
     lies where it lay. A region is unmapped when the last Memory that has it is gone.
     """
 
-    def __cinit__(self, regions=(), fds=()):
+    def __cinit__(self, regions=(), fds=(), kept=None):
         self.mapped = []
         self.table = <MemTable *>calloc(1, sizeof(MemTable))
         if self.table == NULL:
             raise MemoryError
         self.table.read = self.table
 
-    def __init__(self, regions=(), fds=()):
+    def __init__(self, regions=(), fds=(), kept=None):
         if len(regions) != len(fds):
             raise ValueError(f"{len(regions)} regions came with {len(fds)} file descriptors")
         if len(regions) > MAX_REGIONS:
             raise ValueError(f"{len(regions)} regions, the most is {MAX_REGIONS}")
-        for region, fd in zip(regions, fds):
-            self._map(tuple(region), fd)
+        for region, fd, one in zip(regions, fds, kept or [None] * len(fds)):
+            self._map(tuple(region), fd, one)
 
     @property
     def regions(self):
         return [(<Mapped>one).row for one in self.mapped]
 
-    def with_region(self, region, int fd):
+    def with_region(self, region, int fd, kept=None):
         """These regions and one more (ADD_MEM_REG). Raises ValueError and OSError like Memory."""
         cdef Memory other = self._copy()
         if other.table.count == MAX_REGIONS:
             raise ValueError(f"all {MAX_REGIONS} memory slots are in use")
-        other._map(tuple(region), fd)
+        other._map(tuple(region), fd, kept)
         return other
 
     def without_region(self, uint64_t gpa, uint64_t size, uint64_t uva):
@@ -274,8 +276,8 @@ cdef class Memory:
         self.table.count += 1
         self.mapped.append(one)
 
-    cdef _map(self, tuple region, int fd):
-        self._enter(Mapped(len(self.mapped), region, fd, self.regions))
+    cdef _map(self, tuple region, int fd, kept):
+        self._enter(Mapped(len(self.mapped), region, fd, self.regions, kept))
 
     def in_one_region(self, uint64_t uva, uint64_t length):
         """Whether all of a range of the frontend's address space lies in one region."""
@@ -307,20 +309,15 @@ cdef class DirtyLog(SharedFile):
     the last ring that logs there is done with it.
     """
 
-    def __cinit__(self, int fd, size, offset):
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError(
-                "the log's file descriptor is not a file of shared memory "
-                f"(file type {stat.S_IFMT(info.st_mode):#o})"
-            )
-        _check_filesystem("the log", fd)
+    def __cinit__(self, int fd, size, offset, kept=None):
+        len_file, page = _size_and_page("the log", fd, kept)
+        self.kept = kept
         if size == 0:
             raise ValueError("the log's size is 0")
-        if offset + size > info.st_size:
+        if offset + size > len_file:
             raise ValueError(
                 f"log offset {offset:#x} plus size {size:#x} is beyond "
-                f"the end of its file ({info.st_size:#x} bytes)"
+                f"the end of its file ({len_file:#x} bytes)"
             )
-        self.c.bits = <uint8_t *>self._map("log", fd, info, size, offset)
+        self.c.bits = <uint8_t *>self._map("log", fd, page, size, offset)
         self.c.len = size

@@ -500,6 +500,11 @@ cdef class Ring:
         return name, text.format(self.c.fault_value, self.c.fault_detail)
 
     @property
+    def fault_value(self):
+        """The first number in the text of `fault`: an address, for one that is about an address."""
+        return vs_load64(&self.c.fault_value)
+
+    @property
     def missed(self):
         """The I/O virtual address that its worker stopped at, for its frontend to translate; or None."""
         if vs_load_acquire32(&self.c.fault) != FAULT_IOTLB_MISS:

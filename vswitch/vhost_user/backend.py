@@ -301,7 +301,6 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
 
     async def _set_backend_req_fd(self, message: Message) -> None:
         sock = take_socket("SET_BACKEND_REQ_FD", message.fds[0])
-        message.take_fd()
         if self._channel is not None:
             self._channel.close()
         self._channel = BackendChannel(

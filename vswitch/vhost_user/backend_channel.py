@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import socket
-import stat
 from collections.abc import Callable
 
+from vswitch.relay.wire import Kind
 from vswitch.vhost_user import protocol
+from vswitch.vhost_user.descriptors import found_of
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     HEADER_LEN,
@@ -22,7 +23,7 @@ _REPLY_LEN = HEADER_LEN + 8
 
 Answered = Callable[[int], None]
 
-# The frontend has the other descriptors of this socket and may make it blocking again.
+# Whatever may become of its flags.
 _NO_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -132,18 +133,15 @@ class BackendChannel:
 
 
 def take_socket(name: str, fd: int) -> socket.socket:
-    """A non-blocking socket from a descriptor, which is the socket's from now on.
+    """A non-blocking socket from a descriptor, which stays the caller's.
 
-    Raises MalformedError, and leaves the descriptor alone, unless it is a Unix stream socket.
+    Raises MalformedError unless it is a Unix stream socket. It is not the frontend's own but one
+    that the relay connects with that: nothing but bytes comes from it.
     """
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISSOCK(mode):
-        raise MalformedError(
-            f"{name}: the file descriptor is no socket (file type {stat.S_IFMT(mode):#o})"
-        )
-    sock = socket.socket(fileno=fd)
-    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        sock.detach()
-        raise MalformedError(f"{name}: the socket is no Unix stream socket")
+    found = found_of(fd)
+    if found is None or found.kind is not Kind.SOCKET:
+        what = "of an unknown kind" if found is None else found.text
+        raise MalformedError(f"{name}: the file descriptor is no Unix stream socket but {what}")
+    sock = socket.socket(fileno=os.dup(fd))
     sock.setblocking(False)
     return sock

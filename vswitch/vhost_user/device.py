@@ -17,6 +17,7 @@ from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel
 from vswitch.vhost_user.connection import Connection, Message
 from vswitch.vhost_user.datapath import Datapath, DatapathError, TranslationPending
+from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.pace import Pace
 from vswitch.vhost_user.protocol import (
     FLAG_REPLY,
@@ -27,7 +28,7 @@ from vswitch.vhost_user.protocol import (
     ProtocolFeature,
     VringState,
 )
-from vswitch.vhost_user.vring import Vring, close_fd
+from vswitch.vhost_user.vring import Vring
 
 
 class Device:

@@ -1,19 +1,26 @@
-"""Where frontends come from: a socket the switch listens on, or one it connects to for ever."""
+"""Where frontends come from: a socket the switch listens on, or one it connects to for ever.
+
+Either is the relay's; what is here says what it is to do, and has the file of the socket.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
 from vswitch import unixsocket
 from vswitch.errors import SocketError
-from vswitch.vhost_user.connection import Connection, peer_pid
+from vswitch.relay.link import Link, Peer
+from vswitch.relay.process import Relay
+from vswitch.unixsocket import FileId
+from vswitch.vhost_user.connection import Connection
 
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
@@ -25,14 +32,17 @@ class Endpoint(Protocol):
     """A source of connections, one at a time."""
 
     waiting_state: Literal["listening", "connecting"]
-    problem: str | None
-    """Why no frontend comes, as far as is known."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why no frontend comes, as far as is known."""
+        ...
 
     def open(self) -> None:
         """Start. Raises SocketError."""
         ...
 
-    async def next(self) -> socket.socket:
+    async def next(self) -> Link:
         """The next connection."""
         ...
 
@@ -52,33 +62,62 @@ class Listener:
 
     waiting_state: Literal["listening", "connecting"] = "listening"
 
-    def __init__(self, path: Path, *, mode: int | None, owner: str | None, group: str | None):
-        self.problem: str | None = None
+    def __init__(
+        self, relay: Relay, path: Path, *, mode: int | None, owner: str | None, group: str | None
+    ) -> None:
+        self._relay = relay
         self._path = path
         self._rights: tuple[int | None, str | None, str | None] = (mode, owner, group)
-        self._sock: unixsocket.ListeningSocket | None = None
-        self._waiting: socket.socket | None = None
-        self._ready: asyncio.Future[None] | None = None
+        self._number: int | None = None
+        self._file_id: FileId | None = None
+        self._file_problem: str | None = None
+        self._crowded = 0
+        self._came: deque[Link] = deque()
+        self._more = asyncio.Event()
+
+    @property
+    def problem(self) -> str | None:
+        if self._crowded:
+            return (
+                f"{self._crowded} connections of frontends cannot be closed, for file descriptors "
+                "that these sent hold up the relay: nobody else is let in before one of them ends"
+            )
+        return self._file_problem
 
     def open(self) -> None:
         mode, owner, group = self._rights
-        self._sock = unixsocket.listen(self._path, mode=mode, owner=owner, group=group)
+        sock = unixsocket.listen(self._path, mode=mode, owner=owner, group=group)
+        self._file_id = sock.file_id
+        try:
+            self._number = self._relay.listen(sock, self)
+        except SocketError:
+            unixsocket.unlink_if_ours(self._path, self._file_id)
+            raise
 
-    async def next(self) -> socket.socket:
-        if self._waiting is not None:
-            sock, self._waiting = self._waiting, None
-            return sock
-        return await self._accept()
+    async def next(self) -> Link:
+        while not self._came:
+            self._more.clear()
+            await self._more.wait()
+        return self._came.popleft()
 
     async def guard(self, connection: Connection, refused: Callable[[int | None], None]) -> None:
         while True:
-            sock = await self._accept()
-            if connection.ended():
+            link = await self.next()
+            try:
+                gone = await connection.link.peer_is_gone()
+            except BaseException:
+                self._came.appendleft(link)
+                raise
+            if gone is not False:
                 # The frontend has been restarted, and its successor is quicker than our clean-up.
-                self._waiting = sock
+                self._came.appendleft(link)
+                if gone is None:
+                    connection.link.cut(
+                        "another frontend is there, and the relay waits for this one"
+                    )
                 return
-            refused(peer_pid(sock))
-            sock.close()
+            refused(link.peer.pid or None)
+            link.close()
             await asyncio.sleep(0)  # others have their turn in a storm of connections
 
     def check(self) -> None:
@@ -87,70 +126,53 @@ class Listener:
         QEMU with server=on does the latter: it unlinks whatever is there and listens itself. A file
         that is gone is made anew.
         """
-        if self._sock is None:
+        if self._file_id is None:
             return
         try:
             status = self._path.lstat()
         except FileNotFoundError:
-            old = self._sock
+            old = self._number
             try:
                 self.open()
             except SocketError as exc:
-                self.problem = str(exc)
+                self._file_problem = str(exc)
                 return
-            _forget_watchers(old)
-            old.close()
-            self.problem = None
-            if self._ready is not None:
-                _resolve(self._ready)
+            if old is not None:
+                self._relay.forget(old)
+            self._file_problem = None
             return
         except OSError as exc:
-            self.problem = f"{self._path}: {exc.strerror}"
+            self._file_problem = f"{self._path}: {exc.strerror}"
             return
-        if (status.st_dev, status.st_ino) == self._sock.file_id:
-            self.problem = None
+        if (status.st_dev, status.st_ino) == self._file_id:
+            self._file_problem = None
         else:
-            self.problem = (
+            self._file_problem = (
                 f"another process replaced {self._path} and listens there itself: "
                 "both ends listen. Start QEMU without server=on, or give the port mode client"
             )
 
     def close(self) -> None:
-        if self._waiting is not None:
-            self._waiting.close()
-            self._waiting = None
-        if self._sock is not None:
-            unixsocket.unlink_if_ours(self._path, self._sock)
-            _forget_watchers(self._sock)
-            self._sock.close()
-            self._sock = None
+        if self._file_id is not None:
+            unixsocket.unlink_if_ours(self._path, self._file_id)
+            self._file_id = None
+        if self._number is not None:
+            self._relay.forget(self._number)
+            self._number = None
+        while self._came:
+            self._came.popleft().close()
 
-    async def _accept(self) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        while True:
-            listening = self._sock
-            if listening is None:
-                raise asyncio.CancelledError
-            try:
-                sock, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                pass
-            except OSError:
-                # Out of descriptors or memory: the connection stays queued until there are some.
-                await asyncio.sleep(BACKOFF_MAX_S)
-                continue
-            else:
-                sock.setblocking(False)
-                return sock
-            ready = self._ready = loop.create_future()
-            fd = listening.fileno()
-            loop.add_reader(fd, _resolve, ready)
-            try:
-                await ready
-            finally:
-                # A guard that was cancelled gets here after `next` has begun to wait.
-                if self._ready is ready and listening.fileno() == fd:
-                    loop.remove_reader(fd)
+    # What the relay says
+
+    def connected(self, sock: socket.socket, peer: Peer, number: int) -> None:
+        self._came.append(self._relay.link(sock, peer, number))
+        self._more.set()
+
+    def failed(self, error: int) -> None:
+        """Nobody is connected to."""
+
+    def crowded(self, stuck: int) -> None:
+        self._crowded = stuck
 
 
 class Connector:
@@ -158,31 +180,45 @@ class Connector:
 
     waiting_state: Literal["listening", "connecting"] = "connecting"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, relay: Relay, path: Path) -> None:
         self.problem: str | None = None
+        self._relay = relay
         self._path = path
         self._backoff_s = 0.0
         self._connected_at = 0.0
+        self._number: int | None = None
+        self._answer: asyncio.Future[Link | int] | None = None
 
     def open(self) -> None:
-        """Nothing to do before `next`."""
+        self._number = self._relay.register(self)
 
-    async def next(self) -> socket.socket:
+    async def next(self) -> Link:
         if time.monotonic() - self._connected_at > STABLE_S:
             self._backoff_s = 0.0
         while True:
             await asyncio.sleep(self._backoff_s)
             self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_MIN_S), BACKOFF_MAX_S)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._answer = asyncio.get_running_loop().create_future()
             try:
-                sock.connect(os.fspath(self._path))
-            except OSError as exc:
-                sock.close()
-                self.problem = str(unixsocket.connect_error(self._path, exc))
-            else:
+                if len(os.fsencode(self._path)) > unixsocket.SUN_PATH_LEN_MAX:
+                    self._answer.set_result(errno.ENAMETOOLONG)
+                elif self._number is not None:
+                    self._relay.connect(self._number, self._path)
+                answer = await self._answer
+            finally:
+                self._answer = None
+            if isinstance(answer, Link):
                 self.problem = None
                 self._connected_at = time.monotonic()
-                return sock
+                return answer
+            if answer == errno.EBUSY:
+                self.problem = (
+                    f"earlier connections to {self._path} cannot be closed, for file descriptors "
+                    "that their frontends sent hold up the relay"
+                )
+                continue
+            error = OSError(answer, os.strerror(answer))
+            self.problem = str(unixsocket.connect_error(self._path, error))
 
     async def guard(
         self,
@@ -196,14 +232,22 @@ class Connector:
         """Every attempt to connect is a check."""
 
     def close(self) -> None:
-        """Nothing is held between attempts."""
+        if self._number is not None:
+            self._relay.forget(self._number)
+            self._number = None
 
+    # What the relay says
 
-def _resolve(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
+    def connected(self, sock: socket.socket, peer: Peer, number: int) -> None:
+        link = self._relay.link(sock, peer, number)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(link)
+        else:
+            link.close()
 
+    def failed(self, error: int) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(error)
 
-def _forget_watchers(sock: socket.socket) -> None:
-    with contextlib.suppress(RuntimeError):
-        asyncio.get_running_loop().remove_reader(sock.fileno())
+    def crowded(self, stuck: int) -> None:
+        """`failed` says so."""

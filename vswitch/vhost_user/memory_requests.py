@@ -5,9 +5,10 @@ from __future__ import annotations
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.connection import Message
 from vswitch.vhost_user.datapath import DatapathError
+from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.postcopy_requests import Postcopy, PostcopyRequests
 from vswitch.vhost_user.protocol import MalformedError, MemRegion, Request
-from vswitch.vhost_user.vring import Vring, check_eventfd, close_fd
+from vswitch.vhost_user.vring import Vring, check_eventfd
 
 
 class MemoryRequests(PostcopyRequests):

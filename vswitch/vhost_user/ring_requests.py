@@ -6,6 +6,7 @@ import os
 
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.connection import Message
+from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.device import Device
 from vswitch.vhost_user.protocol import (
     VRING_F_LOG,
@@ -15,7 +16,7 @@ from vswitch.vhost_user.protocol import (
     MalformedError,
     VringState,
 )
-from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd, close_fd
+from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd
 
 # The addresses a frontend may leave unaligned are none: VIRTIO 1.2 section 2.7.
 _ALIGNMENT = (("desc_uva", 16), ("used_uva", 4), ("avail_uva", 2))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from vswitch.relay.wire import Kind
 from vswitch.vhost_user.datapath import RingLog, RingSetup, ring_areas
+from vswitch.vhost_user.descriptors import close_fd, found_of
 from vswitch.vhost_user.protocol import Feature, MalformedError
 
 SIZE_MAX = 32768
-_EVENTFD = "anon_inode:[eventfd]"
 
 
 @dataclass(slots=True)
@@ -119,19 +118,13 @@ class Vring:
         self.err_fd = close_fd(self.err_fd)
 
 
-def close_fd(fd: int) -> int:
-    """Close a descriptor if there is one; -1, to put in its place."""
-    if fd >= 0:
-        os.close(fd)
-    return -1
-
-
 def check_eventfd(name: str, fd: int) -> None:
     """Raise MalformedError unless `fd` is an eventfd.
 
     A worker signals it or waits for it: a pipe or a file would fail there. Whether it blocks is the
     frontend's to say, at any time, and does not matter (`Datapath.signal`).
     """
-    kind = str(Path(f"/proc/self/fd/{fd}").readlink())
-    if kind != _EVENTFD:
-        raise MalformedError(f"{name}: the file descriptor is no eventfd but {kind}")
+    found = found_of(fd)
+    if found is None or found.kind is not Kind.EVENTFD:
+        what = "of an unknown kind" if found is None else found.text
+        raise MalformedError(f"{name}: the file descriptor is no eventfd but {what}")
