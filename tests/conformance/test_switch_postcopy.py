@@ -63,7 +63,11 @@ def others_go_on(wire: Wire, c: SoftwareGuest, d: SoftwareGuest) -> Iterator[Non
 def helpers(wire: Wire) -> list[int]:
     """Processes that the switch has started and that are there, zombies too."""
     tasks = Path(f"/proc/{wire.switch.process.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    children = [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [
+        int(pid) for pid in children
+        if Path(f"/proc/{pid}/comm").read_text() != "vswitch-relay\n"
+    ]  # fmt: skip
 
 
 def open_files(wire: Wire) -> int:

@@ -441,22 +441,25 @@ static int connect_to(const char *path)
 /* Tell the switch, with `fd` if it is one; waits for room in its queue. */
 static bool report(struct connection *c, enum report_kind kind, int error, int fd)
 {
-    struct report r = {.kind = kind, .error = error, .source = c->source, .number = c->number};
-    struct room room = {.n_fds = fd >= 0, .fds = {fd}};
-    socklen_t len = sizeof r.groups;
-    r.pid = (uint32_t)c->peer.pid;
-    r.uid = c->peer.uid;
-    r.gid = c->peer.gid;
-    if (c->mode == MODE_PLAIN && getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, r.groups, &len) == 0)
-        r.n_groups = len / sizeof *r.groups;
-    room.len = offsetof(struct report, groups) + r.n_groups * sizeof *r.groups;
-    memcpy(room.bytes, &r, room.len);
-    for (;;) {
-        int sent = send_room(control_fd, &room);
-        if (sent <= 0)
-            return sent == 0;
+    int sent;
+    struct room *room = room_get();
+    if (room == NULL)
+        return false;
+    struct report *r = (struct report *)room->bytes;
+    socklen_t len = sizeof r->groups;
+    *r = (struct report){.kind = kind, .error = error, .source = c->source, .number = c->number};
+    r->pid = (uint32_t)c->peer.pid;
+    r->uid = c->peer.uid;
+    r->gid = c->peer.gid;
+    if (c->mode == MODE_PLAIN && getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, r->groups, &len) == 0)
+        r->n_groups = len / sizeof *r->groups;
+    room->len = offsetof(struct report, groups) + r->n_groups * sizeof *r->groups;
+    room->n_fds = fd >= 0;
+    room->fds[0] = fd;
+    while ((sent = send_room(control_fd, room)) > 0)
         poll(&(struct pollfd){control_fd, POLLOUT, 0}, 1, -1);
-    }
+    room_put(room);
+    return sent == 0;
 }
 
 static void serve(struct connection *c)

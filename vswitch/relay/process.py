@@ -24,6 +24,7 @@ from vswitch.unixsocket import ListeningSocket
 PROGRAM = Path(__file__).with_name("vswitch-relay")
 START_PATIENCE_S = 10.0
 _GOODBYE_S = 0.5
+_STATUS_PATIENCE_S = 0.1
 _STUCK = (
     "the relay waits for a file descriptor that the frontend sent (a file on a file system that "
     "does not answer, such as FUSE or NFS?)"
@@ -64,6 +65,7 @@ class Relay:
                 [PROGRAM, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # whose reader would wait for it, should it be stuck
                 pass_fds=[theirs.fileno()],
             )
         except OSError as exc:
@@ -232,6 +234,10 @@ class Relay:
 
     def _end(self) -> None:
         self._loop.remove_reader(self._control.fileno())
+        # Its socket is closed a moment before there is a status; a stuck one never has any.
+        self._loop.call_later(_STATUS_PATIENCE_S, self._say_how_it_ended)
+
+    def _say_how_it_ended(self) -> None:
         status = self._process.poll()
         how = "it closed its socket"
         if status is not None:

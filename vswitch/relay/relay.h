@@ -41,7 +41,7 @@ struct room {
     int n_fds;
     int fds[FDS_MAX];
     uint32_t own; /* bits of those that are closed when they are sent */
-    uint8_t bytes[sizeof(struct say) + FDS_MAX * sizeof(struct found) + DATA_MAX];
+    _Alignas(8) uint8_t bytes[sizeof(struct say) + FDS_MAX * sizeof(struct found) + DATA_MAX];
     union {
         struct cmsghdr head;
         uint8_t bytes[CMSG_SPACE(SCM_FDS_MAX * sizeof(int))];
