@@ -32,7 +32,7 @@ ROUNDS_S = 60.0
 PIPE_LEN = 4096
 
 ROUNDS = {
-    "memory_tables": 200, "memory_slots": 5, "dirty_logs": 100, "rings": 50, "many_rings": 4,
+    "memory_tables": 40, "memory_slots": 5, "dirty_logs": 100, "rings": 50, "many_rings": 4,
     "many_rings_features": 2, "many_rings_logged": 4, "comes_and_goes": 2, "iotlb": 1,
     "iotlb_of_many_rings": 1, "inflight": 200, "rarps": 20, "back_to_back": 3, "refused": 2000,
     "connects": 50, "nonsense": 300, "postcopy": 5, "clients": 30, "longest_requests": 300,
