@@ -15,6 +15,7 @@ import pytest
 from frames import frame, mac
 from hostile_sender import KINDS
 from running import RunningSwitch, Wire, teach
+from turns import TURN_NS_MAX, longest_turns
 
 from vswitch.control.client import Client
 from vswitch.guest import BackendClosedError, Frontend, SoftwareGuest
@@ -53,6 +54,7 @@ class Bench:
         self._tag += 1
         with Client(self.wire.switch.run_dir / "control.sock") as client:
             client.ping()
+            assert max(longest_turns(client).values()) < TURN_NS_MAX
         for sender, receiver, dst, src in ((self.b, self.c, C, B), (self.c, self.b, B, C)):
             sent = [frame(dst, src, tag=self._tag)]
             sender.send(sent)

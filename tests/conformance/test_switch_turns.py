@@ -21,13 +21,11 @@ import hostile
 import pytest
 from running import RunningSwitch, Wire, exchanging, teach
 from threads import held, workers_of
+from turns import TURN_NS_MAX, longest_turns
 
 from vswitch.guest import SoftwareGuest
 from vswitch.log import BURST_LINES
 
-TURN_NS_MAX = 200_000_000
-"""Ten times the longest of these that was seen on a loaded machine. What this is to find are waits
-that last as long as somebody outside likes, and work that grows with what he sends."""
 ROUNDS_S = 60.0
 PIPE_LEN = 4096
 
@@ -60,21 +58,11 @@ def raging(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def longest_turns(wire: Wire) -> dict[str, int]:
-    """Of the event loop and each worker since the start, as far as it is their own."""
-    turns = wire.client.event_loop()["turns"]
-    assert turns is not None
-    found = {"event loop": turns["since_start"]["own_ns"]}
-    for worker in wire.client.workers():
-        found[f"worker {worker['id']}"] = worker["turns"]["since_start"]["own_ns"]
-    return found
-
-
 @contextlib.contextmanager
 def no_long_turn(wire: Wire) -> Iterator[None]:
-    before = longest_turns(wire)
+    before = longest_turns(wire.client)
     yield
-    for name, turn_ns in longest_turns(wire).items():
+    for name, turn_ns in longest_turns(wire.client).items():
         # One from before is another test's.
         assert turn_ns < TURN_NS_MAX or turn_ns == before[name], name
 
@@ -122,7 +110,7 @@ def test_a_worker_that_hangs_holds_up_no_loop(start: Callable[..., Wire]) -> Non
         for _ in range(100):
             wire.client.ping()
             time.sleep(0.005)
-        turns = longest_turns(wire)
+        turns = longest_turns(wire.client)
         assert turns["event loop"] < TURN_NS_MAX
         assert turns["worker 0"] > 500_000_000
         assert [each.poll() for each in waiting] == [None] * len(paths)
