@@ -5,8 +5,8 @@ from __future__ import annotations
 from vswitch.control.client import Client
 
 TURN_NS_MAX = 200_000_000
-"""Eight times the longest that was seen in test_switch_turns.py on a loaded machine. What this is to
-find are waits that last as long as somebody outside likes, and work that grows with what he sends."""
+"""Eight times the longest that was seen in test_switch_turns.py on a loaded machine. To be found
+are waits that last as long as somebody outside likes, and work that grows with what he sends."""
 
 
 def longest_turns(client: Client) -> dict[str, int]:
