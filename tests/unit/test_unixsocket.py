@@ -394,3 +394,32 @@ def test_threads_keep_their_files_while_a_socket_is_made(tmp_path: Path, listen)
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+# Listens at its argument, gives the socket to whoever is on its stdin, and ends when told to.
+LEAVER = """
+import array, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(sys.argv[1])
+sock.listen()
+heir = socket.socket(fileno=0)
+heir.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))])
+heir.recv(1)
+"""
+
+
+def test_a_socket_whose_listener_has_ended_is_stale_whoever_holds_it(tmp_path: Path) -> None:
+    """As a relay that is stuck holds those of a switch that was killed."""
+    path = tmp_path / "s"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        leaver = subprocess.Popen([sys.executable, "-c", LEAVER, str(path)], stdin=theirs)
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        with pytest.raises(InUseError, match="listens on it already"):
+            unixsocket.listen(path, mode=0o600, owner=None, group=None)
+        ours.send(b"!")
+        leaver.wait()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))  # for it is still open
+        unixsocket.listen(path, mode=0o600, owner=None, group=None).close()
+        os.close(fds[0])
