@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -151,6 +152,30 @@ def test_listening_where_somebody_listens(tmp_path: Path) -> None:
         with pytest.raises(SocketError, match="listens on it already"):
             listener(relay, tmp_path / "s")
         ours.close()
+
+    run(test)
+
+
+def test_a_relay_that_the_machine_does_not_run(tmp_path: Path) -> None:
+    """More orders than its socket holds are kept, in their order, until it takes them."""
+    many = 400
+
+    async def test(relay: Relay) -> None:
+        os.kill(relay.pid, signal.SIGSTOP)
+        try:
+            ours = [listener(relay, tmp_path / f"s{n}") for n in range(many)]
+            assert relay.backlog > 0, "its socket takes that many"
+            for n in range(0, many, 2):
+                ours[n].close()
+        finally:
+            os.kill(relay.pid, signal.SIGCONT)
+        for n in range(1, many, 2):
+            with client(tmp_path / f"s{n}"):
+                (await ours[n].next()).close()
+            ours[n].close()
+        assert relay.backlog == 0
+        # Nobody listens any more where it was closed, and their names are free.
+        assert not list(tmp_path.iterdir())
 
     run(test)
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -57,6 +58,7 @@ class Relay:
         self._numbers = itertools.count(1)
         self._sources: dict[int, Source] = {}
         self._links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
+        self._later: deque[tuple[bytes, int]] = deque()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         ours.setblocking(False)
@@ -97,6 +99,11 @@ class Relay:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def backlog(self) -> int:
+        """Orders that wait until it takes them."""
+        return len(self._later)
 
     async def _confined(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
@@ -168,6 +175,7 @@ class Relay:
             with contextlib.suppress(OSError):
                 self._order(Order.QUIT)
         self.ended.cancel()
+        self._forget_later()
         self._control.close()
         gone: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._process_fd, resolve, gone)
@@ -195,7 +203,36 @@ class Relay:
     ) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         packet = wire.ORDER.pack(kind, mode, number, path)
-        self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+        if not self._later:
+            try:
+                self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                self._loop.add_writer(self._control.fileno(), self._send_later)
+        # Hundreds of ports at once, and a relay that the machine has not run meanwhile.
+        self._later.append((packet, os.dup(fd) if fd >= 0 else -1))
+
+    def _send_later(self) -> None:
+        while self._later:
+            packet, fd = self._later[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            try:
+                self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:
+                break  # it has ended, as `_on_report` learns too
+            self._later.popleft()
+            if fd >= 0:
+                os.close(fd)
+        self._forget_later()
+
+    def _forget_later(self) -> None:
+        self._loop.remove_writer(self._control.fileno())
+        while self._later:
+            _, fd = self._later.popleft()
+            if fd >= 0:
+                os.close(fd)
 
     def _on_report(self) -> None:
         try:
