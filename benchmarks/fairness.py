@@ -323,9 +323,9 @@ def table(rates: dict[str, list[float]]) -> str:
 def main(samples: int, seconds: float, at_least: float | None, path: Path | None) -> None:
     """Measure what a pair of guests keeps beside a third that asks too much."""
     programs.only_installed()
-    sigterm_unwinds()
     try:
-        rates = run(choose_cpus(), samples, seconds)
+        with sigterm_unwinds():
+            rates = run(choose_cpus(), samples, seconds)
     except VswitchError as exc:
         sys.exit(f"error: {exc.message}")
     click.echo(table(rates))
