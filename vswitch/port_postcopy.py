@@ -10,13 +10,12 @@ it, gets the page from the other machine and lets the process go on, which says 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from vswitch.fastpath.engine import Engine
 from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
-from vswitch.fastpath.mapping import Memory, keeps_holes, page_size
+from vswitch.fastpath.mapping import Memory, page_size, tells_pages
 from vswitch.fastpath.port import Port, Ring
 from vswitch.fault_helper import TOUCHERS
 from vswitch.fault_process import FaultProcess
@@ -48,8 +47,8 @@ class _Area:
     """Where the page that the region begins in lies, for that process ..."""
     length: int
     """... and how many bytes from there."""
-    fd: int
-    """Of the file, if that can tell what is there; else -1."""
+    tells: bool
+    """Whether it can be known which of its pages are there."""
 
     @property
     def skew(self) -> int:
@@ -64,16 +63,6 @@ class _Area:
 
     def address(self, gpa: int) -> int:
         return self.base + self.skew + gpa - self.region.gpa
-
-    def is_there(self, gpa: int) -> bool:
-        """Whether the file has contents at an address; False if it cannot tell."""
-        if self.fd < 0:
-            return False
-        offset = self.region.mmap_offset + gpa - self.region.gpa
-        try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA) == offset
-        except OSError:  # nothing from there to its end
-            return False
 
 
 @dataclass(slots=True)
@@ -109,6 +98,7 @@ class PortPostcopy(PortTranslation):
         self._fail = fail
         self._process: FaultProcess | None = None
         self._areas: dict[MemRegion, _Area] = {}
+        self._memory: Memory | None = None
         self._waiting: dict[int, _Waiting] = {}
         self._urgent: dict[int, None] = {}
         self._later: dict[int, None] = {}
@@ -148,9 +138,8 @@ class PortPostcopy(PortTranslation):
             if process is not None:
                 await process.close()
         finally:
-            for area in self._areas.values():
-                _close(area)
             self._areas.clear()
+            self._memory = None
 
     def _ended(self, reason: str) -> None:
         self._may_fault = False
@@ -171,19 +160,14 @@ class PortPostcopy(PortTranslation):
         page = page_size(fd)
         start = region.mmap_offset - region.mmap_offset % page
         length = -(-(region.mmap_offset + region.size - start) // page) * page
-        copy = os.dup(fd) if keeps_holes(fd) else -1
         try:
             base = await self._process.map(fd, length, start)
-        except BaseException as exc:
-            if copy >= 0:
-                os.close(copy)
-            if isinstance(exc, OSError):
-                raise DatapathError(
-                    f"the region with guest address {region.gpa:#x} cannot be watched for missing "
-                    f"pages: {exc.strerror or exc}; postcopy takes memfd, /dev/shm or hugetlbfs"
-                ) from exc
-            raise
-        area = self._areas[region] = _Area(region, page, base, length, copy)
+        except OSError as exc:
+            raise DatapathError(
+                f"the region with guest address {region.gpa:#x} cannot be watched for missing "
+                f"pages: {exc.strerror or exc}; postcopy takes memfd, /dev/shm or hugetlbfs"
+            ) from exc
+        area = self._areas[region] = _Area(region, page, base, length, tells_pages(fd))
         for waiting in self._waiting.values():
             waiting.missing.pop(_NOWHERE, None)
         return area.address(region.gpa)
@@ -196,13 +180,13 @@ class PortPostcopy(PortTranslation):
         kept = {MemRegion(*row) for row in memory.regions}
         gone = [self._areas.pop(region) for region in set(self._areas) - kept]
         for area in gone:
-            _close(area)
             for address in list(self._asked):
                 if area.base <= address < area.base + area.length:
                     self._asked[address] = None
                     for queue in (self._urgent, self._later):
                         if address in queue:
                             del queue[address], self._asked[address]
+        self._memory = memory
         self._iotlb.use_memory(memory)
         self._iotlb.clear()
         for index in self._setups:
@@ -237,7 +221,7 @@ class PortPostcopy(PortTranslation):
                     break
                 gpa = area.region.gpa + at - area.region.uva
                 first, size = area.page_of(gpa)
-                if self._iotlb.find(first) is None and not area.is_there(first):
+                if self._iotlb.find(first) is None and not self._is_there(area, first):
                     missing[area.address(first)] = first
                 at += first + size - gpa
         if missing:
@@ -332,19 +316,23 @@ class PortPostcopy(PortTranslation):
                 return area
         return None
 
+    def _is_there(self, area: _Area, gpa: int) -> bool:
+        """Whether the file has contents at an address; False if it cannot be told."""
+        return area.tells and self._memory is not None and self._memory.has_page(gpa)
+
     def _learn(self, area: _Area, gpa: int) -> bool:
         """Whether the page with an address is there. It is mapped then, with its neighbours."""
         first, size = area.page_of(gpa)
-        if not area.is_there(first):
+        if not self._is_there(area, first):
             return False
         end = first + size
         block = _BLOCK_PAGES * area.page
         into = (first - area.region.gpa + area.region.mmap_offset) % block
         low = max(first - into, area.region.gpa)
         high = min(first - into + block, area.region.gpa + area.region.size)
-        while end < high and area.is_there(end):
+        while end < high and self._is_there(area, end):
             end = sum(area.page_of(end))
-        while first > low and area.is_there(before := area.page_of(first - 1)[0]):
+        while first > low and self._is_there(area, before := area.page_of(first - 1)[0]):
             first = before
         self._map(area, first, end - first)
         return True
@@ -392,8 +380,3 @@ class PortPostcopy(PortTranslation):
             for waiting in self._waiting.values():
                 waiting.missing.pop(address, None)
         self._look()
-
-
-def _close(area: _Area) -> None:
-    if area.fd >= 0:
-        os.close(area.fd)

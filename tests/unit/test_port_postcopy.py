@@ -63,7 +63,7 @@ class Bench:
     Guest addresses are offsets into the file: first the rings, then the buffers of each.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, keeps_holes: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tells_pages: bool = True) -> None:
         self.engine = Engine(workers=1)
         self.port = self.engine.add_port("vm")
         self.fd = os.memfd_create("guest")
@@ -78,7 +78,7 @@ class Bench:
         self.postcopy.listening = True
         self.region = MemRegion(0, PAGES * PAGE, UVA, 0)
         self.memory = Memory([self.region], [self.fd])
-        monkeypatch.setattr(port_postcopy, "keeps_holes", lambda _: keeps_holes)
+        monkeypatch.setattr(port_postcopy, "tells_pages", lambda _: tells_pages)
 
     async def open(self) -> None:
         await self.postcopy.use_memory(self.memory)
@@ -150,10 +150,10 @@ class Bench:
 def run(
     monkeypatch: pytest.MonkeyPatch,
     test: Callable[[Bench], Awaitable[None]],
-    keeps_holes: bool = True,
+    tells_pages: bool = True,
 ) -> None:
     async def body() -> None:
-        bench = Bench(monkeypatch, keeps_holes)
+        bench = Bench(monkeypatch, tells_pages)
         await bench.open()
         try:
             await test(bench)
@@ -230,7 +230,7 @@ def test_a_file_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bench.port.rings[TRANSMIT].started
         assert bench.process.touched[-8:] == [bench.buffer(TRANSMIT, n) for n in range(8)]
 
-    run(monkeypatch, test, keeps_holes=False)
+    run(monkeypatch, test, tells_pages=False)
 
 
 def test_whom_a_worker_waits_for_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
     int madvise(void *addr, size_t length, int advice)
+    int mincore(void *addr, size_t length, unsigned char *vec)
     int PROT_NONE, PROT_READ, PROT_WRITE
     int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE
     int MADV_DONTDUMP, MADV_DONTNEED
@@ -78,12 +79,18 @@ def page_size(int fd):
     return info.f_bsize if info.f_type & 0xFFFFFFFF == HUGETLBFS_MAGIC else PAGE
 
 
-def keeps_holes(int fd):
-    """Whether lseek() tells which parts of a memory file are there: not that of hugetlbfs."""
+def tells_pages(int fd):
+    """Whether Memory.has_page is right about a file.
+
+    Not about one of hugetlbfs, where mincore(2) looks at our page tables alone; and to whom may not
+    write a file by its mode, whatever the descriptor is, it says that all of it is there.
+    """
     cdef statfs_t info
     if fstatfs(fd, &info) < 0:
         raise OSError(errno, os.strerror(errno))
-    return info.f_type & 0xFFFFFFFF == TMPFS_MAGIC
+    if info.f_type & 0xFFFFFFFF != TMPFS_MAGIC:
+        return False
+    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True)
 
 
 def _check_region(index, region, fd, earlier, kept):
@@ -278,6 +285,22 @@ cdef class Memory:
 
     cdef _map(self, tuple region, int fd, kept):
         self._enter(Mapped(len(self.mapped), region, fd, self.regions, kept))
+
+    def has_page(self, uint64_t gpa):
+        """Whether a page of the guest's has contents, if `tells_pages` of its file; else False.
+
+        mincore(2) looks into the page cache: it brings nothing into being and, other than
+        lseek(SEEK_DATA), takes no lock that a frontend holds for as long as it punches a hole.
+        """
+        cdef Mapped one
+        cdef uint64_t host
+        cdef unsigned char there = 0
+        for one in self.mapped:
+            if gpa - one.c.gpa < one.c.size:
+                host = <uint64_t>one.c.host + (gpa - one.c.gpa)
+                host -= host % <uint64_t>PAGE
+                return mincore(<void *>host, PAGE, &there) == 0 and bool(there & 1)
+        return False
 
     def in_one_region(self, uint64_t uva, uint64_t length):
         """Whether all of a range of the frontend's address space lies in one region."""
