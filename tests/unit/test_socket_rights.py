@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import logging
 import os
 import pwd
 from pathlib import Path
@@ -15,6 +16,12 @@ from vswitch.settings import PortSettings
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to others, as only root may")
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an earlier test has made of the logs of vswitch."""
+    monkeypatch.setattr(logging.getLogger("vswitch"), "propagate", True)
 
 
 @pytest.fixture
@@ -59,8 +66,7 @@ def test_it_is_said_at_the_start_and_when_nobody_has_come_for_a_while(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(port_diagnosis.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(port_diagnosis.log, "propagate", True)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="vswitch"):
         diagnosis = PortDiagnosis(settings(path))
         diagnosis.opened()
     who = ME if ME == "root" else f"{ME} and root"
