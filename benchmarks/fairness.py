@@ -11,146 +11,43 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import struct
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.guests import ethernet
+from benchmarks.hostile import (
+    BEHAVIOURS,
+    BYSTANDER,
+    OTHER,
+    OTHER_LEN,
+    OTHERS_PEER,
+    PEER,
+    PORTS,
+    REFERENCE,
+    Behaviour,
+    unread_tap,
+)
 from benchmarks.machine import Cpus, choose_cpus, describe, running_on
 from vswitch.control.client import Client
 from vswitch.errors import VswitchError
 from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.guest.load import Flow, Load
-from vswitch.guest.packets import BROADCAST, checksum
-from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.guest.packets import BROADCAST
 from vswitch.lab import programs
 from vswitch.lab.process import sigterm_unwinds
 from vswitch.lab.switch_process import SwitchProcess
 from vswitch.vhost_user.protocol import Feature
 
-PORTS = 16
-BYSTANDER, PEER, OTHER, OTHERS_PEER = range(4)
-"""Positions among the guests; those after them only receive."""
 BYSTANDER_LEN = 300
-OTHER_LEN = 64
-LONG_LEN = 1514
-WHOLE_LEN = 65549
-"""Bytes of a frame: from frames and bytes at a port follows whose they were."""
-MADE_UP = 60_000
+"""Bytes of a frame, as no other guest's: frames and bytes at a port tell whose they were."""
 _QUEUE_SIZE = 256
 _WARM_UP = 0.2
-_REFERENCE = "good order"
-
-
-@dataclass(frozen=True, slots=True)
-class Behaviour:
-    """What the other guest does: the frames it sends and how."""
-
-    name: str
-    frames: Callable[[list[SoftwareGuest]], list[bytes]] = lambda _: []
-    receives: bool = True
-    """Its peer posts receive buffers."""
-    notified: bool = False
-    """Its peer wants a notification for each burst and never takes one."""
-    header: bytes = b""
-    """The virtio_net_hdr of its frames."""
-    guest: dict[str, Any] = field(default_factory=dict)
-    peer: dict[str, Any] = field(default_factory=dict)
-    """How it and its peer differ from the others, as options of SoftwareGuest."""
-
-
-def _to_peer(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [ethernet(guests[OTHERS_PEER].mac, guests[OTHER].mac, OTHER_LEN)]
-
-
-def _broadcast(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [ethernet(BROADCAST, guests[OTHER].mac, OTHER_LEN)]
-
-
-def _made_up(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [
-        ethernet(guests[OTHERS_PEER].mac, bytes((2, 0)) + n.to_bytes(4, "big"), OTHER_LEN)
-        for n in range(MADE_UP)
-    ]
-
-
-def _long(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [ethernet(guests[OTHERS_PEER].mac, guests[OTHER].mac, LONG_LEN)]
-
-
-def _long_broadcast(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [ethernet(BROADCAST, guests[OTHER].mac, WHOLE_LEN)]
-
-
-def _whole(guests: list[SoftwareGuest]) -> list[bytes]:
-    return [ethernet(guests[OTHERS_PEER].mac, guests[OTHER].mac, WHOLE_LEN)]
-
-
-def _segmented(guests: list[SoftwareGuest]) -> list[bytes]:
-    """TCP over IPv4, as much of it as a frame holds."""
-    length = WHOLE_LEN - 14
-    ip = struct.pack(">BBHHHBBH", 0x45, 0, length, 0, 0x4000, 64, 6, 0) + bytes(8)
-    ip = ip[:10] + checksum(ip).to_bytes(2, "big") + ip[12:]
-    tcp = struct.pack(">HHIIBBHHH", 1, 2, 0, 0, 0x50, 0x10, 512, 0, 0)
-    start = guests[OTHERS_PEER].mac + guests[OTHER].mac + b"\x08\x00" + ip + tcp
-    return [start.ljust(WHOLE_LEN, b"\0")]
-
-
-def _segments_of(size: int) -> bytes:
-    return VnetHeader(NEEDS_CSUM, GSO_TCPV4, 54, size, 34, 16).pack()
-
-
-_PIECES = tuple(range(1, 60))
-_LARGE = {"max_frame_len": 65553, "queue_size": 64}
-_TSO = DEFAULT_FEATURES & ~Feature.RING_EVENT_IDX | Feature.CSUM | Feature.HOST_TSO4
-
-BEHAVIOURS = (
-    Behaviour("alone"),
-    Behaviour(_REFERENCE, _to_peer),
-    Behaviour("peer posts no buffers", _to_peer, receives=False),
-    Behaviour("peer takes no notifications", _to_peer, notified=True),
-    Behaviour(f"broadcasts to {PORTS - 1} ports", _broadcast),
-    Behaviour("cycles through source MACs", _made_up),
-    Behaviour("chains of 60 descriptors", _long, guest={"tx_cuts": _PIECES}),
-    Behaviour(
-        "indirect tables of 60 descriptors",
-        _long,
-        guest={"tx_cuts": _PIECES, "indirect": True},
-    ),
-    Behaviour("peer posts buffers in 60 pieces", _long, peer={"rx_cuts": _PIECES}),
-    Behaviour(
-        "peer posts buffers of 16 bytes", _long, peer={"rx_buf_len": 16, "rx_queue_size": 1024}
-    ),
-    Behaviour("frames of 64 KiB", _whole, guest=_LARGE, peer={"max_frame_len": 65553}),
-    Behaviour(
-        "64 KiB into buffers of 128 bytes",
-        _whole,
-        guest=_LARGE,
-        peer={"max_frame_len": 65553, "rx_buf_len": 128, "rx_queue_size": 2048},
-    ),
-    Behaviour("64 KiB whose peer has no room", _whole, guest=_LARGE, receives=False),
-    Behaviour(f"broadcasts of 64 KiB to {PORTS - 1} ports", _long_broadcast, guest=_LARGE),
-    Behaviour(
-        "segments of 1448 bytes",
-        _segmented,
-        header=_segments_of(1448),
-        guest=_LARGE | {"features": _TSO},
-    ),
-    Behaviour(
-        "segments of 40 bytes",
-        _segmented,
-        header=_segments_of(40),
-        guest=_LARGE | {"features": _TSO},
-    ),
-)
 
 
 class Bench:
@@ -182,7 +79,9 @@ class Bench:
     @contextlib.contextmanager
     def _differing(self, behaviour: Behaviour) -> Iterator[None]:
         """Have the other guest and its peer be as they are in this behaviour."""
-        wanted = {OTHER: behaviour.guest, OTHERS_PEER: behaviour.peer}
+        wanted = {n: behaviour.crowd for n in range(PORTS) if n != PEER}
+        wanted[OTHER] = wanted[OTHER] | behaviour.guest
+        wanted[OTHERS_PEER] = wanted[OTHERS_PEER] | behaviour.peer
         changes = {n: options for n, options in wanted.items() if options}
         for n, options in changes.items():
             self._replace(n, options)
@@ -195,6 +94,14 @@ class Bench:
     def _replace(self, n: int, options: dict[str, Any]) -> None:
         self.guests[n].close()
         self.guests[n] = _connect(n, self._sockets[n], options)
+
+    def without_tap(self) -> str | None:
+        """Why there can be no TAP, if there cannot: whoever is not root has none."""
+        try:
+            with unread_tap(self._client, self.guests):
+                return None
+        except (VswitchError, PermissionError) as exc:
+            return str(exc)
 
     def measure(self, behaviour: Behaviour, seconds: float) -> float:
         """Frames a second that the bystander's peer got from it."""
@@ -223,17 +130,29 @@ class Bench:
                 )
             )
         first = OTHERS_PEER if behaviour.receives else OTHERS_PEER + 1
-        flows += [
+        receivers = [
             Flow(None, guest.receiveqs[0], [ethernet(BROADCAST, BROADCAST, OTHER_LEN)])
             for guest in (sender, guests[OTHER], *guests[first:])
         ]
-        load = Load(flows)
-        with _notified(guests[OTHERS_PEER]) if behaviour.notified else contextlib.nullcontext():
-            load.run(seconds * _WARM_UP, settle_s=1.0)
+        if behaviour.slice_s:
+            loads, slice_s = [Load(flows), Load(receivers)], behaviour.slice_s
+        else:
+            loads, slice_s = [Load(flows + receivers)], seconds
+        with behaviour.meanwhile(self._client, guests):
+            self._run(loads, seconds * _WARM_UP, slice_s)
             other_len = len(frames[0]) if frames else OTHER_LEN
             before = self._delivered(other_len)
-            load.run(seconds, settle_s=1.0)
+            self._run(loads, seconds, slice_s)
             return (self._delivered(other_len) - before) / seconds
+
+    @staticmethod
+    def _run(loads: list[Load], seconds: float, slice_s: float) -> None:
+        """Have the first send, in slices, and those after it receive in between."""
+        while seconds > 0:
+            loads[0].run(min(seconds, slice_s), settle_s=1.0)
+            for load in loads[1:]:
+                load.run(0.0, settle_s=1.0, quiet_s=0.001)
+            seconds -= slice_s
 
     def _delivered(self, other_len: int) -> int:
         """How many of the bystander's frames its peer has got, give or take what stays the same.
@@ -261,37 +180,25 @@ def _connect(n: int, socket: Path, options: dict[str, Any]) -> SoftwareGuest:
     return guest
 
 
-@contextlib.contextmanager
-def _notified(guest: SoftwareGuest) -> Iterator[None]:
-    """Have a guest ask for notifications again and again, and take none."""
-    queue = guest.receiveqs[0]
-    over = threading.Event()
-
-    def ask() -> None:
-        while not over.wait(0.0005):
-            queue.raw.avail_flags = 0
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def run(cpus: Cpus, samples: int, seconds: float) -> dict[str, list[float]]:
-    """Frames a second of the bystander, by behaviour; all in turn, `samples` times."""
-    rates: dict[str, list[float]] = {behaviour.name: [] for behaviour in BEHAVIOURS}
+    """Frames a second of the bystander, by behaviour; all in turn, `samples` times.
+
+    Tells on stderr what cannot be had here.
+    """
+    rates: dict[str, list[float]] = {}
     with (
         ExitStack() as stack,
         tempfile.TemporaryDirectory(prefix="vswitch-") as folder,
         running_on({cpus.generator}),
     ):
         bench = Bench(Path(folder), cpus, stack)
+        behaviours = list(BEHAVIOURS)
+        if why := bench.without_tap():
+            behaviours = [one for one in BEHAVIOURS if one.meanwhile is not unread_tap]
+            click.echo(f"left out what takes a TAP: {why}", err=True)
         for _ in range(samples):
-            for behaviour in BEHAVIOURS:
-                rates[behaviour.name].append(bench.measure(behaviour, seconds))
+            for behaviour in behaviours:
+                rates.setdefault(behaviour.name, []).append(bench.measure(behaviour, seconds))
     return rates
 
 
@@ -300,7 +207,7 @@ def shares(rates: dict[str, list[float]]) -> dict[str, float]:
     return {
         name: statistics.median(
             rate / reference if reference else 0.0
-            for rate, reference in zip(mine, rates[_REFERENCE], strict=True)
+            for rate, reference in zip(mine, rates[REFERENCE], strict=True)
         )
         for name, mine in rates.items()
     }
