@@ -2,8 +2,9 @@
  *
  * What is queued is submitted and waited for in one io_uring_enter(2), so memory that an operation reads
  * is the caller's again when vs_uring_submit() returns. The file must be non-blocking: then the kernel
- * tries each write within the call, in their order, and an operation that would have to wait ends with
- * EAGAIN.
+ * tries each write within the call, in their order. One that would have to wait is meant to end with
+ * EAGAIN; with a full Unix socket on Linux 6.18 it was waited for instead. A TAP was not seen to do so:
+ * its send buffer has no limit that matters unless somebody sets one.
  *
  * Older kernels than 5.6, containers and the sysctl kernel.io_uring_disabled may leave a program
  * without; who uses it has another way. One thread uses a ring at a time.
