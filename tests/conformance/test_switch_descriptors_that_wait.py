@@ -39,15 +39,7 @@ class Bench:
 
     def send(self, kind: str, form: str, path: Path | None = None) -> str:
         """Have it sent; what the sender says of that. It keeps what it has until `close`."""
-        sender = subprocess.Popen(
-            [sys.executable, str(SENDER), kind, form, str(path or self.victim)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._senders.append(sender)
-        assert sender.stdout is not None
-        return sender.stdout.readline().strip()
+        return send(self._senders, kind, form, path or self.victim)
 
     def nobody_waits(self) -> None:
         """The event loop answers, and frames go from one innocent guest to the other and back."""
@@ -70,6 +62,19 @@ class Bench:
 
     def close(self) -> None:
         end(self._senders)
+
+
+def send(senders: list[subprocess.Popen[str]], kind: str, form: str, path: Path) -> str:
+    """Start a sender, which is added to the others; what it says of how it went."""
+    sender = subprocess.Popen(
+        [sys.executable, str(SENDER), kind, form, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    senders.append(sender)
+    assert sender.stdout is not None
+    return sender.stdout.readline().strip()
 
 
 def end(senders: list[subprocess.Popen[str]]) -> None:
@@ -161,32 +166,18 @@ def test_a_new_switch_while_the_old_relay_is_stuck(run_dir: Path, kind: str, cra
     directory.mkdir()
     sockets = [directory / name for name in ("a", "b", "c")]
     tables = "".join(f'[[port]]\nname = "{path.name}"\nsocket = "{path}"\n' for path in sockets)
-    senders = []
+    senders: list[subprocess.Popen[str]] = []
     switches = [RunningSwitch(directory, tables=tables)]
     try:
         relay = relay_of(switches[0])
         for path in sockets:
-            senders.append(
-                subprocess.Popen(
-                    [sys.executable, str(SENDER), kind, "received", str(path)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
-            assert senders[-1].stdout is not None
-            assert senders[-1].stdout.readline() == "sent\n"
+            assert send(senders, kind, "received", path) == "sent"
             switches[0].wait_for_log(f"port {path.name}: disconnected: ")
         if crash == "both":
             os.kill(relay, signal.SIGSTOP)
             for path in sockets:
                 # Into the backlog of each, where the relay's own end finds it.
-                senders.append(
-                    subprocess.Popen(
-                        [sys.executable, str(SENDER), kind, "received", str(path)],
-                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                    )
-                )  # fmt: skip
-                assert senders[-1].stdout is not None
-                assert senders[-1].stdout.readline() == "sent\n"
+                assert send(senders, kind, "received", path) == "sent"
             os.kill(relay, signal.SIGKILL)
         if crash:
             switches[0].kill()

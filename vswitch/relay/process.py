@@ -201,23 +201,25 @@ class Relay:
         path: bytes = b"",
         fd: int = -1,
     ) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         packet = wire.ORDER.pack(kind, mode, number, path)
         if not self._later:
             try:
-                self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+                self._send(packet, fd)
                 return
             except BlockingIOError:
                 self._loop.add_writer(self._control.fileno(), self._send_later)
         # Hundreds of ports at once, and a relay that the machine has not run meanwhile.
         self._later.append((packet, os.dup(fd) if fd >= 0 else -1))
 
+    def _send(self, packet: bytes, fd: int) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+
     def _send_later(self) -> None:
         while self._later:
             packet, fd = self._later[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             try:
-                self._control.sendmsg([packet], rights if fd >= 0 else [], socket.MSG_NOSIGNAL)
+                self._send(packet, fd)
             except BlockingIOError:
                 return
             except OSError:
