@@ -43,48 +43,43 @@ DIRECTIVES = {
 
 
 HEADERS = {
-    "vswitch/fastpath": [
-        "vswitch/fastpath/atomics.h",
-        "vswitch/fastpath/notify.h",
-        "vswitch/fastpath/sigbus.h",
-        "vswitch/fastpath/uring.h",
-    ],
-    "vswitch/guest": ["vswitch/guest/barriers.h"],
+    "vswitch.fastpath": Path("vswitch/fastpath/sys"),
+    "vswitch.lab": Path("vswitch/lab/guest"),
 }
+"""Where the C headers of a package's extensions are."""
 
 
 def extension(name: str) -> Extension:
-    path = name.replace(".", "/")
-    folder = path.rpartition("/")[0]
+    folder = next(folder for package, folder in HEADERS.items() if name.startswith(package + "."))
     return Extension(
         name,
-        [path + ".pyx"],
-        depends=HEADERS[folder],
-        include_dirs=[folder],
+        [name.replace(".", "/") + ".pyx"],
+        depends=sorted(map(str, folder.glob("*.h"))),
+        include_dirs=[str(folder)],
         extra_compile_args=CFLAGS,
         extra_link_args=LDFLAGS,
     )
 
 
 EXTENSIONS = [
-    extension("vswitch.fastpath.engine"),
-    extension("vswitch.fastpath.iotlb"),
-    extension("vswitch.fastpath.joined"),
-    extension("vswitch.fastpath.journal"),
-    extension("vswitch.fastpath.mapping"),
-    extension("vswitch.fastpath.port"),
-    extension("vswitch.fastpath.pump"),
-    extension("vswitch.fastpath.table"),
-    extension("vswitch.fastpath.turns"),
-    extension("vswitch.guest.driver"),
-    extension("vswitch.guest.host_load"),
-    extension("vswitch.guest.latency"),
-    extension("vswitch.guest.limits"),
-    extension("vswitch.guest.load"),
-    extension("vswitch.guest.mapping"),
-    extension("vswitch.guest.null_backend"),
-    extension("vswitch.guest.probe"),
-    extension("vswitch.guest.scribble"),
+    extension("vswitch.fastpath.main.engine"),
+    extension("vswitch.fastpath.main.iotlb"),
+    extension("vswitch.fastpath.main.joined"),
+    extension("vswitch.fastpath.main.journal"),
+    extension("vswitch.fastpath.main.mapping"),
+    extension("vswitch.fastpath.main.port"),
+    extension("vswitch.fastpath.main.pump"),
+    extension("vswitch.fastpath.main.fdb"),
+    extension("vswitch.fastpath.shared.turns"),
+    extension("vswitch.lab.guest.driver"),
+    extension("vswitch.lab.load.host_load"),
+    extension("vswitch.lab.load.latency"),
+    extension("vswitch.lab.load.limits"),
+    extension("vswitch.lab.load.load"),
+    extension("vswitch.lab.guest.mapping"),
+    extension("vswitch.lab.load.null_backend"),
+    extension("vswitch.lab.guest.probe"),
+    extension("vswitch.lab.guest.scribble"),
 ]
 
 if METADATA.isdisjoint(sys.argv):

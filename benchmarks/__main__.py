@@ -19,7 +19,7 @@ from benchmarks.runner import TITLES, Runner, Settings
 from benchmarks.samples import PLACES, UNITS, Kind, Place
 from vswitch.errors import VswitchError
 from vswitch.lab import programs
-from vswitch.lab.process import sigterm_unwinds
+from vswitch.lab.qemu.process import sigterm_unwinds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.machine import running_on
 from benchmarks.samples import Case, Reading, Setup
 from benchmarks.switches import Switch
-from vswitch.fastpath.table import Fdb
+from vswitch.fastpath.main.fdb import Fdb
 
 ALONE = "alone"
 """Stands in Case.generator where there is none."""

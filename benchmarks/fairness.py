@@ -36,12 +36,12 @@ from benchmarks.hostile import (
 from benchmarks.machine import Cpus, choose_cpus, describe, running_on
 from vswitch.control.client import Client
 from vswitch.errors import VswitchError
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.packets import BROADCAST
 from vswitch.lab import programs
-from vswitch.lab.process import sigterm_unwinds
-from vswitch.lab.switch_process import SwitchProcess
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.packets import BROADCAST
+from vswitch.lab.load.load import Flow, Load
+from vswitch.lab.qemu.process import sigterm_unwinds
+from vswitch.lab.qemu.switch_process import SwitchProcess
 from vswitch.vhost_user.protocol import Feature
 
 BYSTANDER_LEN = 300

@@ -25,10 +25,10 @@ from benchmarks.machine import cpu_time_ns, resident_bytes
 from benchmarks.samples import Case, Kind, Reading, RingFormat, percentile
 from benchmarks.switches import Switch
 from benchmarks.testpmd import Testpmd
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.latency import latencies
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.packets import BROADCAST
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.packets import BROADCAST
+from vswitch.lab.load.latency import latencies
+from vswitch.lab.load.load import Flow, Load
 
 WARM_UP = 0.2
 """Part of a sample's length that is run before it, for caches, learned addresses and flow tables.

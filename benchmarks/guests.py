@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 from benchmarks.samples import Case
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.packets import checksum
-from vswitch.guest.shapes import MAX_HEADER_LEN
-from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.packets import checksum
+from vswitch.lab.guest.shapes import MAX_HEADER_LEN
+from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
 from vswitch.vhost_user.protocol import Feature
 
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")

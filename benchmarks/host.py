@@ -21,10 +21,10 @@ from benchmarks.guests import (
 from benchmarks.interfaces import interface_up, ip, remove_interface
 from benchmarks.ovs import OvsDpdk
 from benchmarks.samples import Case, Reading
-from vswitch.guest.host_load import from_host
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.packets import BROADCAST, parse_mac
-from vswitch.lab.process import Deadline
+from vswitch.lab.guest.packets import BROADCAST, parse_mac
+from vswitch.lab.load.host_load import from_host
+from vswitch.lab.load.load import Flow, Load
+from vswitch.lab.qemu.process import Deadline
 
 HOST_MAC = "52:54:00:00:00:99"
 _FIRST_FRAME_S = 5.0

@@ -16,10 +16,10 @@ from typing import Any
 from benchmarks.guests import ethernet
 from benchmarks.interfaces import interface_up
 from vswitch.control.client import Client
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.memory import PAGE_LEN
-from vswitch.guest.packets import BROADCAST, checksum, parse_mac
-from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.memory import PAGE_LEN
+from vswitch.lab.guest.packets import BROADCAST, checksum, parse_mac
+from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
 from vswitch.vhost_user.protocol import Feature
 
 PORTS = 16

@@ -14,8 +14,8 @@ from benchmarks.guests import (
     frames_under_way,
 )
 from benchmarks.samples import Kind, Reading
-from vswitch.guest.limits import copies, wakeups
-from vswitch.guest.shapes import MAX_HEADER_LEN
+from vswitch.lab.guest.shapes import MAX_HEADER_LEN
+from vswitch.lab.load.limits import copies, wakeups
 
 
 @dataclass(frozen=True, slots=True)

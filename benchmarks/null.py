@@ -11,9 +11,9 @@ from benchmarks.guests import MACS, QUEUE_SIZE, RX_BUF_LEN, ethernet, frames_und
 from benchmarks.samples import Case
 from benchmarks.switches import Switch
 from vswitch._version import __version__
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.null_backend import NullBackend
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.load.load import Flow, Load
+from vswitch.lab.load.null_backend import NullBackend
 
 
 class Rhythm(NamedTuple):

@@ -14,8 +14,8 @@ from benchmarks.interfaces import remove_interface
 from benchmarks.machine import program, running_on, version_of
 from benchmarks.samples import Setup
 from benchmarks.switches import Switch
-from vswitch.guest import SoftwareGuest
-from vswitch.lab import process
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.qemu import process
 
 # Debian keeps the build with DPDK where only its alternatives system points to it.
 _PLACES = ("/usr/sbin", "/usr/lib/openvswitch-switch-dpdk")

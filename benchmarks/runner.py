@@ -32,9 +32,9 @@ from benchmarks.switches import (
     Vswitch,
 )
 from vswitch.errors import VswitchError
-from vswitch.guest.errors import GuestError
-from vswitch.guest.probe import round_trip_ns
 from vswitch.lab.errors import LabError
+from vswitch.lab.guest.errors import GuestError
+from vswitch.lab.guest.probe import round_trip_ns
 
 SWITCHES: dict[str, type[Switch]] = {
     one.name: one

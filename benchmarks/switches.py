@@ -17,8 +17,8 @@ from benchmarks.machine import running_on
 from benchmarks.samples import Case, Kind, Setup
 from benchmarks.testpmd import Testpmd
 from vswitch._version import __version__
-from vswitch.guest import SoftwareGuest
-from vswitch.lab.switch_process import SwitchProcess
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.qemu.switch_process import SwitchProcess
 
 
 class Switch(ABC):

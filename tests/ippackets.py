@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from vswitch.guest import vnet
-from vswitch.guest.vnet import VnetHeader
+from vswitch.lab.guest import vnet
+from vswitch.lab.guest.vnet import VnetHeader
 
 DST, SRC = bytes.fromhex("525400000002"), bytes.fromhex("525400000001")
 VLAN = b"\x81\x00\x00\x0a"

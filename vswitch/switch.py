@@ -16,8 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Literal, Self, TypeVar, cast
 
-from vswitch import addresses, limits, offloads
-from vswitch.control.api import (
+from vswitch.api import (
     PAGE_MAX,
     Event,
     EventName,
@@ -29,26 +28,28 @@ from vswitch.control.api import (
     Unsaved,
     WorkerInfo,
 )
-from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import watch_lost_memory
-from vswitch.fastpath.port import MAX_VRINGS, Port
-from vswitch.fastpath.table import key_mac, mac_key
-from vswitch.fault_process import unavailable
-from vswitch.journals import Journals
-from vswitch.placement import Placement
-from vswitch.relay.process import Relay
-from vswitch.settings import (
+from vswitch.config.settings import (
     PortSettings,
     Settings,
     SwitchSettings,
     UplinkSettings,
     find_clashes,
 )
-from vswitch.tap_port import TapPort
-from vswitch.uplinks.tap import open_tap
-from vswitch.vhost_port import VhostPort
-from vswitch.workers import WorkerThreads
+from vswitch.dataplane import addresses
+from vswitch.dataplane.placement import Placement
+from vswitch.dataplane.threads import WorkerThreads
+from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.fdb import key_mac, mac_key
+from vswitch.fastpath.main.mapping import watch_lost_memory
+from vswitch.fastpath.main.port import MAX_VRINGS, Port
+from vswitch.host.tap import open_tap
+from vswitch.ports import limits, offloads
+from vswitch.ports.fault_process import unavailable
+from vswitch.ports.guest import VhostPort
+from vswitch.ports.journals import Journals
+from vswitch.ports.tap import TapPort
+from vswitch.relay.process import Relay
 
 log = logging.getLogger("vswitch.switch")
 
@@ -65,7 +66,7 @@ _PORTS_A_TURN = 16
 
 
 class Switch:
-    """A running switch. Implements `vswitch.control.api.SwitchApi`; make one with `create`."""
+    """A running switch. Implements `vswitch.api.SwitchApi`; make one with `create`."""
 
     def __init__(self, settings: Settings, relay: Relay, journals: Path | None) -> None:
         switch = settings.switch

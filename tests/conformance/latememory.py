@@ -21,11 +21,11 @@ from typing import Any
 
 from running import posted
 
-from vswitch import fault_helper
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.frontend import Frontend
-from vswitch.guest.guest import DEFAULT_PROTOCOL_FEATURES
-from vswitch.guest.memory import PAGE_LEN, Region
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.frontend import Frontend
+from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
+from vswitch.lab.guest.memory import PAGE_LEN, Region
+from vswitch.ports import fault_helper
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, ProtocolFeature, Request
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.guest import AnyQueue
-from vswitch.guest.memory import PAGE_LEN
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.memory import PAGE_LEN
 from vswitch.vhost_user.datapath import ring_areas
 
 

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from vswitch.control.client import Client
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.bench import Options, Rates, measure
-from vswitch.guest.errors import GuestError
-from vswitch.lab.bench import bench
-from vswitch.lab.switch_process import SwitchProcess
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.errors import GuestError
+from vswitch.lab.load.bench import Options, Rates, measure
+from vswitch.lab.load.command import bench
+from vswitch.lab.qemu.switch_process import SwitchProcess
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_what_is_printed(sockets: tuple[Path, ...]) -> None:
 def test_when_nothing_gets_through(
     sockets: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vswitch.guest.bench._FIRST_FRAME_S", 0.1)
+    monkeypatch.setattr("vswitch.lab.load.bench._FIRST_FRAME_S", 0.1)
     with pytest.raises(
         GuestError, match=r"a broadcast sent to .*a\.sock did not arrive at .*c\.sock"
     ):

@@ -16,8 +16,8 @@ from formats import ALL_COMBINATIONS, FORMATS, name_of
 from frames import frames, mac
 from testpmd import Testpmd
 
-from vswitch.guest import DEFAULT_FEATURES, BackendClosedError, SoftwareGuest
-from vswitch.guest.load import Flow, Load
+from vswitch.lab.guest import DEFAULT_FEATURES, BackendClosedError, SoftwareGuest
+from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import Feature
 
 OPTIONS = ["--forward-mode=io", "--mbuf-size=10240", "--total-num-mbufs=4096"]

@@ -12,7 +12,7 @@ from frames import BROADCAST, frame, frames, mac
 from running import Wire
 from testpmd import Testpmd
 
-from vswitch.guest import SoftwareGuest
+from vswitch.lab.guest import SoftwareGuest
 
 P, Q = "52:54:00:00:dd:01", "52:54:00:00:dd:02"
 """Addresses of testpmd's two ports."""

@@ -17,7 +17,7 @@ import pytest
 from running import RunningSwitch, Wire, open_files
 from test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
 
-from vswitch.guest import BackendClosedError, Frontend
+from vswitch.lab.guest import BackendClosedError, Frontend
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (
     MAX_FDS,

@@ -12,7 +12,7 @@ import pytest
 from frames import frame, mac
 from running import Wire, teach
 
-from vswitch.guest import (
+from vswitch.lab.guest import (
     BackendRefusedError,
     Frontend,
 )

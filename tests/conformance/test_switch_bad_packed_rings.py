@@ -19,8 +19,8 @@ from test_switch_bad_rings import (
     trio,
 )
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.raw import (
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,

@@ -9,10 +9,10 @@ import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, exchanging, silent, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.frontend import Frontend
-from vswitch.guest.memory import Region
-from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawDesc
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.frontend import Frontend
+from vswitch.lab.guest.memory import Region
+from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 A, B, C = mac(1), mac(2), mac(3)

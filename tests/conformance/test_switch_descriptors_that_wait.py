@@ -18,7 +18,7 @@ from running import RunningSwitch, Wire, teach
 from turns import TURN_NS_MAX, longest_turns
 
 from vswitch.control.client import Client
-from vswitch.guest import BackendClosedError, Frontend, SoftwareGuest
+from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 
 SENDER = Path(__file__).with_name("hostile_sender.py")
 B, C = mac(2), mac(3)
@@ -213,7 +213,7 @@ def test_nobody_can_send_descriptors_to_the_control_socket(start: Callable[..., 
 
 # A kernel before 6.16.
 OLD_KERNEL = (
-    "from vswitch import unixsocket\n"
+    "from vswitch.host import unixsocket\n"
     "unixsocket.refuse_rights = lambda sock: False\n"
     "from vswitch.cli.main import main\n"
     "main()\n"

@@ -13,11 +13,11 @@ from formats import FORMATS
 from frames import frames, mac
 from running import Wire, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.errors import BackendRefusedError
-from vswitch.guest.frontend import Frontend
-from vswitch.guest.guest import DEFAULT_PROTOCOL_FEATURES
-from vswitch.port_diagnosis import IN_VAIN, SPACING_S
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.errors import BackendRefusedError
+from vswitch.lab.guest.frontend import Frontend
+from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
+from vswitch.ports.diagnosis import IN_VAIN, SPACING_S
 from vswitch.vhost_user.protocol import Feature, MemRegion, ProtocolFeature, Request
 
 A, B = mac(1), mac(2)

@@ -10,10 +10,10 @@ from frames import frame, frames, mac
 from running import Wire, teach, translated
 from scattering import scatter
 
-from vswitch.guest import DEFAULT_FEATURES, Region
-from vswitch.guest.dirty_log import PAGE_LEN, DirtyLog
-from vswitch.guest.guest import AnyQueue
-from vswitch.guest.raw import DESC_F_WRITE, RawDesc
+from vswitch.lab.guest import DEFAULT_FEATURES, Region
+from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
+from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 A, B = mac(1), mac(2)

@@ -11,12 +11,12 @@ from frames import frames, mac
 from ippackets import Packet
 from running import DEADLINE_S, Wire, loading, teach, used_on
 
-from vswitch import offloads
-from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
-from vswitch.guest.dirty_log import PAGE_LEN, DirtyLog
-from vswitch.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.packets import parse_mac
+from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
+from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
+from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
+from vswitch.lab.guest.packets import parse_mac
+from vswitch.lab.load.load import Flow, Load
+from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature
 
 A, B, C = mac(1), mac(2), mac(3)

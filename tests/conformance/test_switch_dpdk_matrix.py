@@ -13,7 +13,7 @@ from frames import frames, mac
 from running import Wire
 from testpmd import Testpmd
 
-from vswitch.guest import SoftwareGuest
+from vswitch.lab.guest import SoftwareGuest
 
 A = mac(1)
 SOURCES = [f"52:54:00:ab:00:{n:02x}" for n in range(12)]

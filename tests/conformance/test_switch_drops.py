@@ -7,9 +7,9 @@ from formats import FORMATS
 from frames import BROADCAST, ETHERTYPE_TEST, frame, frames, mac
 from running import Wire, silent, teach
 
-from vswitch.guest import DEFAULT_FEATURES
-from vswitch.guest.packets import parse_mac
-from vswitch.guest.raw import RawDesc
+from vswitch.lab.guest import DEFAULT_FEATURES
+from vswitch.lab.guest.packets import parse_mac
+from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 A, B, C = mac(1), mac(2), mac(3)

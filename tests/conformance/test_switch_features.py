@@ -7,9 +7,9 @@ from formats import FORMATS
 from frames import frames, mac
 from running import Wire, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.frontend import Frontend
-from vswitch.guest.guest import DEFAULT_PROTOCOL_FEATURES
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.frontend import Frontend
+from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature
 
 A, B = mac(1), mac(2)

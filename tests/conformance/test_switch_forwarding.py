@@ -10,8 +10,8 @@ from frames import BROADCAST, frame, frames, mac
 from running import DEADLINE_S, Wire, silent, teach
 
 from vswitch.errors import ExistsError, NotFoundError
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.packets import format_mac, parse_mac
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.packets import format_mac, parse_mac
 
 
 @pytest.fixture(params=["split", "packed-in-order"])

@@ -10,8 +10,8 @@ import pytest
 from frames import BROADCAST, frame, mac
 from running import Wire, loading, teach, used_on
 
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.load import Flow, Load
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.load.load import Flow, Load
 
 A, B = mac(1), mac(2)
 PATTERN = 0x5A

@@ -7,8 +7,8 @@ import time
 from frames import frame, frames, mac
 from running import Wire, silent, teach
 
-from vswitch.guest import DEFAULT_PROTOCOL_FEATURES, BackendRefusedError
-from vswitch.guest.raw import RawDesc
+from vswitch.lab.guest import DEFAULT_PROTOCOL_FEATURES, BackendRefusedError
+from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature, Status
 
 A, B = mac(1), mac(2)

@@ -13,10 +13,10 @@ from frames import frame, frames, mac
 from running import Wire, posted, teach, translated
 from scattering import move, pages_of
 
-from vswitch.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
-from vswitch.guest.iommu import READ, WRITE
-from vswitch.guest.memory import PAGE_LEN
-from vswitch.guest.raw import RawDesc
+from vswitch.lab.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
+from vswitch.lab.guest.iommu import READ, WRITE
+from vswitch.lab.guest.memory import PAGE_LEN
+from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature, IotlbEntry, IotlbType, ProtocolFeature
 
 A, B = mac(1), mac(2)

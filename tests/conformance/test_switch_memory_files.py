@@ -13,7 +13,7 @@ import pytest
 from frames import mac
 from running import Wire, teach
 
-from vswitch.guest import Frontend, SoftwareGuest
+from vswitch.lab.guest import Frontend, SoftwareGuest
 from vswitch.vhost_user.protocol import (
     Feature,
     MemRegion,

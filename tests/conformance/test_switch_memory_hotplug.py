@@ -6,9 +6,9 @@ import pytest
 from frames import frame, frames, mac
 from running import Wire, teach
 
-from vswitch.guest import BackendRefusedError, Region, SoftwareGuest
-from vswitch.guest.memory import row
-from vswitch.guest.raw import DESC_F_WRITE, RawDesc
+from vswitch.lab.guest import BackendRefusedError, Region, SoftwareGuest
+from vswitch.lab.guest.memory import row
+from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 
 A, B = mac(1), mac(2)
 PAGE = 4096

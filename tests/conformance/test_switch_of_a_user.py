@@ -16,8 +16,8 @@ import pytest
 from frames import frame, mac
 
 from vswitch.control.protocol import default_socket_paths, is_own, temporary_directory
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.packets import format_mac
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.packets import format_mac
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "user.toml"
 UID = os.geteuid() or 54321
@@ -25,7 +25,8 @@ DEADLINE_S = 30.0
 
 # What is imported may lie where only root can read, as in a clone in root's home.
 BECOME = f"""
-import os, sys, uvloop, vswitch.config, vswitch.daemon, vswitch.switch, vswitch.config_writer
+import os, sys, uvloop, vswitch.config.read, vswitch.config.write, vswitch.daemon.process
+import vswitch.switch
 import concurrent.futures.thread, vswitch.control.client
 from vswitch.cli import ctl, main, tables
 if os.geteuid() == 0:

@@ -10,9 +10,9 @@ from frames import BROADCAST, frame, mac
 from ippackets import ACK, CWR, FIN, PSH, QINQ, TCP, UDP, VLAN, Packet, fold
 from running import Wire, silent, teach
 
-from vswitch import offloads
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest, VnetHeader, vnet
-from vswitch.guest.packets import parse_mac
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest, VnetHeader, vnet
+from vswitch.lab.guest.packets import parse_mac
+from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
 
 A, B = mac(1), mac(2)

@@ -10,8 +10,8 @@ import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, exchanging, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.raw import RawDesc
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature
 
 A, B, C, D = mac(1), mac(2), mac(3), mac(4)

@@ -8,8 +8,8 @@ import pytest
 from frames import frames, mac
 from running import DEADLINE_S, Wire, teach
 
-from vswitch.guest import DEFAULT_FEATURES
-from vswitch.guest.load import Flow, Load
+from vswitch.lab.guest import DEFAULT_FEATURES
+from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import Feature
 
 A, B = mac(1), mac(2)

@@ -19,8 +19,8 @@ from frames import frame, frames, mac
 from latememory import PAGEFAULT, LateGuest, advise
 from running import RunningSwitch, Wire, exchanging, teach, translated
 
-from vswitch import fault_helper
-from vswitch.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
+from vswitch.lab.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
+from vswitch.ports import fault_helper
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import Request
 

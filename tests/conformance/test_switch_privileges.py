@@ -23,7 +23,7 @@ TAP = f"vsp{os.getpid()}"[:15]
 
 # Becomes another user as a login would, after everything is imported that this user may not read.
 AS_NOBODY = (
-    "import os, sys, uvloop, vswitch.config, vswitch.daemon, vswitch.switch\n"
+    "import os, sys, uvloop, vswitch.config.read, vswitch.daemon.process, vswitch.switch\n"
     "from vswitch.cli.main import main\n"
     f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY})\n"
     f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY})\n"
@@ -116,7 +116,7 @@ def test_root_stays_root_and_its_workers_have_no_capabilities(start_switch: Star
 # As on a machine that has other things to do when the workers start.
 LATE = """
 import time
-from vswitch import workers
+from vswitch.dataplane import threads as workers
 from vswitch.cli.main import main
 real = workers.limit_capabilities
 def limit_capabilities(kept):
@@ -231,7 +231,7 @@ def test_a_tap_keeps_one_capability_and_the_workers_none(start_switch: Start) ->
 def test_capabilities_from_a_service_manager(start_switch: Start, uplink: bool, kept: int) -> None:
     """Without root: what it was given it keeps only for uplinks."""
     main = AS_NOBODY[: AS_NOBODY.index("os.setgroups")] + (
-        "from vswitch import privileges as p\n"
+        "from vswitch.host import privileges as p\n"
         f"p.become(p.Identity({NOBODY}, {NOBODY}, ()))\n"
         "main()\n"
     )

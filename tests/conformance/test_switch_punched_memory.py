@@ -19,8 +19,8 @@ import pytest
 from frames import BROADCAST, frame, mac
 from running import RunningSwitch, Wire, teach
 
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.raw import DESC_F_WRITE, RawDesc
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import MemRegion
 
 A, B, C = mac(1), mac(2), mac(3)

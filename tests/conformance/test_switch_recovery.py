@@ -20,9 +20,9 @@ from frames import frames, mac
 from running import RunningSwitch, posted
 from scattering import scatter
 
-from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
-from vswitch.guest.load import Flow, FlowResult, Load
-from vswitch.guest.packets import format_mac
+from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
+from vswitch.lab.guest.packets import format_mac
+from vswitch.lab.load.load import Flow, FlowResult, Load
 from vswitch.vhost_user.protocol import Feature
 
 BURST = 64

@@ -18,10 +18,10 @@ from formats import FORMATS
 from frames import frames, mac
 from running import Wire, silent, teach
 
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.dirty_log import PAGE_LEN, DirtyLog
-from vswitch.guest.errors import BackendRefusedError
-from vswitch.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
+from vswitch.lab.guest.errors import BackendRefusedError
+from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
 from vswitch.vhost_user.protocol import (
     HEADER,
     VRING_F_LOG,

@@ -10,10 +10,10 @@ from formats import ALL_COMBINATIONS, FORMATS, name_of
 from frames import frames
 from running import Wire, silent, teach
 
-from vswitch.guest import DEFAULT_FEATURES, Region, SoftwareGuest
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.memory import PAGE_LEN
-from vswitch.guest.packets import format_mac
+from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
+from vswitch.lab.guest.memory import PAGE_LEN
+from vswitch.lab.guest.packets import format_mac
+from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import MAX_FDS, Feature
 
 LENGTHS = [60, 61, 64, 127, 128, 300, 1513, 1514, 1518]

@@ -8,7 +8,7 @@ import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import RunningSwitch, Wire, exchanging, silent, teach
 
-from vswitch.guest import BackendClosedError, Frontend, SoftwareGuest
+from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 from vswitch.vhost_user.protocol import ProtocolFeature
 
 A, B, C = mac(1), mac(2), mac(3)

@@ -15,7 +15,7 @@ import pytest
 from frames import frame, mac
 from running import Wire, exchanging, open_files, teach
 
-from vswitch.guest import SoftwareGuest
+from vswitch.lab.guest import SoftwareGuest
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, Request
 

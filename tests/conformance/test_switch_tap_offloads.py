@@ -19,10 +19,10 @@ from namespaces import Namespace
 from running import Wire, teach
 from test_switch_offloads import ALL, KINDS, expected, guest
 
-from vswitch import offloads
-from vswitch.guest import VnetHeader, vnet
-from vswitch.guest.packets import parse_mac
-from vswitch.uplinks.tap import open_tap
+from vswitch.host.tap import open_tap
+from vswitch.lab.guest import VnetHeader, vnet
+from vswitch.lab.guest.packets import parse_mac
+from vswitch.ports import offloads
 
 pytestmark = pytest.mark.root("makes network namespaces")
 

@@ -17,9 +17,9 @@ from frames import BROADCAST, frame, mac
 from running import RunningSwitch, Wire, teach, translated
 from scattering import scatter
 
-from vswitch.guest import Region, SoftwareGuest
-from vswitch.guest.guest import AnyQueue
-from vswitch.guest.raw import RawDesc
+from vswitch.lab.guest import Region, SoftwareGuest
+from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, Request
 

@@ -23,8 +23,8 @@ from running import RunningSwitch, Wire, exchanging, teach
 from threads import held, workers_of
 from turns import TURN_NS_MAX, longest_turns
 
-from vswitch.guest import SoftwareGuest
-from vswitch.log import BURST_LINES
+from vswitch.daemon.log import BURST_LINES
+from vswitch.lab.guest import SoftwareGuest
 
 ROUNDS_S = 60.0
 PIPE_LEN = 4096

@@ -13,7 +13,7 @@ import pytest
 from running import DEADLINE_S, RunningSwitch, Wire, teach
 from threads import held, workers_of
 
-from vswitch.guest import BackendClosedError
+from vswitch.lab.guest import BackendClosedError
 
 PERIOD_S = 0.6
 
@@ -118,7 +118,9 @@ def test_the_turn_of_a_worker_that_hangs(start_switch: Start) -> None:
 def test_a_worker_that_does_not_end_is_not_waited_for(
     start_switch: Start, manager: Manager
 ) -> None:
-    switch = start_switch("import vswitch.workers as w; w.STOP_PATIENCE_S = 0.2", polling="busy")
+    switch = start_switch(
+        "import vswitch.dataplane.threads as w; w.STOP_PATIENCE_S = 0.2", polling="busy"
+    )
     with held(workers_of(switch)[0]):
         switch.process.terminate()
         switch.wait_for_log("worker 0 does not end: ending at once")
@@ -127,7 +129,7 @@ def test_a_worker_that_does_not_end_is_not_waited_for(
 
 ENDS = """
 import threading
-from vswitch import workers
+from vswitch.dataplane import threads as workers
 
 class Ending:
     '''Forwards until somebody connects to this port, then ends as its kind does.'''

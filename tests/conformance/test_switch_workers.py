@@ -10,8 +10,8 @@ import pytest
 from frames import BROADCAST, frame, frames, mac
 from running import Wire, teach
 
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.load import Flow, FlowResult, Load
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.load.load import Flow, FlowResult, Load
 
 A, B, C, D = mac(1), mac(2), mac(3), mac(4)
 

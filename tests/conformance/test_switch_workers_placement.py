@@ -10,7 +10,7 @@ import pytest
 from frames import BROADCAST, frame, mac
 from running import DEADLINE_S, Wire, all_came, loading, teach, used_on
 
-from vswitch.guest.load import Flow, Load
+from vswitch.lab.load.load import Flow, Load
 
 MOVES = 100
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from testbed import NETWORK, Testbed
 
-from vswitch.lab import host, process
-from vswitch.lab.distribution import DEBIAN_13
 from vswitch.lab.errors import LabError
-from vswitch.lab.image import GuestImage, ensure_image
+from vswitch.lab.qemu import host, process
+from vswitch.lab.qemu.distribution import DEBIAN_13
+from vswitch.lab.qemu.image import GuestImage, ensure_image
 
 
 @pytest.fixture(

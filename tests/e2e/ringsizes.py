@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu.guest import Guest
 
 
 def ring_sizes(guest: Guest) -> list[int]:

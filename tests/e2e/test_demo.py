@@ -15,7 +15,7 @@ import pytest
 from testbed import PATIENCE_S, wait_until
 from traps import Traps
 
-from vswitch.lab import process
+from vswitch.lab.qemu import process
 
 VSWITCH = Path(sys.executable).with_name("vswitch")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testbed import NAMES, NETWORK, Testbed, pinging, pings_until_answered, wait_until
 
-from vswitch.guest import SoftwareGuest
+from vswitch.lab.guest import SoftwareGuest
 
 
 def test_ports_come_and_go_while_others_forward(testbed: Testbed) -> None:

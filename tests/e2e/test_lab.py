@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testbed import Testbed
 
-from vswitch.lab.accel import accelerator
+from vswitch.lab.qemu.accel import accelerator
 
 
 def test_commands_arrive_while_background_jobs_end(testbed: Testbed) -> None:

@@ -11,7 +11,7 @@ from testbed import Testbed, pings_until_answered, wait_until
 from transfer import Transfer
 
 from vswitch.lab.errors import GuestError
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu.guest import Guest
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 

@@ -15,9 +15,9 @@ import pytest
 from testbed import NETWORK, Testbed, pings_until_answered, wait_until
 from transfer import Transfer
 
-from vswitch.lab import host
-from vswitch.lab.guest import Guest
-from vswitch.lab.image import GuestImage
+from vswitch.lab.qemu import host
+from vswitch.lab.qemu.guest import Guest
+from vswitch.lab.qemu.image import GuestImage
 
 NEIGHBOUR = f"{NETWORK}.200"
 ARP, RARP = 0x0806, 0x8035

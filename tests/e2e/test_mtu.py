@@ -6,7 +6,7 @@ import pytest
 from testbed import Kind, Testbed, protocol_counters
 from transfer import Transfer
 
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu.guest import Guest
 
 LEN = 2_000_000
 ICMP_LEN = 28  # with the IPv4 header

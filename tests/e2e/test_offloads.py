@@ -11,7 +11,7 @@ import pytest
 from testbed import NETWORK, Kind, Testbed, pings_until_answered, protocol_counters
 from transfer import Transfer, make_data
 
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu.guest import Guest
 
 LEN = 5_000_000
 FULL_FRAME_LEN = 1518  # with a VLAN tag

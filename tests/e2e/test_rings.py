@@ -11,8 +11,8 @@ from ringsizes import obeys, ring_sizes
 from testbed import Kind, Testbed, wait_until
 from transfer import Transfer, make_data
 
-from vswitch.lab.guest import Guest
-from vswitch.lab.image import GuestImage
+from vswitch.lab.qemu.guest import Guest
+from vswitch.lab.qemu.image import GuestImage
 
 TRANSFER_LEN = 20_000_000
 

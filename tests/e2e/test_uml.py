@@ -12,10 +12,10 @@ import pytest
 from testbed import NETWORK, Testbed, wait_until
 from transfer import Transfer
 
-from vswitch.lab.guest import GuestSettings
-from vswitch.lab.image import GuestImage
 from vswitch.lab.programs import find
-from vswitch.lab.uml import UML, UmlGuest, build_image
+from vswitch.lab.qemu.guest import GuestSettings
+from vswitch.lab.qemu.image import GuestImage
+from vswitch.lab.qemu.uml import UML, UmlGuest, build_image
 
 pytestmark = pytest.mark.skipif(
     find(UML) is None, reason="User Mode Linux is not installed, and Ubuntu has no package of it"

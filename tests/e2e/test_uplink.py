@@ -18,8 +18,8 @@ from testbed import (
 )
 from transfer import make_data, receive, received_sum
 
-from vswitch.lab import host
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu import host
+from vswitch.lab.qemu.guest import Guest
 
 TRANSFER_LEN = 10_000_000
 

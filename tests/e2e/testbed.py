@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from vswitch import Client
-from vswitch.lab import process
-from vswitch.lab.guest import Guest, GuestSettings
-from vswitch.lab.image import GuestImage
-from vswitch.lab.switch_process import SwitchProcess
+from vswitch.lab.qemu import process
+from vswitch.lab.qemu.guest import Guest, GuestSettings
+from vswitch.lab.qemu.image import GuestImage
+from vswitch.lab.qemu.switch_process import SwitchProcess
 
 NAMES = ("vm1", "vm2", "vm3")
 NETWORK = "10.77.0"

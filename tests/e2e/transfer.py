@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from testbed import PATIENCE_S
 
-from vswitch.lab.guest import Guest
+from vswitch.lab.qemu.guest import Guest
 
 BLOCK_LEN = 2_000_000
 RECORD_LEN = 65536

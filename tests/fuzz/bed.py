@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vswitch import offloads
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.journal import SLOT_LEN, Journal
-from vswitch.fastpath.mapping import DirtyLog, Memory
-from vswitch.fastpath.port import MAX_VRINGS, Port, Ring, RingError
-from vswitch.fastpath.table import mac_key
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.fdb import mac_key
+from vswitch.fastpath.main.journal import SLOT_LEN, Journal
+from vswitch.fastpath.main.mapping import DirtyLog, Memory
+from vswitch.fastpath.main.port import MAX_VRINGS, Port, Ring, RingError
+from vswitch.ports import offloads
 
 PAGE = 4096
 HEADER = 12

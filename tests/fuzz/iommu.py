@@ -18,11 +18,11 @@ from typing import Any, TypeVar, cast
 from bed import FILE_LEN, LOG_LEN, LOG_OFFSET, PAGE, PLACES, Bed, RingSetup, Violation
 from mappings import EVERYWHERE, LAST, Mappings, Range, merged, minus
 
-from vswitch import offloads
-from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE
+from vswitch.config.settings import PortSettings
+from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
+from vswitch.ports import offloads
+from vswitch.ports.guest import VhostPort
 from vswitch.relay.process import Relay
-from vswitch.settings import PortSettings
-from vswitch.vhost_port import VhostPort
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.datapath import DatapathError, RingLog, TranslationPending
 from vswitch.vhost_user.datapath import RingSetup as Setup

@@ -10,7 +10,7 @@ from iommu import IommuBed
 from mappings import Range
 from races import RacingBed
 
-from vswitch.guest.scribble import scribble
+from vswitch.lab.guest.scribble import scribble
 
 
 class RacingIommuBed(RacingBed, IommuBed):

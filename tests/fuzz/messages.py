@@ -27,9 +27,9 @@ from bed import Violation
 from frames import frame, mac
 from running import RunningSwitch, Wire, teach
 
-from vswitch.fastpath.journal import SLOT_LEN
-from vswitch.fastpath.port import MAX_VRINGS
-from vswitch.journals import make_shared
+from vswitch.fastpath.main.journal import SLOT_LEN
+from vswitch.fastpath.main.port import MAX_VRINGS
+from vswitch.ports.journals import make_shared
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,

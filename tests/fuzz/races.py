@@ -15,7 +15,7 @@ from typing import Any
 import ringcases
 from bed import Bed, Violation
 
-from vswitch.guest.scribble import scribble
+from vswitch.lab.guest.scribble import scribble
 
 DEADLINE_S = 60.0
 STORES = 3000

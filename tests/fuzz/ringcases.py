@@ -15,7 +15,7 @@ from typing import Any
 
 from bed import BROADCAST, HOSTILE_MAC, MACS, PLACES, RingSetup, setup_row
 
-from vswitch.guest.raw import (
+from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,

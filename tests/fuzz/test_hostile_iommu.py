@@ -13,8 +13,8 @@ from iommu import BOTH, COVER, IommuBed
 from iommuraces import RacingIommuBed
 from mappings import Mappings, merged, minus
 
-from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE
-from vswitch.port_iotlb import PortIotlb
+from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
+from vswitch.ports.iotlb import PortIotlb
 
 CASES = 600
 RACES = 40

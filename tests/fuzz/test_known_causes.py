@@ -15,8 +15,8 @@ import messages
 import pytest
 from bed import BROADCAST, ETHERTYPE, HOSTILE_MAC, LOG_LEN, MACS, PLACES, Bed, RingSetup, setup_row
 
-from vswitch.guest import Frontend
-from vswitch.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
+from vswitch.lab.guest import Frontend
+from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
 from vswitch.vhost_user.protocol import (
     VERSION,
     Feature,

@@ -1,5 +1,5 @@
 /* arm_rings, take_split and sleep_until_event against a driver that adds buffers (virtqueue.pxd,
- * worker.pxd; VIRTIO 1.2, 2.7.10 and 2.7.13).
+ * loop.pxd; VIRTIO 1.2, 2.7.10 and 2.7.13).
  *
  * With EVENT_IDX the driver kicks when it moves the index past avail_event; with FLAGS it kicks
  * unless NO_NOTIFY is set. A packed ring is the same with a descriptor's flags for the index and the

@@ -1,4 +1,4 @@
-/* Engine.publish and passed against worker_loop and sleep_until_event (engine.pyx, worker.pxd).
+/* Engine.publish and passed against worker_loop and sleep_until_event (engine.pyx, loop.pxd).
  *
  * Main publishes views and frees the old one after quiescence; the memory of a freed view is used
  * for the next, as malloc does it, so that pointers repeat. The worker uses its view at any time

@@ -37,8 +37,8 @@ from crasher import Crasher  # noqa: E402
 from running import RunningSwitch  # noqa: E402
 from traffic import DEADLINE_S, FILLER, SoakError, Station, mac_of  # noqa: E402
 
-from vswitch.guest import DEFAULT_FEATURES, Region  # noqa: E402
-from vswitch.guest.packets import format_mac  # noqa: E402
+from vswitch.lab.guest import DEFAULT_FEATURES, Region  # noqa: E402
+from vswitch.lab.guest.packets import format_mac  # noqa: E402
 from vswitch.vhost_user.protocol import Feature  # noqa: E402
 
 BURST = 64

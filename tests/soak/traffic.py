@@ -9,8 +9,8 @@ import zlib
 from random import Random
 from typing import Any
 
-from vswitch.guest import SoftwareGuest
-from vswitch.guest.packets import format_mac
+from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.packets import format_mac
 
 ETHERTYPE = b"\x88\xb5"
 HEAD = struct.Struct("<6s6s2sIHHQI")  # addresses, type, life, sender, addressee, number, CRC-32

@@ -13,10 +13,10 @@ from typing import Any
 import uvloop
 from fakeswitch import FakeSwitch
 
+from vswitch.config.settings import Settings, SwitchSettings
 from vswitch.control.server import ControlServer
+from vswitch.host.unixsocket import listen
 from vswitch.relay.process import Relay
-from vswitch.settings import Settings, SwitchSettings
-from vswitch.unixsocket import listen
 
 DEADLINE_S = 60.0
 

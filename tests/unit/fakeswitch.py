@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from vswitch.control.api import (
+from vswitch.api import (
     PAGE_MAX,
     Event,
     FdbEntry,
@@ -18,9 +18,9 @@ from vswitch.control.api import (
     Unsaved,
     WorkerInfo,
 )
+from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.errors import ExistsError, NotFoundError, SocketError
-from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
-from vswitch.unixsocket import listen, unlink_if_ours
+from vswitch.host.unixsocket import listen, unlink_if_ours
 
 
 class FakeSwitch:

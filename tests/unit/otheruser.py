@@ -67,7 +67,7 @@ def ask(path: Path, method: str, *params: object) -> object:
 def main() -> None:
     sys.path[:] = pickle.load(sys.stdin.buffer)
     # All that it takes is imported while it may be read, and what is imported at the call, too.
-    importlib.import_module("vswitch.settings")
+    importlib.import_module("vswitch.config.settings")
     uid, gids, function, args = pickle.load(sys.stdin.buffer)
     os.setgroups(gids[1:])
     os.setgid(gids[0] if gids else uid)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from vswitch import offloads
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Port, Ring
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Port, Ring
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
 
 ALL = offloads.offered(True)

@@ -22,7 +22,7 @@ from tests.unit.wire import (
     with_peer,
 )
 from vswitch.errors import ProtocolError
-from vswitch.fastpath.engine import Engine
+from vswitch.fastpath.main.engine import Engine
 from vswitch.vhost_user import connection, protocol
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.datapath import RingSetup

@@ -50,15 +50,15 @@ from benchmarks.samples import (
     place_of,
     summarise,
 )
-from vswitch.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.guest.host_load import from_host
-from vswitch.guest.latency import MAX_FRAMES, latencies
-from vswitch.guest.limits import copies, wakeups
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.null_backend import NullBackend
-from vswitch.guest.packets import checksum
-from vswitch.guest.probe import round_trip_ns
-from vswitch.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.packets import checksum
+from vswitch.lab.guest.probe import round_trip_ns
+from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.lab.load.host_load import from_host
+from vswitch.lab.load.latency import MAX_FRAMES, latencies
+from vswitch.lab.load.limits import copies, wakeups
+from vswitch.lab.load.load import Flow, Load
+from vswitch.lab.load.null_backend import NullBackend
 
 CASE = Case("rate", "software", 64)
 

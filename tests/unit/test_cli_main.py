@@ -36,7 +36,9 @@ def test_version_and_help_do_not_need_the_heavy_parts() -> None:
     assert "demo" in done.stdout
     assert "start" in done.stdout
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert loaded.isdisjoint({"pydantic", "rich", "uvloop", "vswitch.lab.demo", "vswitch.daemon"})
+    assert loaded.isdisjoint(
+        {"pydantic", "rich", "uvloop", "vswitch.lab.qemu.demo", "vswitch.daemon.process"}
+    )
 
 
 def test_check_says_what_is_in_a_good_file(tmp_path: Path) -> None:

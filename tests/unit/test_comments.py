@@ -19,7 +19,7 @@ SOURCES = sorted(
     for path in PACKAGE.rglob(f"*.{suffix}")
     if path.name != "_version.py"
 )
-FASTPATH = [path for path in SOURCES if path.parent.name == "fastpath"]
+FASTPATH = [path for path in SOURCES if "fastpath" in path.parts]
 
 OTHERS = re.compile(r"\b(driver|device|kernel)('s|\b)")
 """Who is on the other side of a fence that no code of ours is on."""

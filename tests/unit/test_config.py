@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.config import ConfigFileError, load, parse, port_settings, uplink_settings
+from vswitch.config.read import ConfigFileError, load, parse, port_settings, uplink_settings
+from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.errors import ConfigError
-from vswitch.features import offered, withheld
-from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.ports.features import offered, withheld
 from vswitch.vhost_user.protocol import Feature
 
 CONFIG = Path(__file__).parents[2] / "config"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vswitch.config import load, parse
-from vswitch.config_writer import render, save
+from vswitch.config.read import load, parse
+from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.config.write import render, save
 from vswitch.errors import ConfigError
-from vswitch.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 
 NAME = st.text("abcXYZ019_.-", min_size=1, max_size=32)
 INTERFACE = st.text("abc019_-", min_size=1, max_size=15)

@@ -13,7 +13,7 @@ from controlled import DEADLINE_S
 from test_daemon import environment, sockets
 
 from vswitch import Client
-from vswitch.control.api import (
+from vswitch.api import (
     FdbEntry,
     LongestTurn,
     PortInfo,

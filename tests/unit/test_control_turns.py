@@ -15,9 +15,9 @@ from controlled import Controlled
 from test_control_server import Raw
 
 from vswitch import Client
+from vswitch.api import PAGE_MAX
 from vswitch.control import server as server_module
 from vswitch.control import subscriptions as subscriptions_module
-from vswitch.control.api import PAGE_MAX
 from vswitch.control.server import Access
 from vswitch.control.subscriptions import (
     EVENTS_A_TURN,

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from vswitch import port_memory
-from vswitch.departing import AT_ONCE_LEN, Part, forget_pages
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import DirtyLog, Memory
-from vswitch.port_memory import PortMemory
-from vswitch.settings import PortSettings
+from vswitch.config.settings import PortSettings
+from vswitch.dataplane.departing import AT_ONCE_LEN, Part, forget_pages
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.mapping import DirtyLog, Memory
+from vswitch.ports import memory as port_memory
+from vswitch.ports.memory import PortMemory
 from vswitch.vhost_user.protocol import LogArea, MemRegion
 
 MIB = 1 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath.engine import DROP_REASONS
-from vswitch.offloads import offered
-from vswitch.port_datapath import FEATURES as PORT_FEATURES
+from vswitch.fastpath.main.engine import DROP_REASONS
+from vswitch.ports.datapath import FEATURES as PORT_FEATURES
+from vswitch.ports.offloads import offered
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import REQUESTS, Feature, ProtocolFeature, Request
 

@@ -14,11 +14,7 @@ import pytest
 from controlled import DEADLINE_S, Controlled
 from test_daemon import environment
 
-from vswitch.cli import common
-from vswitch.cli.ctl import cli as ctl
-from vswitch.cli.main import cli as main
-from vswitch.control import protocol, server, subscriptions
-from vswitch.control.api import (
+from vswitch.api import (
     EventLoopInfo,
     EventName,
     FdbEntry,
@@ -29,6 +25,10 @@ from vswitch.control.api import (
     TurnsInfo,
     WorkerInfo,
 )
+from vswitch.cli import common
+from vswitch.cli.ctl import cli as ctl
+from vswitch.cli.main import cli as main
+from vswitch.control import protocol, server, subscriptions
 from vswitch.control.methods import METHODS, READ_ONLY
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath.engine import DROP_REASONS, Engine
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Port, Ring, RingError
+from vswitch.fastpath.main.engine import DROP_REASONS, Engine
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Port, Ring, RingError
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 16 * PAGE

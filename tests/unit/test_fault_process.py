@@ -18,8 +18,8 @@ import pytest
 from traps import Traps
 
 from tests.unit.wire import open_fds
-from vswitch import fault_helper, fault_process
-from vswitch.fault_process import FaultProcess
+from vswitch.ports import fault_helper, fault_process
+from vswitch.ports.fault_process import FaultProcess
 
 PAGE = 4096
 PAGES = 16

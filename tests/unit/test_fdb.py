@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vswitch.fastpath.table import GONE_A_TURN, SLOTS_A_TURN, Fdb, key_mac, mac_key
+from vswitch.fastpath.main.fdb import GONE_A_TURN, SLOTS_A_TURN, Fdb, key_mac, mac_key
 
 LIMIT = 64
 keys = st.integers(1, 100).map(lambda n: mac_key(f"52:54:00:00:00:{n:02x}", n % 3))

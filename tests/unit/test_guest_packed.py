@@ -7,10 +7,8 @@ import threading
 
 import pytest
 
-from vswitch.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
-from vswitch.guest.load import Flow, Load
-from vswitch.guest.null_backend import NullBackend
-from vswitch.guest.raw import (
+from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
+from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
@@ -22,6 +20,8 @@ from vswitch.guest.raw import (
     RawPackedDesc,
     RawPackedRing,
 )
+from vswitch.lab.load.load import Flow, Load
+from vswitch.lab.load.null_backend import NullBackend
 from vswitch.vhost_user.protocol import Feature
 
 A = "52:54:00:00:00:01"

@@ -6,9 +6,9 @@ from ipaddress import IPv4Address, ip_address
 
 import pytest
 
-from vswitch.guest import packets
-from vswitch.guest.packets import format_mac, parse_mac
-from vswitch.guest.stack import NetStack
+from vswitch.lab.guest import packets
+from vswitch.lab.guest.packets import format_mac, parse_mac
+from vswitch.lab.guest.stack import NetStack
 
 A, B = parse_mac("52:54:00:00:00:01"), parse_mac("52:54:00:00:00:02")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE, ENTRIES, Iotlb
-from vswitch.fastpath.mapping import Memory
+from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE, ENTRIES, Iotlb
+from vswitch.fastpath.main.mapping import Memory
 
 UVA = 0x7F0000000000
 SIZE = 1 << 20

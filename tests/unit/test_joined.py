@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath import joined
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.joined import Joined, pieces_in_use, why_apart
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Ring, RingError
+from vswitch.fastpath.main import joined
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.joined import Joined, pieces_in_use, why_apart
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Ring, RingError
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20

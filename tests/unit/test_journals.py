@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.journal import SLOT_LEN
-from vswitch.fastpath.port import MAX_VRINGS, Ring
-from vswitch.journals import Journals, make_shared, open_shared
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.journal import SLOT_LEN
+from vswitch.fastpath.main.port import MAX_VRINGS, Ring
+from vswitch.ports.journals import Journals, make_shared, open_shared
 
 
 def test_a_journal_is_made_kept_and_forgotten(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import IO
 import pytest
 
 from vswitch.lab.errors import GuestError
-from vswitch.lab.process import Deadline
-from vswitch.lab.qmp import Qmp
-from vswitch.lab.shell import CommandResult, GuestShell
+from vswitch.lab.qemu.process import Deadline
+from vswitch.lab.qemu.qmp import Qmp
+from vswitch.lab.qemu.shell import CommandResult, GuestShell
 
 Script = Callable[[IO[bytes]], None]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.lab import distribution, image
-from vswitch.lab.distribution import DEBIAN_13
 from vswitch.lab.errors import LabError
+from vswitch.lab.qemu import distribution, image
+from vswitch.lab.qemu.distribution import DEBIAN_13
 
 RELEASE = "6.12.1-lab"
 

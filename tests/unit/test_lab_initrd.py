@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.lab import initrd
 from vswitch.lab.errors import LabError
+from vswitch.lab.qemu import initrd
 
 
 def module(depends: str = "") -> bytes:

@@ -14,7 +14,7 @@ from traps import Traps
 from benchmarks.errors import MissingError
 from benchmarks.machine import program
 from vswitch.lab import programs
-from vswitch.lab.switch_process import SwitchProcess
+from vswitch.lab.qemu.switch_process import SwitchProcess
 
 ROOT = Path(__file__).parents[2]
 

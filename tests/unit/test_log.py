@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vswitch import log
+from vswitch.daemon import log
 
 
 @pytest.fixture

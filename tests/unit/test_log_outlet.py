@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vswitch import log_outlet
-from vswitch.log_outlet import Outlet
+from vswitch.daemon import outlet as log_outlet
+from vswitch.daemon.outlet import Outlet
 
 DEADLINE_S = 20.0
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import uvloop
 
-from vswitch.fastpath import turns
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.turns import LoopTurns, Record
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.shared import turns
+from vswitch.fastpath.shared.turns import LoopTurns, Record
 
 S = 1_000_000_000
 MS = 1_000_000

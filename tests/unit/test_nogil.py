@@ -11,8 +11,8 @@ from Cython.Compiler.Options import CompilationOptions, get_directive_defaults
 
 ROOT = Path(__file__).parents[2]
 LOOPS = {
-    "vswitch/fastpath/engine.pyx": "vswitch_8fastpath",
-    "vswitch/guest/load.pyx": "vswitch_5guest",
+    "vswitch/fastpath/main/engine.pyx": "vswitch_8fastpath",
+    "vswitch/lab/load/load.pyx": "vswitch_3lab",
 }
 PYTHON = re.compile(
     r"\b(PyGILState_Ensure|__Pyx_PyGILState_Ensure|__Pyx_WriteUnraisable|__Pyx_Raise\w*|PyErr_\w+"

@@ -18,10 +18,10 @@ from ippackets import ACK, CWR, ECE, FIN, PSH, QINQ, SRC, TCP, UDP, VLAN, Packet
 from rig import Rig, running
 from test_tap import ip, setns, unshare_network
 
-from vswitch import offloads
-from vswitch.guest import vnet
-from vswitch.guest.vnet import VnetHeader
-from vswitch.uplinks.tap import VNET_HDR_LEN, Tap, open_tap
+from vswitch.host.tap import VNET_HDR_LEN, Tap, open_tap
+from vswitch.lab.guest import vnet
+from vswitch.lab.guest.vnet import VnetHeader
+from vswitch.ports import offloads
 
 pytestmark = pytest.mark.root("makes network namespaces")
 

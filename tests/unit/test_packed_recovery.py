@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import pytest
 from test_engine import DESC, SIZE, UVA, guest_file, start
 
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.journal import SLOT_LEN, Journal
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Ring
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.journal import SLOT_LEN, Journal
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Ring
 
 RINGS = 256
 IDENTITY = 77

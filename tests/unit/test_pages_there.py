@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath.mapping import Memory, tells_pages
+from vswitch.fastpath.main.mapping import Memory, tells_pages
 
 PAGE = mmap.PAGESIZE
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from vswitch import port_iotlb
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.iotlb import ACCESS_READ, ACCESS_WRITE
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Ring
-from vswitch.port_iotlb import PortIotlb
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Ring
+from vswitch.ports import iotlb as port_iotlb
+from vswitch.ports.iotlb import PortIotlb
 from vswitch.vhost_user.datapath import RingSetup, TranslationPending
 from vswitch.vhost_user.protocol import Feature
 

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.unit.wire import open_fds
-from vswitch import port_postcopy
-from vswitch.fastpath.engine import Engine
-from vswitch.fastpath.mapping import Memory
-from vswitch.fastpath.port import Ring
-from vswitch.fault_helper import TOUCHERS
-from vswitch.port_postcopy import ASKED_MAX, PortPostcopy, _Area
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.port import Ring
+from vswitch.ports import postcopy as port_postcopy
+from vswitch.ports.fault_helper import TOUCHERS
+from vswitch.ports.postcopy import ASKED_MAX, PortPostcopy, _Area
 from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.protocol import Feature, MemRegion
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FASTPATH = HERE.parents[1] / "vswitch" / "fastpath"
+FASTPATH = HERE.parents[1] / "vswitch" / "fastpath" / "sys"
 
 
 def test_a_slot_that_is_used_again_is_never_read_half(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vswitch import port_diagnosis, socket_rights
-from vswitch.port_diagnosis import PortDiagnosis
-from vswitch.settings import PortSettings
+from vswitch.config.settings import PortSettings
+from vswitch.ports import diagnosis as port_diagnosis
+from vswitch.ports import socket_rights
+from vswitch.ports.diagnosis import PortDiagnosis
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to others, as only root may")

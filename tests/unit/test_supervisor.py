@@ -16,7 +16,7 @@ from controlled import DEADLINE_S
 from test_daemon import HERE, environment
 
 from vswitch import Client
-from vswitch.supervisor import Supervisor
+from vswitch.daemon.supervisor import Supervisor
 
 PERIOD_S = 0.3
 

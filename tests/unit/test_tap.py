@@ -14,8 +14,8 @@ import pytest
 from otheruser import NOBODY, as_nobody
 
 from vswitch.errors import UplinkError
-from vswitch.uplinks import tap
-from vswitch.uplinks.tap import VNET_HDR_LEN, Tap, open_tap
+from vswitch.host import tap
+from vswitch.host.tap import VNET_HDR_LEN, Tap, open_tap
 
 pytestmark = pytest.mark.root("makes network namespaces")
 

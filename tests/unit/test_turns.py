@@ -10,8 +10,8 @@ import pytest
 from ippackets import Packet
 from rig import ALL, Rig, running, stepping
 
-from vswitch.fastpath.port import Port, Ring
-from vswitch.guest import SoftwareGuest
+from vswitch.fastpath.main.port import Port, Ring
+from vswitch.lab.guest import SoftwareGuest
 from vswitch.vhost_user.protocol import Feature
 
 PORTS = 10

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from otheruser import NOBODY, as_nobody
 
-from vswitch import unixsocket
 from vswitch.errors import SocketError
-from vswitch.unixsocket import InUseError, ListeningSocket, connect_error, unlink_if_ours
+from vswitch.host import unixsocket
+from vswitch.host.unixsocket import InUseError, ListeningSocket, connect_error, unlink_if_ours
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_socket_that_replaced_the_stale_one_meanwhile_keeps_its_name(
 CONTENDER = """
 import sys, time
 from pathlib import Path
-from vswitch import unixsocket
+from vswitch.host import unixsocket
 print("ready", flush=True)
 while line := sys.stdin.readline():
     path, _, at_ns = line.rpartition(" ")

@@ -19,13 +19,13 @@ import click
 
 from vswitch._version import __version__
 from vswitch.cli.common import completion_script, run_program
+from vswitch.config.feature_names import FRONTENDS, OF_OFFLOADS, OFFERED
 from vswitch.errors import NotFoundError, VswitchError
-from vswitch.feature_names import FRONTENDS, OF_OFFLOADS, OFFERED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vswitch.control.api import Unsaved
+    from vswitch.api import Unsaved
     from vswitch.control.client import Client
 
 

@@ -17,10 +17,12 @@ _LEVELS = click.Choice(["debug", "info", "warning", "error"])
     cls=LazyGroup,
     lazy={
         "bench": LazyCommand(
-            "vswitch.lab.bench:bench", "Send frames through any vhost-user switch and count them."
+            "vswitch.lab.load.command:bench",
+            "Send frames through any vhost-user switch and count them.",
         ),
         "demo": LazyCommand(
-            "vswitch.lab.demo:demo", "Boot three guests on a switch and let them ping each other."
+            "vswitch.lab.qemu.demo:demo",
+            "Boot three guests on a switch and let them ping each other.",
         ),
     },
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,7 +52,7 @@ def start(config_path: Path | None, check: bool, control: str | None, log_level:
 
     Logs to stderr, and says `vswitch: ready, ...` there when all sockets are open.
     """
-    from vswitch.config import Settings, load, switch_settings
+    from vswitch.config.read import Settings, load, switch_settings
 
     if check and config_path is None:
         raise click.UsageError("--check needs a file: --config FILE")
@@ -72,7 +74,7 @@ def start(config_path: Path | None, check: bool, control: str | None, log_level:
         )
         return 0
 
-    from vswitch.daemon import run
+    from vswitch.daemon.process import run
 
     if config_path is None:
         return run(settings)

@@ -13,8 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vswitch.cli.fitting import FittingTable
-from vswitch.control.api import (
+from vswitch.api import (
     Event,
     EventLoopInfo,
     FdbEntry,
@@ -23,6 +22,7 @@ from vswitch.control.api import (
     PortStats,
     WorkerInfo,
 )
+from vswitch.cli.fitting import FittingTable
 
 _PIPE_WIDTH = 240
 _STATE_STYLES = {

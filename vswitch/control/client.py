@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from vswitch._version import __version__
-from vswitch.control.api import (
+from vswitch.api import (
     PAGE_MAX,
     Event,
     EventLoopInfo,
@@ -39,7 +39,7 @@ from vswitch.control.protocol import (
     temporary_directory,
 )
 from vswitch.errors import ProtocolError
-from vswitch.unixsocket import connect_error
+from vswitch.host.unixsocket import connect_error
 
 _EVENTS_HELD_MAX = 65536
 _CHUNK_LEN = 1 << 16

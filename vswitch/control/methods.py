@@ -25,8 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vswitch._version import __version__
-from vswitch.config import problems_of
-from vswitch.control.api import (
+from vswitch.api import (
     PAGE_MAX,
     EventLoopInfo,
     EventName,
@@ -36,9 +35,8 @@ from vswitch.control.api import (
     TurnsInfo,
     VersionInfo,
 )
-from vswitch.control.protocol import PROTOCOL_VERSION, ControlError, Packed, pack
-from vswitch.errors import ConfigError
-from vswitch.settings import (
+from vswitch.config.read import problems_of
+from vswitch.config.settings import (
     LogLevel,
     MacLimit,
     PortSettings,
@@ -46,6 +44,8 @@ from vswitch.settings import (
     StormRate,
     UplinkSettings,
 )
+from vswitch.control.protocol import PROTOCOL_VERSION, ControlError, Packed, pack
+from vswitch.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
@@ -357,7 +357,7 @@ class Methods:
         return {"level": _log_level()}
 
     async def _save(self, params: SaveParams, session: Session) -> Any:  # noqa: ARG002
-        from vswitch.config_writer import save  # tomlkit takes long to import, saving is rare
+        from vswitch.config.write import save  # tomlkit takes long to import, saving is rare
 
         if params.path is None:
             if self._config_path is None:

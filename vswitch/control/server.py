@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vswitch.control.api import SwitchApi, TurnsInfo
+from vswitch.api import SwitchApi, TurnsInfo
+from vswitch.config.settings import Settings
 from vswitch.control.methods import Methods, Session
 from vswitch.control.protocol import (
     ControlError,
@@ -32,11 +33,10 @@ from vswitch.control.protocol import (
 from vswitch.control.subscriptions import EventQueue, Subscriptions
 from vswitch.control.turns import Queue, Turn, Turns
 from vswitch.errors import ProtocolError, VswitchError
+from vswitch.host.unixsocket import ListeningSocket, unlink_if_ours
 from vswitch.relay import link
 from vswitch.relay.process import Relay
 from vswitch.relay.wire import Mode
-from vswitch.settings import Settings
-from vswitch.unixsocket import ListeningSocket, unlink_if_ours
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from vswitch.control.api import Event, SwitchApi
+from vswitch.api import Event, SwitchApi
 from vswitch.control.protocol import pack_notification
 
 EVENTS_QUEUED_MAX = 1024

@@ -98,7 +98,7 @@ DEMO = (
     Requirement("zstd", "zstd", _can_read_modules),
     _program("ip", "iproute2"),
 )
-"""For QEMU guests. The guests' kernel is downloaded by `vswitch.lab.image`, not installed."""
+"""For QEMU guests. The guests' kernel is downloaded by `vswitch.lab.qemu.image`, not installed."""
 
 TEST = (
     *DEMO,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from vswitch.errors import SocketError, VswitchError
+from vswitch.host.unixsocket import ListeningSocket
 from vswitch.relay import wire
 from vswitch.relay.link import Link, Peer, resolve
 from vswitch.relay.wire import Mode, Order, Report
-from vswitch.unixsocket import ListeningSocket
 
 PROGRAM = Path(__file__).with_name("vswitch-relay")
 START_PATIENCE_S = 10.0

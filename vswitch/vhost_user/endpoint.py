@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vswitch import unixsocket
 from vswitch.errors import SocketError
+from vswitch.host import unixsocket
+from vswitch.host.unixsocket import FileId
 from vswitch.relay.link import Link, Peer
 from vswitch.relay.process import Relay
-from vswitch.unixsocket import FileId
 from vswitch.vhost_user.connection import Connection
 
 BACKOFF_MIN_S = 0.1

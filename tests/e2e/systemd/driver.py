@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from vswitch.control.client import Client
-from vswitch.guest import SoftwareGuest
+from vswitch.lab.guest import SoftwareGuest
 
 RUN = Path("/run/vswitch")
 DROP_IN = Path("/etc/systemd/system/vswitch.service.d/test.conf")

@@ -1,0 +1,1 @@
+"""The main thread's side of the workers: their threads, who serves what, what they leave behind."""

@@ -1,0 +1,27 @@
+from libc.stdint cimport uint32_t
+
+from vswitch.fastpath.main.fdb cimport Fdb
+from vswitch.fastpath.shared.types cimport Shared, View, WorkerC
+from vswitch.fastpath.sys.notify cimport vs_notifier
+
+
+cdef class Worker:
+    cdef WorkerC *c
+    cdef readonly int id
+    cdef _check(self, uint32_t most)
+
+
+cdef class Engine:
+    cdef Shared *shared
+    cdef readonly Fdb fdb
+    cdef readonly list workers
+    cdef readonly dict ports   # by number
+    cdef list retired          # (ticket, view as an address, per-worker epochs or None)
+    cdef vs_notifier notifier  # the main thread's
+    cdef readonly int aio_error  # errno, where the kernel gives no AIO
+    cdef bint uring
+    cdef readonly int uring_error  # errno, where there is an uplink and no io_uring for it
+    cdef list injected         # addresses of Inject
+    cdef unsigned long long tickets
+    cdef int events_from       # the worker whose events are taken first
+    cdef View *_build(self) except NULL

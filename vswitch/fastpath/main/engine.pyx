@@ -1,0 +1,678 @@
+"""The engine: workers, the view they forward by, and how the main thread changes it.
+
+The main thread never edits what a worker may be reading. It builds a new View, publishes it with
+one pointer store, and gives the old one, and whatever else was taken away with it, free only after
+every worker has passed a quiescent point: the top of its loop, or its sleep.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+import os
+
+from vswitch.fastpath.main.fdb import NO_LIMIT
+from vswitch.fastpath.shared.turns import open_schedstat
+
+from vswitch.fastpath.main.fdb cimport Fdb
+from vswitch.fastpath.main.port cimport Port, Ring
+from vswitch.fastpath.shared.turns cimport describe_turns, ticks_to_ns
+from vswitch.fastpath.shared.types cimport (
+    EVENT_IOTLB_MISS,
+    EVENT_MAC_LEARNED,
+    EVENT_MAC_LIMIT,
+    EVENT_MAC_MOVED,
+    EVENT_RING_FAULT,
+    EVENT_SLOTS,
+    EVENT_TAP_LOST,
+    FAULT_IOTLB_MISS,
+    LINEAR_LEN,
+    MAX_PORTS,
+    MAX_WORKERS,
+    N_DROPS,
+    STATE_RUNNING,
+    STATE_SLEEPING,
+    STATE_STOPPED,
+    Counters,
+    EventC,
+    Inject,
+    PortC,
+    PortView,
+    RingC,
+    Shared,
+    View,
+    WorkerC,
+    WorkerView,
+)
+from vswitch.fastpath.sys.atomics cimport (
+    vs_cas_ptr,
+    vs_cycles,
+    vs_fence,
+    vs_load32,
+    vs_load64,
+    vs_load_acquire32,
+    vs_load_acquire64,
+    vs_load_acquire_ptr,
+    vs_now_ns,
+    vs_pause,
+    vs_store32,
+    vs_store_release32,
+    vs_store_release_ptr,
+    vs_ticks,
+)
+from vswitch.fastpath.sys.notify cimport vs_notifier_close, vs_notifier_open, vs_notify
+from vswitch.fastpath.sys.uring cimport vs_uring_close, vs_uring_open
+from vswitch.fastpath.worker.loop cimport (
+    TAP_INDEX,
+    WAKE_TOKEN,
+    arm_rings,
+    epoll_event,
+    poll_tap,
+    poll_transmitq,
+    send_injected,
+    worker_loop,
+)
+from vswitch.fastpath.worker.tap cimport STAGING_LEN
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    uint32_t EPOLLIN, EPOLLET
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initval, int flags)
+    int eventfd_write(int fd, uint64_t value)
+    int EFD_NONBLOCK, EFD_CLOEXEC
+
+# One row a Drop, in the order of types.pxd: name and what it means.
+DROP_REASONS = (
+    ("runt", "shorter than an Ethernet header (14 bytes)"),
+    ("oversize", "longer than the ingress port's MTU allows"),
+    ("bad-source", "source address is a group address or all zeros"),
+    ("disabled", "the guest's queue is disabled"),
+    ("same-port", "destination is behind the port it came from"),
+    ("no-destination", "nobody else is there to take it"),
+    ("egress-down", "the destination's port has no running receive queue"),
+    ("ring-fault", "the receiving guest's ring is broken"),
+    ("no-buffer", "the receiving guest had no receive buffer posted"),
+    ("buffer-small", "the receiving guest's buffer is too small and not mergeable"),
+    ("egress-mtu", "longer than the egress port's MTU allows"),
+    ("tap-busy", "the TAP's queue is full"),
+    ("tap-down", "the TAP interface is down"),
+    ("tap-error", "the kernel refused the frame"),
+    ("link-down", "the link of the port it came from was set down"),
+    ("offload-unnegotiated", "asks for an offload that was not negotiated"),
+    ("bad-csum", "the checksum to be filled in is not in the frame, or not where its kind has it"),
+    ("bad-gso", "is to be segmented and is no such frame, or gso_size makes no sense"),
+    ("storm-broadcast", "more broadcast frames a second than the port may send"),
+    ("storm-multicast", "more multicast frames a second than the port may send"),
+    ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
+    ("iotlb-miss", "the receiving guest's frontend has not yet told where its buffer lies"),
+    ("page-missing", "the receiving guest is in postcopy migration and its buffer has not yet come"),
+    ("buffer-pieces", "the receiving guest's buffers are in so many pieces that it sits out some turns"),
+)
+
+FOREVER = (1 << 64) - 1
+
+
+def cycles():
+    """The machine's time-stamp counter, and nanoseconds of CLOCK_MONOTONIC at the same moment.
+
+    The counter is 0 where there is none that a program can read.
+    """
+    return vs_cycles(), vs_now_ns()
+
+
+cdef class Worker:
+    """One poll thread's state. `run` is the thread's body."""
+
+    def __cinit__(self, int number, bint aio=True):
+        self.c = <WorkerC *>aligned_alloc(64, (sizeof(WorkerC) + 63) // 64 * 64)
+        if self.c == NULL:
+            raise MemoryError
+        memset(self.c, 0, sizeof(WorkerC))
+        self.id = number
+        self.c.id = number
+        self.c.epoll_fd = self.c.wake_fd = self.c.notifier.file = self.c.uring.fd = -1
+        self.c.turns.schedstat = -1
+        self.c.counters = <Counters *>calloc(MAX_PORTS, sizeof(Counters))
+        self.c.events = <EventC *>calloc(EVENT_SLOTS, sizeof(EventC))
+        self.c.staging = <char *>aligned_alloc(4096, STAGING_LEN)
+        self.c.linear = <char *>aligned_alloc(64, LINEAR_LEN)
+        if (
+            self.c.counters == NULL or self.c.events == NULL or self.c.staging == NULL
+            or self.c.linear == NULL
+        ):
+            raise MemoryError
+        self.c.fragment_id = int.from_bytes(os.urandom(4), "little")
+        self.c.event_armed = 1
+        self.c.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        self.c.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.c.epoll_fd < 0 or self.c.wake_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.watch(self.c.wake_fd, WAKE_TOKEN)
+        if aio:
+            vs_notifier_open(&self.c.notifier)
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            if self.c.epoll_fd >= 0:
+                os.close(self.c.epoll_fd)
+            if self.c.wake_fd >= 0:
+                os.close(self.c.wake_fd)
+            if self.c.turns.schedstat >= 0:
+                os.close(self.c.turns.schedstat)
+            vs_notifier_close(&self.c.notifier)
+            vs_uring_close(&self.c.uring)
+            free(self.c.counters)
+            free(self.c.events)
+            free(self.c.staging)
+            free(self.c.linear)
+            free(self.c)
+
+    def watch(self, int fd, uint64_t token):
+        """Wake up when `fd` becomes readable. Edge-triggered: nobody needs to read it empty."""
+        cdef epoll_event event
+        event.events = EPOLLIN | EPOLLET
+        event.data.u64 = token
+        if epoll_ctl(self.c.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def unwatch(self, int fd):
+        cdef epoll_event event
+        epoll_ctl(self.c.epoll_fd, EPOLL_CTL_DEL, fd, &event)
+
+    def run(self):
+        """Poll and forward until `stop`; call it in a thread of its own."""
+        self.c.turns.schedstat = open_schedstat()
+        with nogil:
+            worker_loop(self.c)
+
+    def turn(self):
+        """Look once at every ring and TAP, in the calling thread; returns how many chains came.
+
+        For tests that go step by step, and never while `run` does.
+        """
+        cdef const View *view = <const View *>self.c.shared.view
+        cdef const WorkerView *mine = &view.workers[self.c.id]
+        cdef uint32_t i, got = 0
+        with nogil:
+            self.c.loops += 1
+            for i in range(mine.n_transmitqs):
+                got += poll_transmitq(self.c, view, mine.transmitqs[i])
+            for i in range(mine.n_taps):
+                got += poll_tap(self.c, view, mine.taps[i])
+            if self.c.shared.inject != NULL:
+                send_injected(self.c, view)
+        return got
+
+    def arm(self):
+        """Ask the drivers for kicks, as before a sleep; False if there is something to do first.
+
+        For tests, as `turn` is.
+        """
+        cdef const View *view = <const View *>self.c.shared.view
+        cdef bint idle
+        with nogil:
+            idle = arm_rings(&view.workers[self.c.id])
+        return idle
+
+    def stop(self):
+        vs_store32(&self.c.stop, 1)
+        # Full fence: the order is visible before the wake-up; pairs with sleep_until_event.
+        vs_fence()
+        eventfd_write(self.c.wake_fd, 1)
+
+    @property
+    def running(self):
+        return vs_load32(&self.c.state) != STATE_STOPPED
+
+    def stats(self):
+        """Counters of the loop; times in nanoseconds up to now."""
+        cdef WorkerC *c = self.c
+        cdef uint64_t busy = vs_load64(&c.busy_ns), idle = vs_load64(&c.idle_ns)
+        cdef uint64_t mark = vs_load64(&c.mark_ns), now = vs_now_ns()
+        if vs_load32(&c.state) != STATE_STOPPED and now > mark:
+            if c.busy:
+                busy += now - mark
+            else:
+                idle += now - mark
+        return {
+            "id": self.id,
+            "state": "sleeping" if vs_load32(&c.state) == STATE_SLEEPING else "busy",
+            "loops": vs_load64(&c.loops),
+            "bursts": vs_load64(&c.bursts),
+            "frames": vs_load64(&c.frames_total),
+            "sleeps": vs_load64(&c.sleeps),
+            "wakeups": vs_load64(&c.wakeups),
+            "notify": "aio" if c.notifier.context else "write",
+            "busy_ns": busy,
+            "idle_ns": idle,
+            "events_lost": vs_load32(&c.events_lost),
+        }
+
+    def turns(self):
+        """The longest turns of the loop by window, as control.api.TurnsInfo has them.
+
+        The present one counts as far as it has come: a worker that hangs is seen.
+        """
+        cdef uint64_t began = vs_load64(&self.c.turns.mark), now = vs_ticks()
+        cdef uint64_t unfinished = 0
+        # Acquire: the state before the mark, which is another one if it has slept meanwhile. Pairs
+        # with the release in sleep_until_event.
+        if (
+            vs_load_acquire32(&self.c.state) == STATE_RUNNING
+            and vs_load64(&self.c.turns.mark) == began and now > began
+        ):
+            unfinished = ticks_to_ns(&self.c.turns, now - began)
+        return describe_turns(&self.c.turns, vs_now_ns(), unfinished)
+
+    cdef _check(self, uint32_t most):
+        """Take up to `most` events that have come; returns (kind, port, other, key) tuples."""
+        cdef WorkerC *c = self.c
+        cdef uint32_t tail = c.event_tail
+        cdef uint32_t head
+        cdef EventC *event
+        found = []
+        # Acquire: the index before the events; pairs with the release in post_event.
+        head = vs_load_acquire32(&c.event_head)
+        if head - tail > most:
+            head = tail + most
+        while tail != head:
+            event = &c.events[tail & (EVENT_SLOTS - 1)]
+            found.append((event.kind, event.port, event.other, event.key))
+            tail += 1
+        # Release: the events are read before their slots are free; pairs with post_event.
+        vs_store_release32(&c.event_tail, tail)
+        return found
+
+
+cdef class Engine:
+    """Ports, workers and the FDB.
+
+    `idle_ns` is how long a worker looks for work in vain before it sleeps; None polls for ever.
+    Without `aio`, frontends are notified as where the kernel has no AIO (notify.h), without `uring`
+    frames are written to TAPs as where it has no io_uring (uring.h).
+    Methods are for one thread, the main one.
+    """
+
+    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True, bint uring=True):
+        self.notifier.file = -1
+        if not 1 <= workers <= MAX_WORKERS:
+            raise ValueError(f"{workers} workers; between 1 and {MAX_WORKERS} are possible")
+        self.shared = <Shared *>aligned_alloc(64, (sizeof(Shared) + 63) // 64 * 64)
+        if self.shared == NULL:
+            raise MemoryError
+        memset(self.shared, 0, sizeof(Shared))
+        self.shared.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.shared.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.fdb = Fdb(fdb_size)
+        self.shared.fdb = self.fdb.c
+        self.shared.idle_ns = FOREVER if idle_ns is None else idle_ns
+        self.shared.n_workers = workers
+        self.workers = []
+        self.ports = {}
+        self.retired = []
+        self.injected = []
+        for number in range(workers):
+            worker = Worker(number, aio)
+            (<Worker>worker).c.shared = self.shared
+            self.workers.append(worker)
+        self.shared.view = self._build()
+        self.aio_error = vs_notifier_open(&self.notifier) if aio else 0
+        self.uring = uring
+        self.uring_error = 0
+
+    def __dealloc__(self):
+        vs_notifier_close(&self.notifier)
+        if self.shared != NULL:
+            for _, view, _ in self.retired or ():
+                free(<void *><uintptr_t>view)
+            for item in self.injected or ():
+                free(<void *><uintptr_t>item)
+            free(self.shared.view)
+            if self.shared.event_fd >= 0:
+                os.close(self.shared.event_fd)
+            free(self.shared)
+
+    @property
+    def event_fd(self):
+        """Readable when `take_events` has something."""
+        return self.shared.event_fd
+
+    @property
+    def report_macs(self):
+        """Whether learned and moved addresses become events."""
+        return bool(self.shared.report_macs)
+
+    @report_macs.setter
+    def report_macs(self, bint value):
+        vs_store32(&self.shared.report_macs, value)
+
+    # Ports and rings
+
+    def add_port(self, str name, int tap_fd=-1):
+        """A new port with the lowest free number; a TAP when `tap_fd` is given.
+
+        Raises OSError when MAX_PORTS are in use. Visible to workers after `publish`.
+        """
+        cdef Worker worker
+        for number in range(MAX_PORTS):
+            if number not in self.ports:
+                break
+        else:
+            raise OSError(f"all {MAX_PORTS} ports are in use")
+        if tap_fd >= 0 and self.uring:
+            # No worker looks at it before it sees this port.
+            for each in self.workers:
+                worker = each
+                if worker.c.uring.fd < 0 and not self.uring_error:
+                    self.uring_error = vs_uring_open(&worker.c.uring)
+        port = Port(name, number, tap_fd >= 0, tap_fd)
+        self.fdb.limit(number, NO_LIMIT)
+        for worker in self.workers:
+            memset(&worker.c.counters[number], 0, sizeof(Counters))
+        if tap_fd >= 0:
+            worker = self.workers[0]
+            worker.watch(tap_fd, <uint64_t>number << 16 | TAP_INDEX)
+        self.ports[number] = port
+        return port
+
+    def remove_port(self, Port port):
+        """Take a port away; its rings must be stopped. Its number is free after `forget`."""
+        cdef Worker worker = self.workers[0]
+        if port.c.tap_fd >= 0:
+            worker.unwatch(port.c.tap_fd)
+        port.rings.clear()
+        port.removed = True
+        self.fdb.flush(port.id, True)
+
+    def forget(self, Port port):
+        """Give a removed port's number free, after quiescence."""
+        # Workers may have learned from the port until they passed their quiescent point.
+        self.fdb.flush(port.id, True)
+        port.journal.release()
+        del self.ports[port.id]
+
+    def attach(self, Ring ring, int kick_fd, int worker=0):
+        """Give a started ring to a worker; `kick_fd` -1: it is polled, without kicks."""
+        cdef Worker owner
+        ring.kick_fd = kick_fd
+        if not ring.is_transmitq:
+            return  # nobody waits for receive buffers: frames that find none are dropped
+        owner = self.workers[worker]
+        ring.worker = worker
+        if kick_fd >= 0:
+            owner.watch(kick_fd, <uint64_t>ring.port.id << 16 | <uint64_t>ring.c.index)
+
+    def finish_move(self, Ring ring, int worker):
+        """Give a ring to another worker, after `Ring.begin_move`, `publish` and quiescence.
+
+        False if the ring was stopped meanwhile. It is polled again after another `publish`.
+        """
+        if not ring.moving:
+            return False
+        kick_fd = ring.kick_fd
+        self.detach(ring)
+        self.attach(ring, kick_fd, worker)
+        ring.moving = False
+        ring.published = True
+        # Nobody polls it at present. Its new worker is to look at it at once.
+        ring.c.empty_polls = 0
+        return True
+
+    def detach(self, Ring ring):
+        """Stop waiting for the ring's kicks, before its eventfd is closed."""
+        cdef Worker worker
+        if ring.worker >= 0 and ring.kick_fd >= 0:
+            worker = self.workers[ring.worker]
+            worker.unwatch(ring.kick_fd)
+        ring.worker = -1
+        ring.kick_fd = -1
+
+    # Publishing
+
+    cdef View *_build(self) except NULL:
+        cdef size_t n_rings = 0, n_ports
+        cdef View *view
+        cdef char *at
+        cdef Port port
+        cdef Ring ring
+        cdef PortView *shown
+        cdef WorkerView *mine
+        cdef int index
+        ports = [p for p in self.ports.values() if not p.removed]
+        n_ports = len(ports)
+        for port in ports:
+            if port.rings:
+                n_rings += max(port.rings) + 1
+        # View, then pointer arrays: rings by index, receiveqs and transmitqs (at most n_rings
+        # each) and TAPs; then the flood list.
+        view = <View *>calloc(
+            1, sizeof(View) + 3 * n_rings * sizeof(void *) + n_ports * sizeof(void *) + 2 * n_ports
+        )
+        if view == NULL:
+            raise MemoryError
+        at = <char *>view + sizeof(View)
+        view.n_workers = self.shared.n_workers
+        for port in ports:
+            shown = &view.ports[port.c.id]
+            shown.port = port.c
+            shown.rings = <RingC **>at
+            if port.rings:
+                shown.n_rings = max(port.rings) + 1
+            at += shown.n_rings * sizeof(void *)
+            shown.receiveqs = <RingC **>at
+            for index in sorted(port.rings):
+                ring = port.rings[index]
+                if not ring.published or ring.c.fault not in (0, FAULT_IOTLB_MISS):
+                    continue
+                shown.rings[index] = ring.c
+                if not index & 1 and ring.c.enabled:
+                    shown.receiveqs[shown.n_receiveqs] = ring.c
+                    shown.n_receiveqs += 1
+            at += shown.n_receiveqs * sizeof(void *)
+            shown.forwarding = shown.n_receiveqs > 0 or port.is_tap
+        for index in range(<int>view.n_workers):
+            mine = &view.workers[index]
+            mine.transmitqs = <RingC **>at
+            for port in ports:
+                for ring in port.rings.values():
+                    if view.ports[port.c.id].rings[ring.c.index] == NULL or ring.worker != index:
+                        continue
+                    mine.transmitqs[mine.n_transmitqs] = ring.c
+                    mine.n_transmitqs += 1
+                    mine.poll_only |= ring.c.poll_only
+            at += mine.n_transmitqs * sizeof(void *)
+        mine = &view.workers[0]
+        mine.taps = <PortC **>at
+        for port in ports:
+            if port.is_tap:
+                mine.taps[mine.n_taps] = port.c
+                mine.n_taps += 1
+        at += mine.n_taps * sizeof(void *)
+        view.flood = <uint16_t *>at
+        for port in ports:
+            if view.ports[port.c.id].forwarding:
+                view.flood[view.n_flood] = port.c.id
+                view.n_flood += 1
+        return view
+
+    def publish(self):
+        """Show the workers the present ports and rings; returns a ticket for `passed`."""
+        cdef View *view = self._build()
+        cdef void *old = self.shared.view
+        cdef Worker worker
+        vs_store_release_ptr(&self.shared.view, view)
+        # Full fence: the new view is visible before the workers' states are read. Pairs with the
+        # fences in worker_loop and sleep_until_event.
+        vs_fence()
+        epochs = []
+        for worker in self.workers:
+            if vs_load32(&worker.c.state) == STATE_RUNNING:
+                epochs.append(vs_load_acquire64(&worker.c.epoch))
+            else:
+                epochs.append(None)
+                # It may have to wait for other rings, or in another way, than when it fell asleep.
+                eventfd_write(worker.c.wake_fd, 1)
+        self.tickets += 1
+        self.retired.append((self.tickets, <uintptr_t>old, epochs))
+        return self.tickets
+
+    def passed(self, ticket):
+        """True once no worker can be using anything from before the publish of that ticket."""
+        cdef Worker worker
+        while self.retired:
+            number, view, epochs = self.retired[0]
+            for index, epoch in enumerate(epochs):
+                if epoch is None:
+                    continue
+                worker = self.workers[index]
+                if (
+                    vs_load32(&worker.c.state) == STATE_RUNNING
+                    and vs_load_acquire64(&worker.c.epoch) == epoch
+                ):
+                    return ticket < number
+                epochs[index] = None
+            free(<void *><uintptr_t>view)
+            del self.retired[0]
+        return True
+
+    def wait(self, ticket, uint64_t patience_ns=20_000):
+        """Like `passed`, but look again for a short while, without the GIL."""
+        cdef uint64_t until = vs_now_ns() + patience_ns
+        cdef int i
+        while not self.passed(ticket):
+            if vs_now_ns() > until:
+                return False
+            with nogil:
+                for i in range(50):
+                    vs_pause()
+        return True
+
+    def inject(self, Port port, bytes frame):
+        """Send a short frame (up to 64 bytes) as if it had come from `port`."""
+        cdef Inject *item
+        cdef void *newest
+        cdef Worker worker = self.workers[0]
+        if <size_t>len(frame) > sizeof(item.data):
+            raise ValueError(f"a frame of {len(frame)} bytes; at most {sizeof(item.data)} fit")
+        self._reap()
+        item = <Inject *>calloc(1, sizeof(Inject))
+        if item == NULL:
+            raise MemoryError
+        item.port = port.c.id
+        item.len = len(frame)
+        memcpy(item.data, <const char *>frame, item.len)
+        self.injected.append(<uintptr_t>item)
+        while True:
+            newest = vs_load_acquire_ptr(&self.shared.inject)
+            item.next = <Inject *>newest
+            if vs_cas_ptr(&self.shared.inject, newest, item):
+                break
+        # Full fence: the frame is visible before the wake-up; pairs with sleep_until_event.
+        vs_fence()
+        eventfd_write(worker.c.wake_fd, 1)
+
+    def signal(self, int fd):
+        """Signal a frontend's eventfd, which never waits; a full counter is a signal already."""
+        vs_notify(&self.notifier, fd)
+
+    def _reap(self):
+        cdef Inject *item
+        left = []
+        for address in self.injected:
+            item = <Inject *><uintptr_t>address
+            # Acquire: pairs with the release in send_injected.
+            if vs_load_acquire32(&item.done):
+                free(item)
+            else:
+                left.append(address)
+        self.injected = left
+
+    # Looking
+
+    def stats(self, Port port):
+        """Counters of a port, summed over the workers, read while they run."""
+        cdef Worker worker
+        cdef Counters *c
+        cdef uint64_t ingress_frames = 0, ingress_bytes = 0, egress_frames = 0, egress_bytes = 0
+        cdef uint64_t kicks = 0, calls = 0, stalls = 0, refused = 0
+        cdef uint64_t drops[N_DROPS]
+        cdef int i
+        memset(drops, 0, sizeof(drops))
+        for worker in self.workers:
+            c = &worker.c.counters[port.c.id]
+            ingress_frames += vs_load64(&c.ingress_frames)
+            ingress_bytes += vs_load64(&c.ingress_bytes)
+            egress_frames += vs_load64(&c.egress_frames)
+            egress_bytes += vs_load64(&c.egress_bytes)
+            kicks += vs_load64(&c.kicks)
+            calls += vs_load64(&c.calls)
+            stalls += vs_load64(&c.stalls)
+            refused += vs_load64(&c.macs_refused)
+            for i in range(N_DROPS):
+                drops[i] += vs_load64(&c.drops[i])
+        return {
+            "ingress_frames": ingress_frames,
+            "ingress_bytes": ingress_bytes,
+            "egress_frames": egress_frames,
+            "egress_bytes": egress_bytes,
+            "kicks": kicks,
+            "calls": calls,
+            "stalls": stalls,
+            "macs_refused": refused,
+            "drops": {DROP_REASONS[i][0]: drops[i] for i in range(N_DROPS) if drops[i]},
+        }
+
+    def take_events(self, uint32_t most=0xFFFFFFFF):
+        """What the workers have to tell, as (name, port number, other, key) tuples; `most` of it.
+
+        "mac-learned" and "mac-moved" (other: the old port), "ring-fault" and "iotlb-miss" (other:
+        vring index), "tap-lost", "mac-limit" (once, until Port.mac_limit_told is reset). Call
+        `arm_events` to be woken again.
+        """
+        cdef Worker worker
+        cdef int i
+        names = {
+            EVENT_MAC_LEARNED: "mac-learned",
+            EVENT_MAC_MOVED: "mac-moved",
+            EVENT_RING_FAULT: "ring-fault",
+            EVENT_TAP_LOST: "tap-lost",
+            EVENT_MAC_LIMIT: "mac-limit",
+            EVENT_IOTLB_MISS: "iotlb-miss",
+        }
+        found = []
+        for i in range(<int>self.shared.n_workers):
+            if <uint32_t>len(found) == most:
+                break
+            # Another worker is first each time: none waits for what others never stop telling.
+            worker = self.workers[self.events_from]
+            self.events_from = (self.events_from + 1) % <int>self.shared.n_workers
+            for kind, port, other, key in worker._check(most - <uint32_t>len(found)):
+                found.append((names[kind], port, other, key))
+        return found
+
+    def n_transmitqs(self, int worker):
+        """How many rings a worker polls, as published last."""
+        if not 0 <= worker < <int>self.shared.n_workers:
+            raise ValueError(f"there is no worker {worker}")
+        return (<const View *>self.shared.view).workers[worker].n_transmitqs
+
+    def arm_events(self):
+        """Make `event_fd` readable at the next event; True when events have come meanwhile."""
+        cdef Worker worker
+        waiting = False
+        for worker in self.workers:
+            vs_store32(&worker.c.event_armed, 1)
+            # Full fence: our wish before we look once more; pairs with post_event.
+            vs_fence()
+            if vs_load_acquire32(&worker.c.event_head) != worker.c.event_tail:
+                waiting = True
+        return waiting

@@ -1,0 +1,14 @@
+from collections.abc import Sequence
+from typing import Final
+
+from vswitch.fastpath.main.mapping import Memory
+
+PIECES_MAX: Final[int]
+
+def why_apart(memory: Memory, pieces: Sequence[tuple[int, int]]) -> str | None: ...
+def pieces_in_use() -> int: ...
+
+class Joined:
+    @property
+    def pieces(self) -> int: ...
+    def __init__(self, memory: Memory, pieces: Sequence[tuple[int, int]]) -> None: ...

@@ -1,0 +1,1 @@
+"""The device side of virtqueues, split and packed. Workers run it."""

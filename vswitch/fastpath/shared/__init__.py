@@ -1,0 +1,1 @@
+"""Structures that the main thread and the workers share, and the code that both need for them."""

@@ -1,0 +1,1 @@
+"""Atomics and what is asked of the kernel, in C headers."""

@@ -1,0 +1,27 @@
+"""Storm control: how many frames a second of a kind a port may have flooded.
+
+A token bucket of `burst` frames a kind, kept as the time at which it would be full again (GCRA): one
+number, so that several workers share it without a lock.
+"""
+
+from libc.stdint cimport uint64_t
+
+from vswitch.fastpath.shared.types cimport PortC
+from vswitch.fastpath.sys.atomics cimport vs_cas64, vs_load64, vs_now_ns
+
+
+cdef inline bint storm_allows(PortC *port, int kind) noexcept nogil:
+    """Take a token for a frame of a StormKind; False when there is none. Only for ports with `storm` set."""
+    cdef uint64_t period = vs_load64(&port.storm_period_ns[kind])
+    cdef uint64_t now, full, start
+    if period == 0:
+        return True  # this kind is not limited
+    now = vs_now_ns()
+    while True:
+        full = vs_load64(&port.storm_full_ns[kind])
+        start = full if full > now else now
+        # Full again in `burst` periods means empty now.
+        if start - now > vs_load64(&port.storm_burst_ns[kind]) - period:
+            return False
+        if vs_cas64(&port.storm_full_ns[kind], full, start + period):
+            return True

@@ -1,5 +1,0 @@
-from vswitch.guest.load import Flow
-
-def from_host(
-    flow: Flow, fd: int, frame: bytes, seconds: float, window: int
-) -> tuple[float, int, int]: ...

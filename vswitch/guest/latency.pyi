@@ -1,7 +1,0 @@
-from typing import Final
-
-from vswitch.guest.load import Flow
-
-MAX_FRAMES: Final[int]
-
-def latencies(flow: Flow, seconds: float, *, gap_s: float = 0.0, limit: int = ...) -> list[int]: ...

@@ -1,0 +1,1 @@
+"""Load for any vhost-user switch, and what it is measured with."""

@@ -1,0 +1,1 @@
+"""Virtual machines for a lab: QEMU and User Mode Linux, their images, and the demo."""

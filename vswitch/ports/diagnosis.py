@@ -1,0 +1,168 @@
+"""Why a port does not forward, as far as what its frontends did tells it.
+
+A frontend seldom says what it misses: it goes away, or stays and does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+
+from vswitch.config.settings import PortSettings
+from vswitch.ports import socket_rights
+from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.protocol import Feature, Request
+
+IN_VAIN = 3
+"""So many frontends that looked at the offer and left, none of which ran a ring, are a pattern."""
+SPACING_S = 0.5
+"""Then one is served in this time. QEMU that starts tries again without a pause, hundreds of times
+a second; one whose guest runs does so once a second and is not held up by this."""
+NOBODY_S = 10.0
+"""A socket that only its owner may connect to, and that nobody did for so long, is worth a word."""
+SILENCE_S = 1.0
+"""A frontend that has said nothing for so long has said what it had to."""
+
+_HINTS = {
+    Request.NET_SET_MTU.name: "give the guest a smaller MTU (QEMU: host_mtu=), or the port a "
+    "larger `mtu`",
+    Request.SET_MEM_TABLE.name: "look at the guest's memory backend",
+    Request.ADD_MEM_REG.name: "look at the guest's memory backend",
+}
+_BIG_ENDIAN = (
+    "a guest with virtio before 1.0 on a machine of the other byte order cannot be served "
+    "(CROSS_ENDIAN): give it a modern device (QEMU: disable-legacy=on,disable-modern=off)"
+)
+
+log = logging.getLogger("vswitch.port")
+
+
+class PortDiagnosis:
+    """What is known of one port's frontends, the one that is there and those before."""
+
+    def __init__(self, settings: PortSettings) -> None:
+        self._settings = settings
+        self._backend: Backend | None = None
+        self._in_vain = 0
+        self._since = 0.0
+        self._left: str | None = None
+        self._logged: str | None = None
+        self._opened = time.monotonic()
+        self._rights: str | None = None
+
+    def opened(self) -> None:
+        """The port's socket is there, or will be."""
+        self._opened = time.monotonic()
+        if self._settings.mode == "server":
+            self._rights = socket_rights.advice(self._settings.socket)
+        if self._rights is not None:
+            log.info("port %s: %s", self._settings.name, self._rights)
+
+    @property
+    def level(self) -> int:
+        """What to log the coming and going of frontends as."""
+        return logging.DEBUG if self.is_pattern else logging.INFO
+
+    @property
+    def is_pattern(self) -> bool:
+        """Frontends come and go in vain: that was said, and need not be said of each of them."""
+        return self._in_vain >= IN_VAIN
+
+    @property
+    def pause_s(self) -> float:
+        """How long to let the next frontend wait, in seconds."""
+        return max(0.0, self._since + SPACING_S - time.monotonic()) if self.is_pattern else 0.0
+
+    def connected(self, backend: Backend) -> None:
+        self._backend = backend
+        self._rights = None
+        self._since = time.monotonic()
+
+    def rings_run(self) -> None:
+        """The present frontend got as far as its rings."""
+        self._in_vain = 0
+        self._left = self._logged = None
+
+    def disconnected(self, error: str | None) -> None:
+        """It went away, with this error of the protocol or without."""
+        backend, self._backend = self._backend, None
+        if backend is None or backend.has_run:
+            return
+        self._left = self._refused(backend)
+        if self._left is None and error is None and _only_looked(backend):
+            self._in_vain += 1
+            self._left = self._why_it_left()
+
+    def _why_it_left(self) -> str:
+        pairs = self._settings.queues
+        return (
+            "the frontend looked at what the port offers and left. If nobody ended it, it wants "
+            f"more than {pairs} queue {'pair' if pairs == 1 else 'pairs'} (QEMU: queues=N; the "
+            "port: `queues`), or its guest's device was made when the port offered more (`queues`, "
+            "`offloads`, `features`): give the port that back, or start the frontend anew, for "
+            "which a reboot of the guest is not enough"
+        )
+
+    def _refused(self, backend: Backend) -> str | None:
+        for name, why in backend.refused.items():
+            hint = _HINTS.get(name)
+            return f"the frontend was refused {name}: {why}" + (f"; {hint}" if hint else "")
+        return None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the port does not forward, or what is worth knowing if it does; None: nothing."""
+        backend = self._backend
+        if backend is None:
+            return self._left
+        refused = self._refused(backend)
+        if refused is not None:
+            return refused
+        if backend.has_run:
+            return None
+        if self._is_big_endian(backend):
+            return f"the frontend began to set up rings and did not go on: {_BIG_ENDIAN}"
+        return self._left
+
+    def _is_big_endian(self, backend: Backend) -> bool:
+        """QEMU says where a ring is only after its byte order, which it cannot say here."""
+        return (
+            backend.silent_s >= SILENCE_S
+            and Request.SET_FEATURES in backend.asked
+            and Feature.VERSION_1 not in backend.features
+            and Request.SET_VRING_BASE in backend.asked
+            and not any(vring.placed for vring in backend.vrings.values())
+        )
+
+    def of_fault(self, size: int, text: str) -> str:
+        """What a ring's fault, an index that is too large, may mean; "" if nothing."""
+        backend = self._backend
+        found = re.search(r"\d+", text)
+        if backend is None or found is None or Feature.VERSION_1 in backend.features:
+            return ""
+        value = int(found[0])
+        swapped = (value & 0xFF) << 8 | value >> 8
+        if value > 0xFFFF or swapped > size:
+            return ""
+        return f". In the other byte order it would be {swapped}: {_BIG_ENDIAN}"
+
+    @property
+    def nobody_may(self) -> str | None:
+        """Why nobody has ever connected, perhaps."""
+        return self._rights if time.monotonic() >= self._opened + NOBODY_S else None
+
+    def check(self) -> None:
+        """Once a second: say in the log what is new. A refusal was said when it was made."""
+        reason = self.reason
+        if reason is None or (self._backend is not None and self._backend.refused):
+            return
+        if reason != self._logged and (self.is_pattern or self._backend is not None):
+            log.warning("port %s: %s", self._settings.name, reason)
+            self._logged = reason
+
+
+def _only_looked(backend: Backend) -> bool:
+    """Whether a frontend asked what the port offers and took nothing of it."""
+    asked = backend.asked
+    return Request.GET_PROTOCOL_FEATURES in asked and Request.SET_FEATURES not in asked

@@ -1,0 +1,309 @@
+"""A guest's port: its socket, its present frontend and what becomes of both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+from vswitch.api import MemoryRegion, PortInfo, PortState, RingInfo
+from vswitch.config.settings import PortSettings
+from vswitch.dataplane import addresses
+from vswitch.errors import ProtocolError
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.port import Port, Ring
+from vswitch.ports import features, limits
+from vswitch.ports.datapath import PortDatapath
+from vswitch.ports.diagnosis import PortDiagnosis
+from vswitch.ports.iotlb import PortIotlb
+from vswitch.relay.process import Relay
+from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.connection import Connection
+from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
+from vswitch.vhost_user.protocol import Feature, ProtocolFeature
+
+log = logging.getLogger("vswitch.port")
+
+Notify = Callable[[str, str | None], None]
+"""Called with an event's name and, for faults and disconnects, the reason."""
+
+
+class VhostPort(PortDatapath):
+    """One `[[port]]`.
+
+    Its socket is `relay`'s. `settle` publishes the engine's state and returns when no worker uses
+    an older one, `place` names the worker for a ring, `notify` hears of the port's events.
+    """
+
+    def __init__(
+        self,
+        settings: PortSettings,
+        engine: Engine,
+        port: Port,
+        relay: Relay,
+        settle: Callable[[], Awaitable[None]],
+        place: Callable[[Ring], int],
+        notify: Notify,
+    ) -> None:
+        super().__init__(settings, engine, port, settle, place)
+        self._notify = notify
+        self._endpoint: Endpoint
+        if settings.mode == "server":
+            self._endpoint = Listener(
+                relay,
+                settings.socket,
+                mode=settings.permission_bits,
+                owner=settings.owner,
+                group=settings.group,
+            )
+        else:
+            self._endpoint = Connector(relay, settings.socket)
+        self._task: asyncio.Task[None] | None = None
+        self._connects = 0
+        self._connected_at: float | None = None
+        self._was_ready = False
+        self._last_error: str | None = None
+        self._problem_logged: str | None = None
+        self._diagnosis = PortDiagnosis(settings)
+        limits.apply(settings, port, engine.fdb)
+
+    # Life
+
+    def open(self) -> None:
+        """Listen, or begin to connect. Raises SocketError."""
+        self._endpoint.open()
+        self._diagnosis.opened()
+        self._task = asyncio.create_task(self._serve_for_ever(), name=f"port {self.name}")
+
+    async def close(self) -> None:
+        """Disconnect the frontend, free its memory and close the socket."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._endpoint.close()
+
+    def check(self) -> None:
+        """Once a second: notice what happens to the socket and say it once.
+
+        And find rings that are at fault although their worker's event was lost.
+        """
+        for index, ring in self.fast.rings.items():
+            if ring.started and ring.fault is not None:
+                self.ring_fault(index)
+        if self._translation is not None:
+            self._translation.check()
+        if self._backend is None:
+            self._endpoint.check()
+            problem = self._endpoint.problem
+            if problem != self._problem_logged and problem is not None:
+                log.warning("port %s: %s", self.name, problem)
+            self._problem_logged = problem
+        self._diagnosis.check()
+
+    async def _serve_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._diagnosis.pause_s)
+            connection = Connection(await self._endpoint.next())
+            try:
+                await self._serve(connection)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                log.exception("port %s: internal error, frontend disconnected", self.name)
+            finally:
+                connection.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        """One frontend, from its connection to its end."""
+        pid = connection.peer_pid
+        backend = Backend(
+            self.name,
+            connection,
+            self,
+            self._rings_changed,
+            withheld=features.withheld(self.settings),
+            counts_virtqueues=self.settings.frontend in features.COUNT_VIRTQUEUES,
+            translates=self.settings.frontend not in features.TRANSLATE_NOTHING,
+        )
+        journal = self.fast.journal
+        self._backend = backend
+        self._connects += 1
+        self._connected_at = time.time()
+        self._fault = self._last_error = self._warning = None
+        self._limit_mtu(None)
+        self._diagnosis.connected(backend)
+        log.log(
+            self._diagnosis.level,
+            "port %s: frontend connected (pid %s)",
+            self.name,
+            pid or "unknown",
+        )
+        self._notify("port-connected", None)
+        guard = asyncio.create_task(self._endpoint.guard(connection, self._refused))
+        reason = "closed by the frontend"
+        try:
+            await backend.run()
+        except ProtocolError as exc:
+            reason = self._last_error = exc.message
+            log.error("port %s: frontend disconnected: %s", self.name, exc.message)
+        except asyncio.CancelledError:
+            reason = "closed by the switch"
+            raise
+        finally:
+            guard.cancel()
+            # Its last act is to stop watching the listening socket, which `next` is to watch then.
+            await asyncio.gather(guard, return_exceptions=True)
+            self._backend = None
+            self._connected_at = None
+            self._was_ready = False
+            self._warning = None
+            self._faulted.clear()
+            self._astray.clear()
+            self.fast.rings.clear()
+            self._use_journal(journal)
+            await addresses.flush(self._engine.fdb, self.fast.id)
+            self._diagnosis.disconnected(self._last_error)
+            log.log(self._diagnosis.level, "port %s: disconnected: %s", self.name, reason)
+            self._notify("port-disconnected", reason)
+
+    def _refused(self, pid: int | None) -> None:
+        log.log(
+            logging.DEBUG if self._diagnosis.is_pattern else logging.WARNING,
+            "port %s: refused a second frontend (pid %s): one is connected already",
+            self.name, pid or "unknown",
+        )  # fmt: skip
+
+    def change(self, changes: dict[str, int | None]) -> None:
+        """Go on with other limits."""
+        self.settings = self.settings.model_copy(update=changes)
+        limits.apply(self.settings, self.fast, self._engine.fdb)
+
+    @property
+    def link(self) -> Literal["up", "down"]:
+        """What `set_link` said."""
+        return "down" if self.fast.link_down else "up"
+
+    async def set_link(self, up: bool) -> None:
+        """Let frames through or not, whatever frontends say.
+
+        While the link is down the port is to others as one that is down is in a bridge: what its
+        guest sends is dropped, its learned addresses are forgotten, so that frames for them are
+        flooded to the others, and what is for its static ones is dropped.
+        """
+        self.fast.link_down = not up
+        for index, ring in self.fast.rings.items():
+            ring.enabled = self._enabled.get(index, False) and up
+        await self._settle()
+        if not up:
+            # Its addresses are nobody's now: what is for them is flooded to the others.
+            await addresses.flush(self._engine.fdb, self.fast.id)
+        self._rings_changed()
+
+    # State
+
+    def _hint(self, size: int, text: str) -> str:
+        return self._diagnosis.of_fault(size, text)
+
+    def _fail(self, reason: str) -> None:
+        self._fault = reason
+        log.error("port %s: fault: %s", self.name, reason)
+        self._notify("port-fault", reason)
+
+    @property
+    def state(self) -> PortState:
+        if self._backend is None:
+            return self._endpoint.waiting_state
+        if self._fault is not None:
+            return "fault"
+        return "ready" if self._is_ready() else "connected"
+
+    def info(self) -> PortInfo:
+        backend = self._backend
+        negotiated = backend.features if backend else Feature(0)
+        protocol_features = backend.protocol_features if backend else ProtocolFeature(0)
+        return PortInfo(
+            name=self.name,
+            id=self.fast.id,
+            kind="vhost-user",
+            state=self.state,
+            link=self.link,
+            socket=str(self.settings.socket),
+            mode=self.settings.mode,
+            queues=self.settings.queues,
+            mtu=self.settings.mtu,
+            features=int(negotiated),
+            feature_names=[str(f.name) for f in negotiated],
+            frontend=self.settings.frontend,
+            withheld=[str(f.name) for f in features.withheld(self.settings)],
+            protocol_features=int(protocol_features),
+            protocol_feature_names=[str(f.name) for f in protocol_features],
+            peer_pid=backend.connection.peer_pid if backend else None,
+            connects=self._connects,
+            connected_since=self._connected_at,
+            error=self._error(),
+            warning=self._warning or self._postcopy_note() or self._note(),
+            macs=self._engine.fdb.learned(self.fast.id),
+            max_macs=limits.max_macs(self.settings, self._engine.fdb),
+            storm=limits.storm_info(self.settings),
+            memory=self._memory_info(),
+            rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
+        )
+
+    def _postcopy_note(self) -> str | None:
+        if self._postcopy is None or not self._postcopy.listening:
+            return None
+        if isinstance(self._translation, PortIotlb):
+            return "the guest is in postcopy migration: behind an IOMMU its rings wait for the end"
+        return (
+            "the guest is in postcopy migration: "
+            f"{self._postcopy.waited_for} pages of its memory are waited for"
+        )
+
+    def _note(self) -> str | None:
+        """What the frontend did not get although the port forwards, or why none comes."""
+        if self._backend is None:
+            return self._diagnosis.nobody_may if self._endpoint.problem is None else None
+        return self._diagnosis.reason if self._is_ready() else None
+
+    def _error(self) -> str | None:
+        if self._backend is None:
+            return self._endpoint.problem or self._last_error or self._diagnosis.reason
+        if self._fault is None and not self._is_ready():
+            return self._diagnosis.reason
+        return self._fault
+
+    def _memory_info(self) -> list[MemoryRegion]:
+        if self._memory is None:
+            return []
+        return [
+            MemoryRegion(gpa=gpa, size=size, uva=uva, mmap_offset=offset)
+            for gpa, size, uva, offset in self._memory.regions
+        ]
+
+    def _ring_info(self, index: int, ring: Ring) -> RingInfo:
+        fault = ring.fault if ring.started else None
+        return RingInfo(
+            index=index,
+            type="transmitq" if ring.is_transmitq else "receiveq",
+            size=ring.size,
+            started=ring.started or self._parking.holds(index),
+            enabled=ring.enabled,
+            avail_idx=ring.base & 0xFFFF,
+            used_idx=ring.used_idx,
+            fault=fault[1] if fault else None,
+        )
+
+    def _is_ready(self) -> bool:
+        return any(ring.started and ring.enabled for ring in self.fast.rings.values())
+
+    def _rings_changed(self) -> None:
+        ready = self._is_ready()
+        if any(ring.started for ring in self.fast.rings.values()):
+            self._diagnosis.rings_run()
+        if ready and not self._was_ready:
+            log.info("port %s: ready", self.name)
+            self._notify("port-ready", None)
+        self._was_ready = ready

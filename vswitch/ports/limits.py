@@ -1,0 +1,43 @@
+"""What one port may take of what all ports share: FDB entries and flooded frames."""
+
+from __future__ import annotations
+
+from vswitch.api import StormInfo
+from vswitch.config.settings import PortSettings, UplinkSettings
+from vswitch.fastpath.main.fdb import Fdb
+from vswitch.fastpath.main.port import Port
+
+_GUEST_SHARE = 8
+_UPLINK_SHARE = 2
+_MACS_MIN = 8
+"""What a port may learn in the smallest of tables."""
+
+
+def max_macs(settings: PortSettings | UplinkSettings, fdb: Fdb) -> int:
+    """The most addresses learned from a port: as configured, or a part of the FDB.
+
+    Behind an uplink there is a network, behind a port a guest.
+    """
+    share = _GUEST_SHARE if isinstance(settings, PortSettings) else _UPLINK_SHARE
+    wanted = settings.max_macs or max(_MACS_MIN, fdb.size // share)
+    return min(wanted, fdb.size)
+
+
+def apply(settings: PortSettings | UplinkSettings, port: Port, fdb: Fdb) -> None:
+    """Have workers keep to the limits of a port from now on."""
+    fdb.limit(port.id, max_macs(settings, fdb))
+    port.mac_limit_told = False
+    port.set_storm(
+        (settings.storm_broadcast, settings.storm_multicast, settings.storm_unknown),
+        settings.storm_burst,
+    )
+
+
+def storm_info(settings: PortSettings | UplinkSettings) -> StormInfo:
+    """The limits of storm control as `show` has them."""
+    return StormInfo(
+        broadcast=settings.storm_broadcast,
+        multicast=settings.storm_multicast,
+        unknown=settings.storm_unknown,
+        burst=settings.storm_burst,
+    )

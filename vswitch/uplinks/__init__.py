@@ -1,1 +1,0 @@
-"""Uplinks: interfaces of the host that a switch is joined to."""
