@@ -71,6 +71,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.main.pump"),
     extension("vswitch.fastpath.main.fdb"),
     extension("vswitch.fastpath.shared.turns"),
+    extension("vswitch.fastpath.shared.words"),
     extension("vswitch.lab.guest.driver"),
     extension("vswitch.lab.load.host_load"),
     extension("vswitch.lab.load.latency"),

@@ -128,26 +128,31 @@ class PortInfo(TypedDict):
     rings: list[RingInfo]
 
 
-class PortStats(TypedDict):
-    """Counters of a port since it was added.
+class PortCounters(TypedDict):
+    """What workers count for a port, by the names of `Counters` in fastpath/shared/types.pxd.
 
-    Ingress is from the guest or TAP into the switch, egress the other way. `drops` has frames by
-    reason, only reasons that occurred. `kicks` are notifications received, `calls` notifications
-    sent, `stalls` the times a receiveq was found without room, `macs_refused` the
-    times an address was not learned because the port or the FDB had no room.
+    Ingress is from the guest or TAP into the switch, egress the other way. `kicks` are
+    notifications received, `calls` notifications sent, `stalls` the times a receiveq was found
+    without room, `macs_refused` the times an address was not learned because the port or the FDB
+    had no room.
     """
 
-    name: str
-    id: int
     ingress_frames: int
     ingress_bytes: int
     egress_frames: int
     egress_bytes: int
-    drops: dict[str, int]
     kicks: int
     calls: int
     stalls: int
     macs_refused: int
+
+
+class PortStats(PortCounters):
+    """Counters of a port since it was added; `drops` has frames by reason, those that occurred."""
+
+    name: str
+    id: int
+    drops: dict[str, int]
 
 
 class FdbEntry(TypedDict):
@@ -202,8 +207,9 @@ class WorkerInfo(TypedDict):
     `frames` were taken in `bursts` by `loops` looks at all rings, in `busy_ns` altogether.
     `cycles_per_frame` are cycles of the machine's time-stamp counter in which the worker was busy,
     for each frame; None before the first one, and where the machine has no such counter.
-    `notify` is how it signals eventfds: "write" where the kernel has no AIO. `turns` counts the
-    present turn as far as it has come.
+    `notify` is how it signals eventfds: "write" where the kernel has no AIO. `events_lost` is how
+    often the main thread was too slow to be told something. `turns` counts the present turn as far
+    as it has come.
     """
 
     id: int
@@ -219,6 +225,7 @@ class WorkerInfo(TypedDict):
     busy_ns: int
     idle_ns: int
     cycles_per_frame: float | None
+    events_lost: int
     turns: TurnsInfo
     queues: list[QueueInfo]
 

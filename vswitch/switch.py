@@ -273,7 +273,7 @@ class Switch:
     ) -> Page[PortStats]:
         def one(port: AnyPort) -> tuple[PortStats, int]:
             counters = self._engine.stats(port.fast)
-            stats = PortStats(name=port.name, id=port.fast.id, **counters)
+            stats = cast(PortStats, {"name": port.name, "id": port.fast.id, **counters})
             return stats, _PORT_WEIGHT + len(self._engine.workers)
 
         if name is not None:

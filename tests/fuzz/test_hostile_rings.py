@@ -9,8 +9,7 @@ import races
 import ringcases
 from bed import PATTERN, PLACES, Bed, Violation, run_cases
 
-from vswitch.fastpath.main.engine import DROP_REASONS
-from vswitch.fastpath.main.port import RING_FAULTS
+from vswitch.fastpath.shared.words import DROP_REASONS, RING_FAULTS
 
 CASES = 3000
 RACES = 150

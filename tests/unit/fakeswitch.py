@@ -12,6 +12,7 @@ from vswitch.api import (
     Event,
     FdbEntry,
     Page,
+    PortCounters,
     PortInfo,
     PortStats,
     QueueInfo,
@@ -234,6 +235,7 @@ class FakeSwitch:
         names = list(self._ids) if name is None else [self.port(name)["name"]]
         stats: list[PortStats] = [
             {
+                **dict.fromkeys(PortCounters.__annotations__, 0),
                 "name": each,
                 "id": self._ids[each],
                 "ingress_frames": 1000,
@@ -243,8 +245,6 @@ class FakeSwitch:
                 "drops": {"runt": 3},
                 "kicks": 5,
                 "calls": 6,
-                "stalls": 0,
-                "macs_refused": 0,
             }
             for each in names
         ]
@@ -296,6 +296,7 @@ class FakeSwitch:
             "busy_ns": 5_000_000,
             "idle_ns": 95_000_000,
             "cycles_per_frame": 130.5,
+            "events_lost": 3,
             "turns": {
                 "last_10_s": {"longest_ns": 21_000, "run_delay_ns": 0, "own_ns": 21_000},
                 "last_minute": {

@@ -161,7 +161,7 @@ def test_narrow_terminals(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     values = {
         ("stats",): [name, "IN FRAMES 1000", "IN BYTES 1500000", "DROPPED FOR runt 3"],
         ("stats", "-w", "--interval", "0.1", "--count", "1"): [name, "IN FRAMES/S 0"],
-        ("worker", "show"): ["CYCLES/FRAME 130", "WAKEUPS 2", "NOTIFIES BY aio"],
+        ("worker", "show"): ["CYCLES/FRAME 130", "WAKEUPS 2", "EVENTS LOST 3", "NOTIFIES BY aio"],
     }
     for width in (40, 60, 80):
         monkeypatch.setenv("COLUMNS", str(width))
@@ -340,6 +340,7 @@ def test_uplinks_and_workers(run: Run) -> None:
         "10",
         "2",
         "2",
+        "3",
         "aio",
     ]
     shown = run("worker", "show", "--json").json

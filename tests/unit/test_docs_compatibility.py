@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.fastpath.main.engine import DROP_REASONS
+from vswitch.fastpath.shared.words import DROP_REASONS
 from vswitch.ports.datapath import FEATURES as PORT_FEATURES
 from vswitch.ports.offloads import offered
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
@@ -55,5 +55,7 @@ def test_named_tests_exist(path: str) -> None:
 def test_every_drop_reason_is_explained() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     table = text.partition("\n## Drops\n")[2]
-    explained = re.findall(r"^\| `([\w-]+)` \| (?:in|e)gress \| .+ \|$", table, re.MULTILINE)
-    assert explained == [name for name, _ in DROP_REASONS]
+    explained = re.findall(r"^\| `([\w-]+)` \| (?:in|e)gress \| (.+) \|$", table, re.MULTILINE)
+    assert [name for name, _ in explained] == [name for name, _ in DROP_REASONS]
+    for (name, said), (_, meaning) in zip(explained, DROP_REASONS, strict=True):
+        assert said.startswith(meaning), name

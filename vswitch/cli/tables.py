@@ -18,6 +18,7 @@ from vswitch.api import (
     EventLoopInfo,
     FdbEntry,
     LongestTurn,
+    PortCounters,
     PortInfo,
     PortStats,
     WorkerInfo,
@@ -162,38 +163,37 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
     yield "protocol features", f"{port['protocol_features']:#x} {names}".rstrip()
 
 
+_COUNTERS = tuple(PortCounters.__annotations__)
+_TRAFFIC = tuple(key for key in _COUNTERS if key.startswith(("ingress_", "egress_")))
+_OTHERS = tuple(key for key in _COUNTERS if key not in _TRAFFIC)
+_SELDOM = ("stalls", "macs_refused")
+"""Counters that are not worth a column of what happens in a second."""
+
+
+def _title(counter: str, *, rate: bool = False) -> str:
+    """The head of a counter's column: its name, but shorter."""
+    words = counter.split("_")
+    words = [{"ingress": "in", "egress": "out"}.get(word, word) for word in words]
+    text = " ".join(words).upper()
+    return f">{text.replace('BYTES', 'BIT')}/S" if rate else f">{text}"
+
+
 def _drops(drops: dict[str, int]) -> str:
     return ", ".join(f"{reason} {n}" for reason, n in sorted(drops.items()))
 
 
 def counters(stats: Sequence[PortStats]) -> RenderableType:
     """`stats`: ingress is from the guest into the switch."""
-    table = FittingTable(
-        "NAME",
-        ">IN FRAMES",
-        ">IN BYTES",
-        ">OUT FRAMES",
-        ">OUT BYTES",
-        ">DROPS",
-        ">KICKS",
-        ">CALLS",
-        ">STALLS",
-        ">MACS REFUSED",
-        "DROPPED FOR",
-    )
+    titles = [*map(_title, _TRAFFIC), ">DROPS", *map(_title, _OTHERS)]
+    table = FittingTable("NAME", *titles, "DROPPED FOR")
     for each in stats:
+        numbers: dict[str, Any] = {**each}
         _add(
             table,
             each["name"],
-            each["ingress_frames"],
-            each["ingress_bytes"],
-            each["egress_frames"],
-            each["egress_bytes"],
+            *(numbers[key] for key in _TRAFFIC),
             sum(each["drops"].values()),
-            each["kicks"],
-            each["calls"],
-            each["stalls"],
-            each["macs_refused"],
+            *(numbers[key] for key in _OTHERS),
             _drops(each["drops"]),
         )
     return table
@@ -203,24 +203,18 @@ def rates(
     before: Sequence[PortStats], now: Sequence[PortStats], interval_s: float
 ) -> RenderableType:
     """`stats --watch`: what happened between two looks, per second."""
-    table = FittingTable(
-        "NAME",
-        ">IN FRAMES/S",
-        ">IN BIT/S",
-        ">OUT FRAMES/S",
-        ">OUT BIT/S",
-        ">DROPS/S",
-        ">KICKS/S",
-        ">CALLS/S",
-        "DROPPED FOR",
-    )
+    others = [key for key in _OTHERS if key not in _SELDOM]
+    traffic_titles = [_title(key, rate=True) for key in _TRAFFIC]
+    other_titles = [_title(key, rate=True) for key in others]
+    table = FittingTable("NAME", *traffic_titles, ">DROPS/S", *other_titles, "DROPPED FOR")
     # By id: a port that was deleted and added again under its name starts anew.
     earlier = {each["id"]: each for each in before}
     for each in now:
         old = earlier.get(each["id"])
 
-        def rate(value: int, past: int) -> str:
-            return _scaled(max(value - past, 0) / interval_s)
+        def rate(key: str, now: Any = each, before: Any = old) -> str:
+            grown = max(now[key] - (before[key] if before else 0), 0)
+            return _scaled((8 if key.endswith("_bytes") else 1) * grown / interval_s)
 
         drops = {
             reason: n - (old["drops"].get(reason, 0) if old else 0)
@@ -230,13 +224,9 @@ def rates(
         _add(
             table,
             each["name"],
-            rate(each["ingress_frames"], old["ingress_frames"] if old else 0),
-            rate(8 * each["ingress_bytes"], 8 * old["ingress_bytes"] if old else 0),
-            rate(each["egress_frames"], old["egress_frames"] if old else 0),
-            rate(8 * each["egress_bytes"], 8 * old["egress_bytes"] if old else 0),
-            rate(sum(drops.values()), 0),
-            rate(each["kicks"], old["kicks"] if old else 0),
-            rate(each["calls"], old["calls"] if old else 0),
+            *map(rate, _TRAFFIC),
+            _scaled(sum(drops.values()) / interval_s),
+            *map(rate, others),
             _drops(drops),
         )
     return table
@@ -280,6 +270,7 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
         ">LOOPS",
         ">SLEEPS",
         ">WAKEUPS",
+        ">EVENTS LOST",
         "NOTIFIES BY",
     )
     for each in workers:
@@ -298,6 +289,7 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
             each["loops"],
             each["sleeps"],
             each["wakeups"],
+            each["events_lost"],
             each["notify"],
         )
     queues = FittingTable(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 from vswitch.api import QueueInfo, WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
@@ -113,25 +114,15 @@ class WorkerThreads:
             stats = worker.stats()
             frames, busy_ns = stats["frames"], stats["busy_ns"]
             per_frame = round(cycles_per_ns * busy_ns / frames, 1) if frames else None
-            found.append(
-                WorkerInfo(
-                    id=number,
-                    cpu=self._cpus[number] if self._cpus else None,
-                    rings=self._engine.n_transmitqs(number),
-                    state=stats["state"],
-                    loops=stats["loops"],
-                    bursts=stats["bursts"],
-                    frames=frames,
-                    sleeps=stats["sleeps"],
-                    wakeups=stats["wakeups"],
-                    notify=stats["notify"],
-                    busy_ns=busy_ns,
-                    idle_ns=stats["idle_ns"],
-                    cycles_per_frame=per_frame or None,
-                    turns=worker.turns(),
-                    queues=queues.get(number, []),
-                )
-            )
+            info = {
+                **stats,
+                "cpu": self._cpus[number] if self._cpus else None,
+                "rings": self._engine.n_transmitqs(number),
+                "cycles_per_frame": per_frame or None,
+                "turns": worker.turns(),
+                "queues": queues.get(number, []),
+            }
+            found.append(cast(WorkerInfo, info))
         return found
 
     def _run(self, worker: Worker, prepared: Future[None]) -> None:

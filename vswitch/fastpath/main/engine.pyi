@@ -1,36 +1,10 @@
-from typing import Literal, TypedDict
+from typing import Any
 
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port, Ring
 from vswitch.fastpath.shared.turns import Turns
 
-DROP_REASONS: tuple[tuple[str, str], ...]
-
 def cycles() -> tuple[int, int]: ...
-
-class WorkerStats(TypedDict):
-    id: int
-    state: Literal["busy", "sleeping"]
-    loops: int
-    bursts: int
-    frames: int
-    sleeps: int
-    wakeups: int
-    busy_ns: int
-    idle_ns: int
-    events_lost: int
-    notify: Literal["aio", "write"]
-
-class Counters(TypedDict):
-    ingress_frames: int
-    ingress_bytes: int
-    egress_frames: int
-    egress_bytes: int
-    kicks: int
-    calls: int
-    stalls: int
-    macs_refused: int
-    drops: dict[str, int]
 
 class Worker:
     @property
@@ -43,7 +17,7 @@ class Worker:
     def stop(self) -> None: ...
     def watch(self, fd: int, token: int) -> None: ...
     def unwatch(self, fd: int) -> None: ...
-    def stats(self) -> WorkerStats: ...
+    def stats(self) -> dict[str, Any]: ...
     def turns(self) -> Turns: ...
 
 class Engine:
@@ -79,7 +53,7 @@ class Engine:
     def uring_error(self) -> int: ...
     def signal(self, fd: int) -> None: ...
     def inject(self, port: Port, frame: bytes) -> None: ...
-    def stats(self, port: Port) -> Counters: ...
+    def stats(self, port: Port) -> dict[str, Any]: ...
     def n_transmitqs(self, worker: int) -> int: ...
     def take_events(self, most: int = 0xFFFFFFFF) -> list[tuple[str, int, int, int]]: ...
     def arm_events(self) -> bool: ...

@@ -14,23 +14,17 @@ import os
 
 from vswitch.fastpath.main.fdb import NO_LIMIT
 from vswitch.fastpath.shared.turns import open_schedstat
+from vswitch.fastpath.shared.words import DROP_REASONS, EVENT_NAMES
 
 from vswitch.fastpath.main.fdb cimport Fdb
 from vswitch.fastpath.main.port cimport Port, Ring
 from vswitch.fastpath.shared.turns cimport describe_turns, ticks_to_ns
 from vswitch.fastpath.shared.types cimport (
-    EVENT_IOTLB_MISS,
-    EVENT_MAC_LEARNED,
-    EVENT_MAC_LIMIT,
-    EVENT_MAC_MOVED,
-    EVENT_RING_FAULT,
     EVENT_SLOTS,
-    EVENT_TAP_LOST,
     FAULT_IOTLB_MISS,
     LINEAR_LEN,
     MAX_PORTS,
     MAX_WORKERS,
-    N_DROPS,
     STATE_RUNNING,
     STATE_SLEEPING,
     STATE_STOPPED,
@@ -88,34 +82,6 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
     int eventfd_write(int fd, uint64_t value)
     int EFD_NONBLOCK, EFD_CLOEXEC
-
-# One row a Drop, in the order of types.pxd: name and what it means.
-DROP_REASONS = (
-    ("runt", "shorter than an Ethernet header (14 bytes)"),
-    ("oversize", "longer than the ingress port's MTU allows"),
-    ("bad-source", "source address is a group address or all zeros"),
-    ("disabled", "the guest's queue is disabled"),
-    ("same-port", "destination is behind the port it came from"),
-    ("no-destination", "nobody else is there to take it"),
-    ("egress-down", "the destination's port has no running receive queue"),
-    ("ring-fault", "the receiving guest's ring is broken"),
-    ("no-buffer", "the receiving guest had no receive buffer posted"),
-    ("buffer-small", "the receiving guest's buffer is too small and not mergeable"),
-    ("egress-mtu", "longer than the egress port's MTU allows"),
-    ("tap-busy", "the TAP's queue is full"),
-    ("tap-down", "the TAP interface is down"),
-    ("tap-error", "the kernel refused the frame"),
-    ("link-down", "the link of the port it came from was set down"),
-    ("offload-unnegotiated", "asks for an offload that was not negotiated"),
-    ("bad-csum", "the checksum to be filled in is not in the frame, or not where its kind has it"),
-    ("bad-gso", "is to be segmented and is no such frame, or gso_size makes no sense"),
-    ("storm-broadcast", "more broadcast frames a second than the port may send"),
-    ("storm-multicast", "more multicast frames a second than the port may send"),
-    ("storm-unknown", "more frames a second to unknown addresses than the port may send"),
-    ("iotlb-miss", "the receiving guest's frontend has not yet told where its buffer lies"),
-    ("page-missing", "the receiving guest is in postcopy migration and its buffer has not yet come"),
-    ("buffer-pieces", "the receiving guest's buffers are in so many pieces that it sits out some turns"),
-)
 
 FOREVER = (1 << 64) - 1
 
@@ -601,35 +567,20 @@ cdef class Engine:
     def stats(self, Port port):
         """Counters of a port, summed over the workers, read while they run."""
         cdef Worker worker
-        cdef Counters *c
-        cdef uint64_t ingress_frames = 0, ingress_bytes = 0, egress_frames = 0, egress_bytes = 0
-        cdef uint64_t kicks = 0, calls = 0, stalls = 0, refused = 0
-        cdef uint64_t drops[N_DROPS]
-        cdef int i
-        memset(drops, 0, sizeof(drops))
+        cdef Counters total
+        cdef uint64_t *sums = <uint64_t *>&total
+        cdef uint64_t *theirs
+        cdef size_t i
+        memset(&total, 0, sizeof(total))
         for worker in self.workers:
-            c = &worker.c.counters[port.c.id]
-            ingress_frames += vs_load64(&c.ingress_frames)
-            ingress_bytes += vs_load64(&c.ingress_bytes)
-            egress_frames += vs_load64(&c.egress_frames)
-            egress_bytes += vs_load64(&c.egress_bytes)
-            kicks += vs_load64(&c.kicks)
-            calls += vs_load64(&c.calls)
-            stalls += vs_load64(&c.stalls)
-            refused += vs_load64(&c.macs_refused)
-            for i in range(N_DROPS):
-                drops[i] += vs_load64(&c.drops[i])
-        return {
-            "ingress_frames": ingress_frames,
-            "ingress_bytes": ingress_bytes,
-            "egress_frames": egress_frames,
-            "egress_bytes": egress_bytes,
-            "kicks": kicks,
-            "calls": calls,
-            "stalls": stalls,
-            "macs_refused": refused,
-            "drops": {DROP_REASONS[i][0]: drops[i] for i in range(N_DROPS) if drops[i]},
-        }
+            theirs = <uint64_t *>&worker.c.counters[port.c.id]
+            for i in range(sizeof(Counters) // sizeof(uint64_t)):
+                sums[i] += vs_load64(&theirs[i])
+        cdef dict found = total  # by the names of its fields
+        del found["held_until"]
+        drops = zip(DROP_REASONS, found["drops"], strict=True)
+        found["drops"] = {name: count for (name, _), count in drops if count}
+        return found
 
     def take_events(self, uint32_t most=0xFFFFFFFF):
         """What the workers have to tell, as (name, port number, other, key) tuples; `most` of it.
@@ -640,14 +591,6 @@ cdef class Engine:
         """
         cdef Worker worker
         cdef int i
-        names = {
-            EVENT_MAC_LEARNED: "mac-learned",
-            EVENT_MAC_MOVED: "mac-moved",
-            EVENT_RING_FAULT: "ring-fault",
-            EVENT_TAP_LOST: "tap-lost",
-            EVENT_MAC_LIMIT: "mac-limit",
-            EVENT_IOTLB_MISS: "iotlb-miss",
-        }
         found = []
         for i in range(<int>self.shared.n_workers):
             if <uint32_t>len(found) == most:
@@ -656,7 +599,7 @@ cdef class Engine:
             worker = self.workers[self.events_from]
             self.events_from = (self.events_from + 1) % <int>self.shared.n_workers
             for kind, port, other, key in worker._check(most - <uint32_t>len(found)):
-                found.append((names[kind], port, other, key))
+                found.append((EVENT_NAMES[kind], port, other, key))
         return found
 
     def n_transmitqs(self, int worker):

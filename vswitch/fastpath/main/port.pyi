@@ -5,7 +5,6 @@ from vswitch.fastpath.main.journal import Journal
 from vswitch.fastpath.main.mapping import DirtyLog, Memory
 
 MAX_VRINGS: Final[int]
-RING_FAULTS: tuple[tuple[str, str], ...]
 
 class RingError(ValueError): ...
 

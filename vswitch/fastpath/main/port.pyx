@@ -3,6 +3,8 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
+from vswitch.fastpath.shared.words import RING_FAULTS
+
 from vswitch.fastpath.main.iotlb cimport IotlbTables
 from vswitch.fastpath.main.joined cimport RingPlace
 from vswitch.fastpath.main.journal cimport Journal, recover_packed, recover_split
@@ -30,6 +32,7 @@ from vswitch.fastpath.shared.types cimport (
     MAX_CHAIN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
+    MAX_RING_SIZE,
     MAX_WIRE_LEN,
     OFFLOAD_CSUM,
     N_STORM,
@@ -63,28 +66,6 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef extern from "<string.h>" nogil:
     void *memset(void *s, int c, size_t n)
-
-# One row a Fault, in the order of types.pxd: name and a text for value and detail.
-RING_FAULTS = (
-    ("", ""),
-    ("avail-index", "avail index {0} is more than the ring's size ahead of {1}"),
-    ("bad-head", "the avail ring names descriptor {0}, the ring has {1}"),
-    ("bad-next", "a descriptor's next is {0}, its table has {1} entries"),
-    ("chain-too-long", "a chain of {0} or more descriptors, its table has {1} entries"),
-    ("bad-address", "buffer address {0:#x}, length {1}, is outside the guest memory"),
-    ("bad-direction", "descriptor {1} has flags {0:#x}: wrong direction for this queue"),
-    ("indirect-length", "descriptor {1} points to an indirect table of {0} bytes"),
-    ("indirect-nested", "descriptor {1} has flags {0:#x}: an indirect table inside a chain"),
-    ("indirect-unoffered", "descriptor {1} has flags {0:#x}: indirect without negotiation"),
-    ("empty-buffer", "the receive chain at descriptor {0} has no room at all"),
-    (
-        "short-buffer",
-        "a receive buffer has {0} bytes, and each must hold the virtio-net header's {1}",
-    ),
-    ("iommu-permission", "the IOMMU does not let the device have I/O virtual address {0:#x} this way"),
-    ("", ""),  # waits for its frontend to translate an address, which is no fault
-)
-
 
 MAX_VRINGS = 2 * MAX_QUEUE_PAIRS
 """The most virtqueues of a port."""
@@ -167,8 +148,8 @@ cdef class Ring:
         if self.started:
             raise RingError("the ring is running already")
         if packed:
-            if not 1 <= size <= 32768:
-                raise RingError(f"size {size} is not between 1 and 32768")
+            if not 1 <= size <= MAX_RING_SIZE:
+                raise RingError(f"size {size} is not between 1 and {MAX_RING_SIZE}")
             if base & 0x7FFF >= size:
                 raise RingError(f"base {base:#x} is a position beyond the ring's {size} entries")
             # 2.8.10.1: the two event suppression structures, where a split ring has its other parts.
@@ -178,8 +159,8 @@ cdef class Ring:
                 ("device event suppression", used_uva, 4, 4),
             )
         else:
-            if size == 0 or size > 32768 or size & (size - 1):
-                raise RingError(f"size {size} is not a power of two from 1 to 32768")
+            if size == 0 or size > MAX_RING_SIZE or size & (size - 1):
+                raise RingError(f"size {size} is not a power of two from 1 to {MAX_RING_SIZE}")
             parts = (
                 ("descriptor table", desc_uva, 16, 16 * size),
                 ("avail ring", avail_uva, 2, 6 + 2 * size),

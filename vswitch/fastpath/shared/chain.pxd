@@ -19,6 +19,7 @@ from vswitch.fastpath.shared.types cimport (
     FAULT_NONE,
     FAULT_PERMISSION,
     MAX_CHAIN,
+    MAX_RING_SIZE,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
@@ -171,7 +172,7 @@ cdef inline int check_indirect(RingC *ring, const VringDesc *desc, uint32_t inde
     if not ring.indirect:
         ring_fault(ring, FAULT_INDIRECT_UNOFFERED, desc.flags, index)
         return -1
-    if desc.len == 0 or desc.len & 15 or desc.len > 16 * 32768:
+    if desc.len == 0 or desc.len & 15 or desc.len > 16 * MAX_RING_SIZE:
         ring_fault(ring, FAULT_INDIRECT_LEN, desc.len, index)
         return -1
     return 0

@@ -16,6 +16,7 @@ cdef enum:
     MAX_PORTS = 1024
     MAX_WORKERS = 64
     MAX_QUEUE_PAIRS = 128
+    MAX_RING_SIZE = 32768  # entries (VIRTIO 1.2, 2.7 and 2.8.10.1)
     BURST = 64             # frames taken from one ring before the next ring has its turn, and
                            # copies that a turn may cost without others being waited for
     MAX_CHAIN = 1023       # descriptors in a chain; vhost-net's limit, and fits IOV_MAX with a header
@@ -23,8 +24,9 @@ cdef enum:
     MAX_REGIONS = 64       # memory regions of a port
     ETH_HLEN = 14
     VLAN_HLEN = 4
-    MAX_FRAME_LEN = 65557  # 65535 bytes of payload, Ethernet header and two VLAN tags
-    MAX_WIRE_LEN = 65553   # the same as an MTU counts it: without the second tag
+    MAX_MTU = 65535
+    MAX_FRAME_LEN = MAX_MTU + ETH_HLEN + 2 * VLAN_HLEN
+    MAX_WIRE_LEN = MAX_MTU + ETH_HLEN + VLAN_HLEN  # as an MTU counts it: without the second tag
     VNET_HDR_MAX = 12
     EVENT_SLOTS = 1024     # events a worker can have waiting for the main thread
     EVENT_RESERVE = 64     # ... of which so many are for faults only
@@ -87,7 +89,7 @@ cdef struct MemTable:      # main; immutable once made
     MemTable *known        # of an IOTLB: all there is in it, readable or writable or neither
     Region regions[MAX_REGIONS]  # or more: as many as were allocated
 
-# Why a frame went no further. The order is that of DROP_REASONS in engine.pyx.
+# Why a frame went no further. words.pyx has a row for each.
 cdef enum:
     DROP_RUNT
     DROP_OVERSIZE
@@ -122,7 +124,7 @@ cdef enum StormKind:
     STORM_UNKNOWN          # unicast to an address that is not known
     N_STORM
 
-# What is wrong with a ring. The order is that of RING_FAULTS in port.pyx.
+# What is wrong with a ring. words.pyx has a row for each.
 cdef enum Fault:
     FAULT_NONE
     FAULT_AVAIL_IDX        # value: avail.idx, detail: last avail index seen
@@ -140,8 +142,11 @@ cdef enum Fault:
     FAULT_IOTLB_MISS       # value: IOVA, detail: serial of the table without it, shifted by one; below
                            # that whether it was to be read, whatever else the ring does. No fault:
                            # the ring waits until there is another table
+    N_FAULTS
 
-cdef struct Counters:      # one a worker and port; written by that worker only
+# One a worker and port; written by that worker only. Engine.stats has them by these names, so that
+# nothing but numbers of this size may be here.
+cdef struct Counters:
     uint64_t ingress_frames
     uint64_t ingress_bytes
     uint64_t egress_frames
@@ -300,6 +305,7 @@ cdef struct View:          # main; immutable once published
     PortView ports[MAX_PORTS]
     WorkerView workers[MAX_WORKERS]
 
+# What a worker tells the main thread. words.pyx has a row for each.
 cdef enum EventKind:
     EVENT_MAC_LEARNED
     EVENT_MAC_MOVED
@@ -307,6 +313,7 @@ cdef enum EventKind:
     EVENT_TAP_LOST
     EVENT_MAC_LIMIT
     EVENT_IOTLB_MISS
+    N_EVENTS
 
 cdef struct EventC:
     uint64_t key           # MAC and VLAN
