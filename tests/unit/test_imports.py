@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vswitch"
 
-BASE = ("vswitch._version", "vswitch.errors")
+BASE = ("vswitch._version", "vswitch.bounds", "vswitch.errors")
 CLIENT = ("vswitch.control.client", "vswitch.api", "vswitch.control.protocol")
 LAB = ("vswitch.lab.errors", "vswitch.lab.programs", "vswitch.lab.requirements")
 
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch": (*BASE, "vswitch.control.client"),
     "vswitch.__main__": ("vswitch.cli",),
     "vswitch._version": (),
+    "vswitch.bounds": (),
     "vswitch.errors": (),
     "vswitch.config": BASE,
     "vswitch.config.feature_names": (),

@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vswitch.bounds import MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX, WORKERS_MAX
 from vswitch.config import feature_names
 from vswitch.config.feature_names import Frontend
 
@@ -34,8 +35,6 @@ SUN_PATH_LEN_MAX = 107
 """Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
 INTERFACE_NAME_LEN_MAX = 15
 """Bytes of an interface's name: IFNAMSIZ is 16 with the terminating NUL."""
-QUEUES_MAX = 128
-WORKERS_MAX = 64
 CPU_MAX = 1023
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -203,7 +202,7 @@ Permissions = Annotated[str, AfterValidator(check_permissions)]
 Owner = Annotated[str, AfterValidator(_check_owner)]
 Group = Annotated[str, AfterValidator(_check_group)]
 Cpu = Annotated[int, AfterValidator(_check_cpu)]
-Mtu = Annotated[int, Field(ge=68, le=65535)]
+Mtu = Annotated[int, Field(ge=MTU_MIN, le=MTU_MAX)]
 MacLimit = Annotated[int, Field(ge=1, le=1_048_576)]
 WorkerNumber = Annotated[int, Field(ge=0, le=WORKERS_MAX - 1)]
 StormRate = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -298,7 +297,7 @@ class PortSettings(_Model):
     permissions: Permissions | None = Field(
         default=None, description='octal permissions of the socket such as "0660" (server mode)'
     )
-    queues: int = Field(default=1, ge=1, le=QUEUES_MAX, description="most queue pairs")
+    queues: int = Field(default=1, ge=1, le=QUEUE_PAIRS_MAX, description="most queue pairs")
     mtu: Mtu | None = Field(
         default=None, description="largest MTU that the guest may use, in bytes; not told to it"
     )

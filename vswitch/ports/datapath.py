@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from vswitch.bounds import MTU_MAX
 from vswitch.config.settings import PortSettings
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.journal import Journal
@@ -278,7 +279,7 @@ class PortDatapath(PortMemory):
 
     def _limit_mtu(self, negotiated: int | None) -> None:
         mtu = negotiated or self.settings.mtu
-        self.fast.max_len = 65535 + ETH_OVERHEAD if mtu is None else mtu + ETH_OVERHEAD
+        self.fast.max_len = (MTU_MAX if mtu is None else mtu) + ETH_OVERHEAD
 
     def ring_fault(self, index: int) -> None:
         """A worker stopped a ring for what its driver did; the port is at fault until a reset."""

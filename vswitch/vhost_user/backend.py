@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 
+from vswitch.bounds import MTU_MAX, MTU_MIN
 from vswitch.errors import ProtocolError
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel, take_socket
@@ -46,9 +47,6 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.PAGEFAULT
 )
 """What the backend offers in GET_PROTOCOL_FEATURES, the last one where the datapath can."""
-
-MTU_MIN = 68
-MTU_MAX = 65535
 
 
 class Backend(MemoryRequests, RingRequests, IotlbRequests):

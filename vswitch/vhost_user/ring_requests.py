@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vswitch.bounds import RING_SIZE_MAX
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.connection import Message
 from vswitch.vhost_user.descriptors import close_fd
@@ -16,7 +17,7 @@ from vswitch.vhost_user.protocol import (
     MalformedError,
     VringState,
 )
-from vswitch.vhost_user.vring import SIZE_MAX, Vring, check_eventfd
+from vswitch.vhost_user.vring import Vring, check_eventfd
 
 # The addresses a frontend may leave unaligned are none: VIRTIO 1.2 section 2.7.
 _ALIGNMENT = (("desc_uva", 16), ("used_uva", 4), ("avail_uva", 2))
@@ -29,10 +30,10 @@ class RingRequests(Device):
         index, size = protocol.decode_vring_state(message.payload)
         vring = self._vring("SET_VRING_NUM", index)
         packed = Feature.RING_PACKED in self.features
-        if not 0 < size <= SIZE_MAX or (size & (size - 1) and not packed):
+        if not 0 < size <= RING_SIZE_MAX or (size & (size - 1) and not packed):
             raise MalformedError(
                 f"SET_VRING_NUM: num {size} of vring {index} "
-                f"is not {'a number' if packed else 'a power of two'} from 1 to {SIZE_MAX}"
+                f"is not {'a number' if packed else 'a power of two'} from 1 to {RING_SIZE_MAX}"
             )
         if size != vring.size:
             await self._change(vring, size=size)

@@ -10,8 +10,6 @@ from vswitch.vhost_user.datapath import RingLog, RingSetup, ring_areas
 from vswitch.vhost_user.descriptors import close_fd, found_of
 from vswitch.vhost_user.protocol import Feature, MalformedError
 
-SIZE_MAX = 32768
-
 
 @dataclass(slots=True)
 class Vring:

@@ -31,6 +31,7 @@ from vswitch.lab.guest.vring cimport (
     Piece,
 )
 
+from vswitch.bounds import RING_SIZE_MAX
 from vswitch.lab.guest.errors import DeviceError
 
 MAX_PIECES = 64
@@ -78,10 +79,10 @@ cdef class VirtQueue:
     ):
         cdef uint32_t i, j
         cdef Piece *piece
-        if not 2 <= size <= 32768 or (size & (size - 1) and not packed):
+        if not 2 <= size <= RING_SIZE_MAX or (size & (size - 1) and not packed):
             raise ValueError(
                 f"{name}: size {size} is no {'number' if packed else 'power of two'} "
-                "from 2 to 32768"
+                f"from 2 to {RING_SIZE_MAX}"
             )
         if not slots or not 1 <= len(slots[0]) <= C_MAX_PIECES:
             raise ValueError(f"{name}: needs slots of 1 to {C_MAX_PIECES} pieces")

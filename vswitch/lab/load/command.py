@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import click
 
+from vswitch.bounds import RING_SIZE_MAX
 from vswitch.lab.errors import LabError
 from vswitch.lab.load.bench import MAX_FRAME_LEN, MIN_FRAME_LEN, Options, measure
 
@@ -45,8 +46,8 @@ def _on_cpu(cpu: int | None) -> Iterator[None]:
     help="How long to send.",
 )  # fmt: skip
 @click.option(
-    "--window", type=click.IntRange(1, 32768), default=128, show_default=True, metavar="FRAMES",
-    help="Most frames under way in a direction.",
+    "--window", type=click.IntRange(1, RING_SIZE_MAX), default=128, show_default=True,
+    metavar="FRAMES", help="Most frames under way in a direction.",
 )  # fmt: skip
 @click.option("--packed", is_flag=True, help="Use packed virtqueues in place of split ones.")
 @click.option("--both", is_flag=True, help="Send in both directions at once.")
