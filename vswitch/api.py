@@ -18,14 +18,13 @@ from typing import (
     TypeVar,
 )
 
+from vswitch.bounds import PAGE_MAX as PAGE_MAX
+
 if TYPE_CHECKING:
     # The client imports this module and must start quickly, hence without pydantic.
     from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 
 T = TypeVar("T")
-
-PAGE_MAX = 256
-"""Most elements of a page."""
 
 PortKind = Literal["vhost-user", "tap"]
 PortState = Literal["listening", "connecting", "connected", "ready", "fault", "up", "down"]
@@ -79,25 +78,15 @@ class RingInfo(TypedDict):
     fault: str | None
 
 
-class StormInfo(TypedDict):
-    """Frames a second of each kind that a port may have flooded, and how many at once.
-
-    None: no limit, and a burst of what a tenth of a second has.
-    """
-
-    broadcast: int | None
-    multicast: int | None
-    unknown: int | None
-    burst: int | None
-
-
 class PortInfo(TypedDict):
     """A guest's port or an uplink.
 
     `link` is what `set_link` said, `mtu` is in bytes, `connected_since` a Unix time in seconds,
     `frontend` is that of the settings, `withheld` names the features that are not offered because
     of it or of `features` (both for guests' ports only),
-    `macs` how many MAC addresses were learned from it, of `max_macs` at most, `error` why the port
+    `macs` how many MAC addresses were learned from it, of `max_macs` at most, `storm` has the
+    frames a second of each kind that it may have flooded, and at once (`burst`), `limits` what
+    `set_port` changes, by its names: None where nothing was said. `error` is why the port
     does not forward, `warning` what is worth knowing although it does.
     """
 
@@ -123,7 +112,8 @@ class PortInfo(TypedDict):
     warning: str | None
     macs: int
     max_macs: int
-    storm: StormInfo
+    storm: dict[str, int | None]
+    limits: dict[str, int | None]
     memory: list[MemoryRegion]
     rings: list[RingInfo]
 

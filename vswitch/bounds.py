@@ -15,3 +15,7 @@ MTU_MIN = 68
 """Bytes: what IPv4 takes at least (RFC 791)."""
 MTU_MAX = 65535
 """Bytes: as much as an IP packet can have."""
+SUN_PATH_LEN_MAX = 107
+"""Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
+PAGE_MAX = 256
+"""Elements of a page of what can be asked in pages."""

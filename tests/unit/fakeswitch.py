@@ -19,6 +19,7 @@ from vswitch.api import (
     Unsaved,
     WorkerInfo,
 )
+from vswitch.config.keys import RUNTIME_KEYS
 from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.errors import ExistsError, NotFoundError, SocketError
 from vswitch.host.unixsocket import listen, unlink_if_ours
@@ -171,6 +172,7 @@ class FakeSwitch:
             "macs": 0,
             "max_macs": 8192,
             "storm": {"broadcast": None, "multicast": None, "unknown": None, "burst": None},
+            "limits": dict.fromkeys(RUNTIME_KEYS),
             "memory": [],
             "rings": [],
         }
@@ -190,6 +192,7 @@ class FakeSwitch:
                     "unknown": port.storm_unknown,
                     "burst": port.storm_burst,
                 },
+                limits={name: getattr(port, name) for name in RUNTIME_KEYS},
                 features=1 << 32 | 1 << 15,
                 feature_names=["MRG_RXBUF", "VERSION_1"],
                 protocol_features=1,

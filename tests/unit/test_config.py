@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from vswitch.config.keys import RUNTIME_KEYS, PortKeys, Row, RuntimeKeys, UplinkKeys, rows
 from vswitch.config.read import ConfigFileError, load, parse, port_settings, uplink_settings
 from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.errors import ConfigError
@@ -306,6 +309,44 @@ def test_the_commented_example_names_every_key() -> None:
     for key in {key for model in models for key in model.model_fields}:
         assert f"\n{key} = " in text or f"\n# {key} = " in text, key
     assert load(CONFIG / "ports.toml").switch == SwitchSettings()
+
+
+@pytest.mark.parametrize("row", (rows(PortKeys) | rows(RuntimeKeys)).values(), ids=lambda r: r.name)
+def test_the_commented_example_explains_every_key_of_a_port(row: Row) -> None:
+    """Bounds and defaults with it: documents refer to it for those."""
+    text = (CONFIG / "ports.toml").read_text().partition("\n[[port]]\n")[2]
+    (block,) = [
+        block
+        for block in text.partition("\n[[port]]\n")[0].split("\n\n")
+        if re.search(rf"^(# )?{row.name} = ", block, re.M)
+    ]
+    assert block.startswith("#") or row.name == "name"
+    if row.key.least is not None:
+        assert f"{row.key.least} to {row.key.most}" in block
+    assert ("`vswitchctl set-port` changes" in block) == (row.name in RUNTIME_KEYS)
+    if row.default:
+        written = json.dumps(row.default)  # as TOML has texts, numbers and truth
+        assert re.search(rf"^{row.name} = {re.escape(written)}$", block, re.M)
+
+
+def test_models_have_the_keys_and_no_others() -> None:
+    for model, keys in ((PortSettings, PortKeys), (UplinkSettings, UplinkKeys)):
+        assert list(model.model_fields) == [*rows(keys), *RUNTIME_KEYS]
+        for row in (*rows(keys).values(), *rows(RuntimeKeys).values()):
+            assert row.key.text
+            field = model.model_fields[row.name]
+            assert field.default == row.default or field.is_required()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(0, "must be at least 1"), (1 << 20, None), ((1 << 20) + 1, "at most")]
+)
+def test_bounds_are_those_of_the_key(value: int, reason: str | None) -> None:
+    text = port(max_macs=value)
+    if reason is None:
+        assert parse(text).ports[0].max_macs == value
+    else:
+        assert reason in lines(text)[0]
 
 
 def test_the_demo_has_three_ports_and_a_tap() -> None:

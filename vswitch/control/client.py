@@ -6,26 +6,14 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from vswitch._version import __version__
-from vswitch.api import (
-    PAGE_MAX,
-    Event,
-    EventLoopInfo,
-    EventName,
-    FdbEntry,
-    HelloInfo,
-    PortInfo,
-    PortStats,
-    Unsaved,
-    VersionInfo,
-    WorkerInfo,
-)
+from vswitch.bounds import PAGE_MAX
 from vswitch.control.protocol import (
     PROTOCOL_VERSION,
     ControlError,
@@ -39,7 +27,21 @@ from vswitch.control.protocol import (
     temporary_directory,
 )
 from vswitch.errors import ProtocolError
-from vswitch.host.unixsocket import connect_error
+
+if TYPE_CHECKING:
+    # Programs that talk to a switch start quickly: of these they need the names only.
+    from vswitch.api import (
+        Event,
+        EventLoopInfo,
+        EventName,
+        FdbEntry,
+        HelloInfo,
+        PortInfo,
+        PortStats,
+        Unsaved,
+        VersionInfo,
+        WorkerInfo,
+    )
 
 _EVENTS_HELD_MAX = 65536
 _CHUNK_LEN = 1 << 16
@@ -107,6 +109,8 @@ class Client:
                 self.path = path
                 return
         assert failed is not None
+        from vswitch.host.unixsocket import connect_error  # for those who fail
+
         error = connect_error(self.path, failed, "control")
         others = [str(path) for path in paths if path != self.path]
         if others and isinstance(failed, FileNotFoundError | ConnectionRefusedError):
@@ -135,7 +139,7 @@ class Client:
 
     def version(self) -> VersionInfo:
         """Versions, process and uptime of the switch."""
-        return cast(VersionInfo, self._call("version"))
+        return cast("VersionInfo", self._call("version"))
 
     def settings(self) -> dict[str, Any]:
         """The running configuration: `switch`, `ports`, `uplinks` with the keys of ports.toml."""
@@ -158,7 +162,7 @@ class Client:
         """
         absolute = None if path is None else str(Path(path).absolute())
         result = self._call("save", path=absolute, force=force)
-        self.unsaved = cast(Unsaved, result["unsaved"])
+        self.unsaved = cast("Unsaved", result["unsaved"])
         return Path(result["path"])
 
     def stop(self) -> None:
@@ -168,48 +172,10 @@ class Client:
 
     # Ports and uplinks.
 
-    def add_port(
-        self,
-        name: str,
-        socket: Path | str,
-        *,
-        mode: str = "server",
-        queues: int = 1,
-        mtu: int | None = None,
-        owner: str | None = None,
-        group: str | None = None,
-        permissions: str | None = None,
-        offloads: bool | list[str] = True,
-        frontend: str | None = None,
-        features: Sequence[str] = (),
-        worker: int | None = None,
-        **limits: int | None,
-    ) -> PortInfo:
-        """Open a vhost-user port; `queues` counts queue pairs, `mtu` is in bytes.
-
-        `offloads`: all, none, or those of settings.OFFLOADS that are named.
-        `frontend`: one of feature_names.FRONTENDS; `features`: names of virtio features, behind a
-        `-` not to be offered. `worker` polls all of its queues. `limits` as for `set_port`.
-        """
-        return cast(
-            PortInfo,
-            self._call(
-                "add_port",
-                name=name,
-                socket=str(Path(socket).absolute()),
-                mode=mode,
-                queues=queues,
-                mtu=mtu,
-                owner=owner,
-                group=group,
-                permissions=permissions,
-                offloads=offloads,
-                frontend=frontend,
-                features=list(features),
-                worker=worker,
-                **limits,
-            ),
-        )
+    def add_port(self, name: str, socket: Path | str, **settings: Any) -> PortInfo:
+        """Open a vhost-user port. `settings` are keys of a `[[port]]` table (config/ports.toml)."""
+        path = str(Path(socket).absolute())
+        return cast("PortInfo", self._call("add_port", name=name, socket=path, **settings))
 
     def del_port(self, name: str) -> None:
         """Close a vhost-user port."""
@@ -221,31 +187,11 @@ class Client:
 
     def port(self, name: str) -> PortInfo:
         """One port or uplink."""
-        return cast(PortInfo, self._call("port", name=name))
+        return cast("PortInfo", self._call("port", name=name))
 
-    def add_uplink(
-        self,
-        name: str,
-        *,
-        type: str = "tap",
-        mtu: int | None = None,
-        bridge: str | None = None,
-        offloads: bool | list[str] = True,
-        **limits: int | None,
-    ) -> PortInfo:
-        """Open a TAP interface, created if need be. `offloads` and `limits` as for `add_port`."""
-        return cast(
-            PortInfo,
-            self._call(
-                "add_uplink",
-                name=name,
-                type=type,
-                mtu=mtu,
-                bridge=bridge,
-                offloads=offloads,
-                **limits,
-            ),
-        )
+    def add_uplink(self, name: str, **settings: Any) -> PortInfo:
+        """Open a TAP interface, created if need be. `settings` are keys of an `[uplink]` table."""
+        return cast("PortInfo", self._call("add_uplink", name=name, **settings))
 
     def del_uplink(self, name: str) -> None:
         """Close an uplink."""
@@ -257,7 +203,7 @@ class Client:
 
     def event_loop(self) -> EventLoopInfo:
         """The loop of the main thread."""
-        return cast(EventLoopInfo, self._call("event_loop"))
+        return cast("EventLoopInfo", self._call("event_loop"))
 
     def workers(self) -> list[WorkerInfo]:
         """The poll threads."""
@@ -279,15 +225,15 @@ class Client:
         return int(self._call("worker_rebalance")["moved"])
 
     def set_port(self, name: str, **changes: int | None) -> PortInfo:
-        """Change limits of a port or uplink; None for the default.
+        """Change what can be changed while a port or uplink runs; None for the default.
 
-        `changes`: max_macs, storm_broadcast, storm_multicast, storm_unknown, storm_burst.
+        `changes`: keys of its table, those of `RuntimeKeys` in vswitch/config/keys.py.
         """
-        return cast(PortInfo, self._call("set_port", name=name, **changes))
+        return cast("PortInfo", self._call("set_port", name=name, **changes))
 
     def set_link(self, name: str, up: bool) -> PortInfo:
         """Switch a port's link on or off: while off, all frames from and to it are dropped."""
-        return cast(PortInfo, self._call("set_link", name=name, up=up))
+        return cast("PortInfo", self._call("set_link", name=name, up=up))
 
     # MAC addresses.
 
@@ -428,7 +374,7 @@ class Client:
             if len(self._events) >= _EVENTS_HELD_MAX:
                 self._events.popleft()
                 self.events_lost += 1
-            self._events.append(cast(Event, message.params))
+            self._events.append(cast("Event", message.params))
         elif message.method == "lost":
             self.events_lost += int(message.params.get("count", 0))
 

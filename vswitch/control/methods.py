@@ -7,22 +7,13 @@ import difflib
 import logging
 import os
 import platform
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_args
+from typing import Any, NamedTuple, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel
 
 from vswitch._version import __version__
 from vswitch.api import (
@@ -35,22 +26,28 @@ from vswitch.api import (
     TurnsInfo,
     VersionInfo,
 )
-from vswitch.config.read import problems_of
-from vswitch.config.settings import (
-    LogLevel,
-    MacLimit,
-    PortSettings,
-    Settings,
-    StormRate,
-    UplinkSettings,
+from vswitch.config.settings import PortSettings, Settings, UplinkSettings
+from vswitch.control.params import (
+    FdbAddParams,
+    FdbKeyParams,
+    HelloParams,
+    LogLevelParams,
+    MaybePortParams,
+    NameParams,
+    NoParams,
+    PageParams,
+    SaveParams,
+    SetLinkParams,
+    SetPortParams,
+    StatsParams,
+    SubscribeParams,
+    WorkerPinParams,
+    checked,
 )
 from vswitch.control.protocol import PROTOCOL_VERSION, ControlError, Packed, pack
 from vswitch.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-_MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
-_PROBLEMS_MAX = 16  # told of one request
-_P = TypeVar("_P", bound=BaseModel)
 
 
 class Session(NamedTuple):
@@ -62,133 +59,6 @@ class Session(NamedTuple):
     """In the midst of a long answer: returns when it is this connection's turn again."""
     may_change: bool
     """Whether the client may call what is not in READ_ONLY."""
-
-
-def _check_mac(value: str) -> str:
-    """A unicast MAC address in lower case with colons."""
-    if not _MAC.fullmatch(value):
-        raise PydanticCustomError("vswitch", "must be a MAC address such as 52:54:00:12:34:56")
-    mac = value.lower().replace("-", ":")
-    if int(mac[:2], 16) & 1:
-        raise PydanticCustomError(
-            "vswitch", "is a group address, which is flooded and belongs to no port"
-        )
-    if mac == "00:00:00:00:00:00":
-        raise PydanticCustomError("vswitch", "is no address of a station")
-    return mac
-
-
-Mac = Annotated[str, AfterValidator(_check_mac)]
-Vlan = Annotated[int, Field(ge=0, le=4094)]
-
-
-class _Params(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class NoParams(_Params):
-    """For methods without parameters."""
-
-
-class HelloParams(_Params):
-    """`protocol` is the version the client speaks, `client` who it is, for the log."""
-
-    protocol: int = PROTOCOL_VERSION
-    client: str = Field(default="", max_length=200)
-
-
-class NameParams(_Params):
-    """A port's or uplink's name."""
-
-    name: str
-
-
-class PageParams(_Params):
-    """`limit`: answer with a page of so many elements at most; `after`: the `next` of the last one.
-
-    Without `limit` the answer is all there is.
-    """
-
-    after: Annotated[int, Field(ge=0, lt=2**48)] = 0
-    limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] | None = None
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if self.after and self.limit is None:
-            raise PydanticCustomError("vswitch", "`after` goes with `limit`, which is missing")
-        return self
-
-
-class StatsParams(PageParams):
-    """A port's or uplink's name; all of them without."""
-
-    name: str | None = None
-
-
-class MaybePortParams(_Params):
-    """A port's or uplink's name; all of them without."""
-
-    port: str | None = None
-
-
-class SetLinkParams(_Params):
-    """A port's name and whether its link is to be up."""
-
-    name: str
-    up: bool
-
-
-class SetPortParams(_Params):
-    """A port's or uplink's name and its new limits; nil for the default, those not named stay."""
-
-    name: str
-    max_macs: MacLimit | None = None
-    storm_broadcast: StormRate | None = None
-    storm_multicast: StormRate | None = None
-    storm_unknown: StormRate | None = None
-    storm_burst: StormRate | None = None
-
-
-class WorkerPinParams(_Params):
-    """A port's name and the worker for its queues; none to let the switch choose again."""
-
-    port: str
-    worker: int | None = None
-
-
-class FdbKeyParams(_Params):
-    """An address in a VLAN."""
-
-    mac: Mac
-    vlan: Vlan = 0
-
-
-class FdbAddParams(FdbKeyParams):
-    """An address in a VLAN and the port it is behind."""
-
-    port: str
-
-
-class LogLevelParams(_Params):
-    """The level to set; none to ask."""
-
-    level: LogLevel | None = None
-
-
-class SaveParams(_Params):
-    """The file to write, an absolute path; the one the switch was started with if none.
-
-    `force`: whatever is there now.
-    """
-
-    path: str | None = Field(default=None, max_length=4095)
-    force: bool = False
-
-
-class SubscribeParams(_Params):
-    """Names of events; all of them without."""
-
-    events: list[EventName] | None = None
 
 
 class Methods:
@@ -233,7 +103,7 @@ class Methods:
                 "of the control socket (control_group in the [switch] table)",
                 code="permission-denied",
             )
-        return await function(self, _checked(method, model, params), session)
+        return await function(self, checked(method, model, params), session)
 
     async def _hello(self, params: HelloParams, session: Session) -> HelloInfo:  # noqa: ARG002
         if params.protocol != PROTOCOL_VERSION:
@@ -469,18 +339,3 @@ READ_ONLY = frozenset(
     }
 )
 """What those may call whom the socket lets in as neither its owner nor a member of its group."""
-
-
-def _checked(method: str, model: type[_P], params: Mapping[str, Any]) -> _P:
-    # Each unknown key is compared with the known ones, to guess what was meant.
-    unknown = [key for key in params if key not in model.model_fields]
-    left_out = frozenset(unknown[_PROBLEMS_MAX:])
-    try:
-        return model.model_validate({k: v for k, v in params.items() if k not in left_out})
-    except ValidationError as exc:
-        problems = problems_of(exc, model, "", most=_PROBLEMS_MAX)
-        lines = [f"{method}: {problem}" for problem in problems]
-        more = exc.error_count() - len(problems) + len(left_out)
-        if more:
-            lines.append(f"{method}: and {more} more")
-        raise ConfigError("\n".join(lines), code="invalid-params") from exc

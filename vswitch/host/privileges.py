@@ -14,8 +14,8 @@ import pwd
 import resource
 from typing import NamedTuple
 
-from vswitch.config.settings import find_gid, find_uid
 from vswitch.errors import ConfigError, VswitchError
+from vswitch.host.accounts import find_gid, find_uid
 
 CAP_CHOWN = 0
 CAP_FOWNER = 3

@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vswitch.bounds import SUN_PATH_LEN_MAX
 from vswitch.errors import SocketError
-
-SUN_PATH_LEN_MAX = 107
-"""Bytes of a Unix socket's path: `sun_path` has 108 with the terminating NUL."""
-
+from vswitch.host.accounts import find_gid, find_uid
 
 _SO_PASSRIGHTS = 83
 _SO_PEERPIDFD = 77
@@ -203,8 +201,6 @@ def _check_len(path: Path) -> None:
 
 def _find(kind: Literal["user", "group"], name: str) -> int:
     # Imported here: the client side of this module needs neither the databases nor pydantic.
-    from vswitch.config.settings import find_gid, find_uid
-
     number = find_uid(name) if kind == "user" else find_gid(name)
     if number is None:
         raise SocketError(

@@ -248,6 +248,7 @@ class VhostPort(PortDatapath):
             macs=self._engine.fdb.learned(self.fast.id),
             max_macs=limits.max_macs(self.settings, self._engine.fdb),
             storm=limits.storm_info(self.settings),
+            limits=limits.told(self.settings),
             memory=self._memory_info(),
             rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
         )

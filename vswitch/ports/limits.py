@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from vswitch.api import StormInfo
+from vswitch.config.keys import RUNTIME_KEYS
 from vswitch.config.settings import PortSettings, UplinkSettings
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.shared.words import STORM_KINDS
 
 _GUEST_SHARE = 8
 _UPLINK_SHARE = 2
@@ -27,17 +28,15 @@ def apply(settings: PortSettings | UplinkSettings, port: Port, fdb: Fdb) -> None
     """Have workers keep to the limits of a port from now on."""
     fdb.limit(port.id, max_macs(settings, fdb))
     port.mac_limit_told = False
-    port.set_storm(
-        (settings.storm_broadcast, settings.storm_multicast, settings.storm_unknown),
-        settings.storm_burst,
-    )
+    rates = [getattr(settings, f"storm_{kind}") for kind in STORM_KINDS]
+    port.set_storm(rates, settings.storm_burst)
 
 
-def storm_info(settings: PortSettings | UplinkSettings) -> StormInfo:
+def storm_info(settings: PortSettings | UplinkSettings) -> dict[str, int | None]:
     """The limits of storm control as `show` has them."""
-    return StormInfo(
-        broadcast=settings.storm_broadcast,
-        multicast=settings.storm_multicast,
-        unknown=settings.storm_unknown,
-        burst=settings.storm_burst,
-    )
+    return {kind: getattr(settings, f"storm_{kind}") for kind in (*STORM_KINDS, "burst")}
+
+
+def told(settings: PortSettings | UplinkSettings) -> dict[str, int | None]:
+    """What `set_port` changes, as it is at present."""
+    return {name: getattr(settings, name) for name in RUNTIME_KEYS}

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vswitch.config.settings import OFFLOADS, OffloadSetting
+from vswitch.config.keys import OFFLOADS, OffloadSetting
 from vswitch.vhost_user.protocol import Feature
 
 CSUM = 0x01

@@ -97,6 +97,7 @@ class TapPort:
             macs=self._fdb.learned(self.fast.id),
             max_macs=limits.max_macs(self.settings, self._fdb),
             storm=limits.storm_info(self.settings),
+            limits=limits.told(self.settings),
             memory=[],
             rings=[],
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
+from vswitch.bounds import SUN_PATH_LEN_MAX
 from vswitch.errors import SocketError
 from vswitch.host import unixsocket
 from vswitch.host.unixsocket import FileId
@@ -200,7 +201,7 @@ class Connector:
             self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_MIN_S), BACKOFF_MAX_S)
             self._answer = asyncio.get_running_loop().create_future()
             try:
-                if len(os.fsencode(self._path)) > unixsocket.SUN_PATH_LEN_MAX:
+                if len(os.fsencode(self._path)) > SUN_PATH_LEN_MAX:
                     self._answer.set_result(errno.ENAMETOOLONG)
                 elif self._number is not None:
                     self._relay.connect(self._number, self._path)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Final
 
 from vswitch.fastpath.main.iotlb import IotlbTables
@@ -87,9 +88,7 @@ class Port:
     link_down: bool
     offloads: int
     mac_limit_told: bool
-    def set_storm(
-        self, rates: tuple[int | None, int | None, int | None], burst: int | None = None
-    ) -> None: ...
+    def set_storm(self, rates: Sequence[int | None], burst: int | None = None) -> None: ...
     @property
     def name(self) -> str: ...
     @property

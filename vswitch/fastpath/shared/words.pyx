@@ -52,6 +52,10 @@ from vswitch.fastpath.shared.types cimport (
     N_DROPS,
     N_EVENTS,
     N_FAULTS,
+    N_STORM,
+    STORM_BROADCAST,
+    STORM_MULTICAST,
+    STORM_UNKNOWN,
 )
 
 
@@ -113,6 +117,14 @@ DROP_REASONS = rows(
         DROP_BUFFER_PIECES, "buffer-pieces",
         "the receiving guest's buffers are in so many pieces that it sits out some turns",
     ),
+)
+
+# A StormKind. What limits it is storm_ and this, what is counted storm- and this.
+STORM_KINDS = rows(
+    N_STORM,
+    (STORM_BROADCAST, "broadcast"),
+    (STORM_MULTICAST, "multicast"),
+    (STORM_UNKNOWN, "unknown"),
 )
 
 # A Fault: its name, and a text for value and detail.
