@@ -20,7 +20,8 @@ from test_daemon import environment
 
 from vswitch import __version__
 from vswitch.cli import ctl
-from vswitch.cli.tables import event_line, rates
+from vswitch.cli.counters import rates
+from vswitch.cli.tables import event_line
 
 
 class Done(NamedTuple):
@@ -276,8 +277,6 @@ def test_counters(run: Run, tmp_path: Path) -> None:
 
 
 def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
-    from rich.console import Console
-
     def stats(port: int, frames: int, runts: int) -> dict:
         return {
             "name": "vm1",
@@ -294,10 +293,8 @@ def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
         }
 
     def row(before: list, now: list) -> list[str]:
-        console = Console(width=200)
-        with console.capture() as capture:
-            console.print(rates(before, now, 2.0))
-        return capture.get().splitlines()[1].split()
+        (table,) = rates(before, now, 2.0)
+        return list(table.lines(200))[1].split()
 
     assert row([stats(1, 1000, 4)], [stats(1, 5000, 6)]) == (
         ["vm1", "2.00k", "16.00M", "0", "0", "1", "0", "0", "runt", "2"]

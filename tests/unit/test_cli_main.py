@@ -41,6 +41,34 @@ def test_version_and_help_do_not_need_the_heavy_parts() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [["--help"], ["list-ports"], ["add-port", "a", "b"], ["stats"]])
+def test_a_call_of_vswitchctl_loads_what_it_needs(words: list[str], tmp_path: Path) -> None:
+    """Without a switch it gets as far as connecting to one."""
+    code = (
+        f"import sys\nsys.argv = {['vswitchctl', '-s', str(tmp_path / 'none'), *words]}\n"
+        "from vswitch.cli.ctl import main\ntry:\n    main()\nfinally:\n    print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if words == ["--help"] else 3)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert {"click", "vswitch.cli.ctl"} <= loaded
+    heavy = {"asyncio", "dataclasses", "json", "pydantic", "rich", "shutil", "uvloop"}
+    # A column for each counter: `stats` has to know them.
+    heavy |= set() if words == ["stats"] else {"vswitch.api"}
+    if words == ["--help"]:
+        heavy.remove("shutil")  # click's own
+        heavy |= {"socket", "msgpack", "vswitch.control.client", "vswitch.cli.ports"}
+    if words[0] != "add-port":
+        heavy.add("vswitch.config.keys")
+    assert loaded & heavy == set()
+
+
 def test_check_says_what_is_in_a_good_file(tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_text('[[port]]\nname = "vm1"\nsocket = "vm1"\n')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -53,8 +52,15 @@ def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
     return error.exit_code
 
 
+def to_json(value: object) -> str:
+    """A line of JSON, without its end."""
+    import json  # who wants none waits for nothing
+
+    return json.dumps(value)
+
+
 def _json(code: str, message: str, hint: str) -> str:
-    return json.dumps({"error": {"code": code, "message": message, "hint": hint}}) + "\n"
+    return to_json({"error": {"code": code, "message": message, "hint": hint}}) + "\n"
 
 
 def wants_json(words: Sequence[str]) -> bool:
@@ -64,16 +70,19 @@ def wants_json(words: Sequence[str]) -> bool:
 
 
 class LazyCommand(NamedTuple):
-    """A command that is imported when it runs: `module:attribute`, and its line of help."""
+    """A command that is imported when it runs: `module:attribute`, and its line of help.
+
+    Without a line the module is imported for `--help`, too.
+    """
 
     target: str
-    short_help: str
+    short_help: str = ""
 
 
 class LazyGroup(click.Group):
     """A group whose heavy commands are named here and imported on use.
 
-    `--help` lists them without importing them.
+    `--help` lists those without importing them that have a line for it.
     """
 
     def __init__(
@@ -99,7 +108,7 @@ class LazyGroup(click.Group):
         """The list of commands in `--help`."""
         rows = []
         for name in self.list_commands(ctx):
-            if name in self.lazy:
+            if name in self.lazy and self.lazy[name].short_help:
                 rows.append((name, self.lazy[name].short_help))
             elif (command := self.get_command(ctx, name)) is not None and not command.hidden:
                 rows.append((name, command.get_short_help_str(limit=70)))

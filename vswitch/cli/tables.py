@@ -1,31 +1,23 @@
-"""What `vswitchctl` prints for people; imports rich, hence not needed for JSON."""
+"""What `vswitchctl` prints for people."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from vswitch.cli.layout import Facts, Indented, Layout, Line, Styled, Table
 
-from vswitch.api import (
-    Event,
-    EventLoopInfo,
-    FdbEntry,
-    LongestTurn,
-    PortCounters,
-    PortInfo,
-    PortStats,
-    WorkerInfo,
-)
-from vswitch.cli.fitting import FittingTable
+if TYPE_CHECKING:
+    from vswitch.api import (
+        Event,
+        EventLoopInfo,
+        FdbEntry,
+        LongestTurn,
+        PortInfo,
+        WorkerInfo,
+    )
 
-_PIPE_WIDTH = 240
 _STATE_STYLES = {
     "ready": "green",
     "up": "green",
@@ -37,22 +29,8 @@ _STATE_STYLES = {
 }
 
 
-def console() -> Console:
-    """Standard output; wide where it is no terminal, so that a script gets a line per row."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(highlight=False, markup=False, width=width)
-
-
-def _add(table: FittingTable, *cells: object) -> None:
-    table.add(*(cell if isinstance(cell, Text) else Text(_text(cell)) for cell in cells))
-
-
-def _text(value: object) -> str:
-    return "-" if value is None or value == "" else str(value)
-
-
-def _state(state: str) -> Text:
-    return Text(state, style=_STATE_STYLES.get(state, ""))
+def _state(state: str) -> Styled:
+    return Styled(state, _STATE_STYLES.get(state, ""))
 
 
 def _size(n_bytes: int) -> str:
@@ -62,12 +40,11 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
-def ports_in_brief(ports: Sequence[dict[str, Any]]) -> RenderableType:
+def ports_in_brief(ports: Sequence[dict[str, Any]]) -> list[Layout]:
     """`list-ports`."""
-    table = FittingTable("NAME", ">ID", "KIND", "STATE", "LINK", "MODE", "SOCKET")
+    table = Table("NAME", ">ID", "KIND", "STATE", "LINK", "MODE", "SOCKET")
     for port in ports:
-        _add(
-            table,
+        table.add(
             port["name"],
             port["id"],
             port["kind"],
@@ -76,68 +53,61 @@ def ports_in_brief(ports: Sequence[dict[str, Any]]) -> RenderableType:
             port["mode"],
             port["socket"],
         )
-    return table
+    return [table]
 
 
-def ports_in_full(ports: Sequence[PortInfo]) -> RenderableType:
+def ports_in_full(ports: Sequence[PortInfo]) -> list[Layout]:
     """`show`."""
     if not ports:
-        return Text("no ports; `vswitchctl add-port NAME SOCKET` adds one")
-    parts: list[RenderableType] = []
+        return [Line("no ports; `vswitchctl add-port NAME SOCKET` adds one")]
+    parts: list[Layout] = []
     for port in ports:
-        parts += [*_port(port), Text()]
-    return Group(*parts[:-1])
+        parts += [*_port(port), Line()]
+    return parts[:-1]
 
 
-def _port(port: PortInfo) -> Iterable[RenderableType]:
+def _port(port: PortInfo) -> Iterator[Layout]:
     where = f"  {port['mode']} {port['socket']}" if port["socket"] else ""
-    head = Text.assemble((port["name"], "bold"), f"  {port['kind']}  ", _state(port["state"]))
-    yield head.append(where)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True)
-    facts.add_column()
-    for key, value in _facts(port):
-        facts.add_row(Text(key), value if isinstance(value, Text) else Text(value))
-    yield Padding(facts, (0, 0, 0, 2), expand=False)
+    name = Styled(port["name"], "bold")
+    yield Line(name, f"  {port['kind']}  ", _state(port["state"]), where)
+    yield Indented(Facts(_facts(port)))
     if port["memory"]:
-        memory = FittingTable("MEMORY GPA", ">SIZE", "UVA", ">MMAP OFFSET")
+        memory = Table("MEMORY GPA", ">SIZE", "UVA", ">MMAP OFFSET")
         for region in port["memory"]:
-            _add(
-                memory,
+            memory.add(
                 f"{region['gpa']:#014x}",
                 _size(region["size"]),
                 f"{region['uva']:#014x}",
                 f"{region['mmap_offset']:#x}",
             )
-        yield Padding(memory, (0, 0, 0, 2), expand=False)
+        yield Indented(memory)
     if port["rings"]:
-        rings = FittingTable(">RING", "TYPE", ">SIZE", "STATE", ">AVAIL", ">USED", "FAULT")
+        rings = Table(">RING", "TYPE", ">SIZE", "STATE", ">AVAIL", ">USED", "FAULT")
         for ring in port["rings"]:
             state = "started" if ring["started"] else "stopped"
             state += "" if ring["enabled"] else ", disabled"
-            _add(
-                rings,
+            rings.add(
                 ring["index"],
                 ring["type"],
                 ring["size"],
                 state,
                 ring["avail_idx"],
                 ring["used_idx"],
-                Text(_text(ring["fault"]), style="red" if ring["fault"] else ""),
+                Styled(ring["fault"], "red") if ring["fault"] else None,
             )
-        yield Padding(rings, (0, 0, 0, 2), expand=False)
+        yield Indented(rings)
 
 
-def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
+def _facts(port: PortInfo) -> Iterator[tuple[str, object]]:
     if port["error"]:
-        yield "error", Text(port["error"], style="red")
+        yield "error", Styled(port["error"], "red")
     if port["warning"]:
-        yield "warning", Text(port["warning"], style="yellow")
+        yield "warning", Styled(port["warning"], "yellow")
     mtu = "" if port["mtu"] is None else f", MTU {port['mtu']}"
     if port["link"] == "down":
         yield (
             "link",
-            Text(f"down, nothing passes: vswitchctl set-link {port['name']} up", style="red"),
+            Styled(f"down, nothing passes: vswitchctl set-link {port['name']} up", "red"),
         )
     elif port["kind"] == "vhost-user":
         yield "link", "up"
@@ -147,6 +117,9 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
     if storm:
         burst = port["storm"]["burst"]
         yield "storm control", ", ".join(storm) + (f", {burst} at once" if burst else "")
+    for name, value in port["limits"].items():
+        if value is not None and name != "max_macs" and not name.startswith("storm_"):
+            yield name.replace("_", " "), str(value)
     if port["kind"] != "vhost-user":
         return
     connects = f"{port['connects']} connection{'s' * (port['connects'] != 1)}"
@@ -163,101 +136,24 @@ def _facts(port: PortInfo) -> Iterable[tuple[str, str | Text]]:
     yield "protocol features", f"{port['protocol_features']:#x} {names}".rstrip()
 
 
-_COUNTERS = tuple(PortCounters.__annotations__)
-_TRAFFIC = tuple(key for key in _COUNTERS if key.startswith(("ingress_", "egress_")))
-_OTHERS = tuple(key for key in _COUNTERS if key not in _TRAFFIC)
-_SELDOM = ("stalls", "macs_refused")
-"""Counters that are not worth a column of what happens in a second."""
-
-
-def _title(counter: str, *, rate: bool = False) -> str:
-    """The head of a counter's column: its name, but shorter."""
-    words = counter.split("_")
-    words = [{"ingress": "in", "egress": "out"}.get(word, word) for word in words]
-    text = " ".join(words).upper()
-    return f">{text.replace('BYTES', 'BIT')}/S" if rate else f">{text}"
-
-
-def _drops(drops: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(drops.items()))
-
-
-def counters(stats: Sequence[PortStats]) -> RenderableType:
-    """`stats`: ingress is from the guest into the switch."""
-    titles = [*map(_title, _TRAFFIC), ">DROPS", *map(_title, _OTHERS)]
-    table = FittingTable("NAME", *titles, "DROPPED FOR")
-    for each in stats:
-        numbers: dict[str, Any] = {**each}
-        _add(
-            table,
-            each["name"],
-            *(numbers[key] for key in _TRAFFIC),
-            sum(each["drops"].values()),
-            *(numbers[key] for key in _OTHERS),
-            _drops(each["drops"]),
-        )
-    return table
-
-
-def rates(
-    before: Sequence[PortStats], now: Sequence[PortStats], interval_s: float
-) -> RenderableType:
-    """`stats --watch`: what happened between two looks, per second."""
-    others = [key for key in _OTHERS if key not in _SELDOM]
-    traffic_titles = [_title(key, rate=True) for key in _TRAFFIC]
-    other_titles = [_title(key, rate=True) for key in others]
-    table = FittingTable("NAME", *traffic_titles, ">DROPS/S", *other_titles, "DROPPED FOR")
-    # By id: a port that was deleted and added again under its name starts anew.
-    earlier = {each["id"]: each for each in before}
-    for each in now:
-        old = earlier.get(each["id"])
-
-        def rate(key: str, now: Any = each, before: Any = old) -> str:
-            grown = max(now[key] - (before[key] if before else 0), 0)
-            return _scaled((8 if key.endswith("_bytes") else 1) * grown / interval_s)
-
-        drops = {
-            reason: n - (old["drops"].get(reason, 0) if old else 0)
-            for reason, n in each["drops"].items()
-        }
-        drops = {reason: n for reason, n in drops.items() if n > 0}
-        _add(
-            table,
-            each["name"],
-            *map(rate, _TRAFFIC),
-            _scaled(sum(drops.values()) / interval_s),
-            *map(rate, others),
-            _drops(drops),
-        )
-    return table
-
-
-def _scaled(value: float) -> str:
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f}{unit}"
-    return f"{value:.0f}"
-
-
-def fdb(entries: Sequence[FdbEntry]) -> RenderableType:
+def fdb(entries: Sequence[FdbEntry]) -> list[Layout]:
     """`fdb show`."""
-    table = FittingTable("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
+    table = Table("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
     for entry in sorted(entries, key=lambda each: (each["port"], each["vlan"], each["mac"])):
         static = entry["static"]
-        _add(
-            table,
+        table.add(
             entry["mac"],
             entry["vlan"],
             entry["port"],
             "static" if static else "learned",
             None if static else f"{entry['age_s']} s",
         )
-    return table
+    return [table]
 
 
-def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
+def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> list[Layout]:
     """`worker show`."""
-    table = FittingTable(
+    table = Table(
         ">ID",
         ">CPU",
         "STATE",
@@ -275,8 +171,7 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
     )
     for each in workers:
         total_ns = each["busy_ns"] + each["idle_ns"]
-        _add(
-            table,
+        table.add(
             each["id"],
             "any" if each["cpu"] is None else each["cpu"],
             each["state"],
@@ -292,11 +187,10 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
             each["events_lost"],
             each["notify"],
         )
-    queues = FittingTable(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
+    queues = Table(">WORKER", "PORT", ">RING", ">FRAMES", ">FRAMES/S", "PINNED")
     for each in workers:
         for queue in each["queues"]:
-            _add(
-                queues,
+            queues.add(
                 each["id"],
                 queue["port"],
                 queue["index"],
@@ -304,13 +198,13 @@ def workers(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Rendera
                 queue["frames_per_s"],
                 "pinned" if queue["pinned"] else "",
             )
-    parts: list[RenderableType] = [table, "", _turns(workers, event_loop)]
-    return Group(*parts, "", queues) if queues.row_count else Group(*parts)
+    parts: list[Layout] = [table, Line(), _turns(workers, event_loop)]
+    return [*parts, Line(), queues] if queues.row_count else parts
 
 
-def _turns(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> RenderableType:
+def _turns(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Table:
     """The longest turn of each loop, and of that the time in which it was not run."""
-    table = FittingTable("LONGEST TURN OF", ">LAST 10 S", ">LAST MINUTE", ">SINCE START")
+    table = Table("LONGEST TURN OF", ">LAST 10 S", ">LAST MINUTE", ">SINCE START")
     loops = [("event loop", event_loop["turns"])]
     loops += [(f"worker {each['id']}", each["turns"]) for each in workers]
     for name, turns in loops:
@@ -319,7 +213,7 @@ def _turns(workers: Sequence[WorkerInfo], event_loop: EventLoopInfo) -> Renderab
             if turns is None
             else (turns["last_10_s"], turns["last_minute"], turns["since_start"])
         )
-        _add(table, name, *(None if each is None else _turn(each) for each in windows))
+        table.add(name, *(None if each is None else _turn(each) for each in windows))
     return table
 
 

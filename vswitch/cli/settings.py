@@ -1,0 +1,44 @@
+"""`vswitchctl`: commands with an option for each key of a port."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from vswitch.cli.options import given, keys
+from vswitch.cli.state import State, command, complete_ports, pass_state
+from vswitch.config.keys import PortKeys, RuntimeKeys
+
+
+@command("add-port")
+@click.argument("name")
+@click.argument("socket", type=click.Path())
+@click.option("--client", is_flag=True, help="Connect to SOCKET, where the frontend listens.")
+@keys(PortKeys, RuntimeKeys, without=("name", "socket", "mode"))
+@pass_state
+def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:
+    """Add the port NAME with the vhost-user socket SOCKET."""
+    with state.connect() as switch:
+        port = switch.add_port(
+            name, socket, mode="client" if client else "server", **given(options)
+        )
+    state.done(port, f"added port {name} ({port['state']}, {port['socket']})")
+
+
+@command("set-port")
+@click.argument("name", shell_complete=complete_ports)
+@keys(RuntimeKeys)
+@pass_state
+def set_port(state: State, /, name: str, **options: Any) -> None:
+    """Change limits of the port or uplink NAME while it runs; 0 takes a limit away."""
+    changes = given(options)
+    if not changes:
+        raise click.UsageError("say what to change; `vswitchctl show` has what is set")
+    with state.connect() as switch:
+        port = switch.set_port(name, **changes)
+    text = ", ".join(
+        f"{key.replace('_', '-')} {'default' if value is None else value}"
+        for key, value in changes.items()
+    )
+    state.done(port, f"port {name}: {text}")
