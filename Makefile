@@ -61,7 +61,7 @@ test-all: notice setup
 
 # Needs nothing of what is built here: it clones and builds in each root.
 roots:
-	@$(PYTHON) tests/roots/roots.py $(ARGS)
+	@$(PYTHON) -m tests.roots.roots $(ARGS)
 
 # The output of each run that failed stays in build/repeat-NUMBER.log.
 repeat: setup
@@ -78,13 +78,13 @@ check: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+	$(BIN)/python -m pytest -q tests/unit/project/test_imports.py
 
 bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 fuzz: setup $(SANITIZED)/.built
-	@$(BIN)/python tests/fuzz/fuzz.py --sanitized $(SANITIZED) \
+	@$(BIN)/python -m tests.fuzz.fuzz --sanitized $(SANITIZED) \
 		$(if $(CASE),--case $(CASE),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 $(SANITIZED)/.built: $(VENV)/.built
@@ -94,7 +94,7 @@ $(SANITIZED)/.built: $(VENV)/.built
 	@touch $@
 
 soak: setup
-	@$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(BIN)/python -m tests.soak.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 model: setup
 	@$(BIN)/python -m pytest -q tests/model $(ARGS)

@@ -1,6 +1,7 @@
 """Bounds that several parts have to agree on, the fast path among them.
 
-Compiled code has them in fastpath/shared/types.pxd; tests/unit/test_words.py holds both together.
+Compiled code has them in fastpath/shared/types.pxd; tests/unit/fastpath/test_words.py holds both
+together.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import RunningSwitch, Wire
+
+from tests.support.running import RunningSwitch, Wire
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from running import posted
-
+from tests.support.running import posted
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
 from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from formats import ALL_COMBINATIONS, FORMATS, name_of
-from frames import frames, mac
-from testpmd import Testpmd
 
+from tests.support.formats import ALL_COMBINATIONS, FORMATS, name_of
+from tests.support.frames import frames, mac
+from tests.support.testpmd import Testpmd
 from vswitch.lab.guest import DEFAULT_FEATURES, BackendClosedError, SoftwareGuest
 from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import Feature

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import Wire
-from testpmd import Testpmd
 
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import Wire
+from tests.support.testpmd import Testpmd
 from vswitch.lab.guest import SoftwareGuest
 
 P, Q = "52:54:00:00:dd:01", "52:54:00:00:dd:02"

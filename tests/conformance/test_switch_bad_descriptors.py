@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import RunningSwitch, Wire, open_files
-from test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
 
+from tests.conformance.test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
+from tests.support.running import RunningSwitch, Wire, open_files
 from vswitch.lab.guest import BackendClosedError, Frontend
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import (

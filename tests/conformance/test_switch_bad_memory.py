@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from frames import mac
-from running import Wire, teach
-from test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
 
+from tests.conformance.test_switch_bad_messages import PAGE, UVA, Bench, eventfds, memory
+from tests.support.frames import mac
+from tests.support.running import Wire, teach
 from vswitch.vhost_user.protocol import (
     Inflight,
     LogArea,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import frame, mac
-from running import Wire, teach
 
+from tests.support.frames import frame, mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import (
     BackendRefusedError,
     Frontend,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from frames import BROADCAST, frame, frames
-from running import Wire, silent
-from test_switch_bad_rings import (
+
+from tests.conformance.test_switch_bad_rings import (
     BEYOND,
     END,
     RECEIVE_TABLES,
@@ -18,7 +17,8 @@ from test_switch_bad_rings import (
     data,
     trio,
 )
-
+from tests.support.frames import BROADCAST, frame, frames
+from tests.support.running import Wire, silent
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import Wire, exchanging, silent, teach
 
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import Wire, exchanging, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
 from vswitch.lab.guest.memory import Region

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 
 import msgpack
-from frames import frame, mac
-from running import Wire, exchanging, teach
 
+from tests.support.frames import frame, mac
+from tests.support.running import Wire, exchanging, teach
 from vswitch.control.server import CLIENTS_MAX, CLIENTS_RESERVED
 
 A, B = mac(1), mac(2)

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from frames import frame, mac
-from hostile_sender import KINDS
-from running import RunningSwitch, Wire, teach
-from turns import TURN_NS_MAX, longest_turns
 
+from tests.conformance.hostile_sender import KINDS
+from tests.conformance.turns import TURN_NS_MAX, longest_turns
+from tests.support.frames import frame, mac
+from tests.support.processes import environment
+from tests.support.running import RunningSwitch, Wire, teach
 from vswitch.control.client import Client
 from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 
-SENDER = Path(__file__).with_name("hostile_sender.py")
 B, C = mac(2), mac(3)
 FUSE = pytest.mark.root("mounts a FUSE file system")
 EVERY_KIND = [kind if kind == "tcp" else pytest.param(kind, marks=FUSE) for kind in KINDS]
@@ -67,7 +67,8 @@ class Bench:
 def send(senders: list[subprocess.Popen[str]], kind: str, form: str, path: Path) -> str:
     """Start a sender, which is added to the others; what it says of how it went."""
     sender = subprocess.Popen(
-        [sys.executable, str(SENDER), kind, form, str(path)],
+        [sys.executable, "-m", "tests.conformance.hostile_sender", kind, form, str(path)],
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from formats import FORMATS
-from frames import frames, mac
-from running import Wire, teach
 
+from tests.support.formats import FORMATS
+from tests.support.frames import frames, mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.errors import BackendRefusedError
 from vswitch.lab.guest.frontend import Frontend

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from frames import frame, frames, mac
-from running import Wire, teach, translated
-from scattering import scatter
 
+from tests.conformance.scattering import scatter
+from tests.support.frames import frame, frames, mac
+from tests.support.running import Wire, teach, translated
 from vswitch.lab.guest import DEFAULT_FEATURES, Region
 from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.guest import AnyQueue

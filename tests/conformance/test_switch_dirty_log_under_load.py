@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
-from frames import frames, mac
-from ippackets import Packet
-from running import DEADLINE_S, Wire, loading, teach, used_on
 
+from tests.support.frames import frames, mac
+from tests.support.ippackets import Packet
+from tests.support.running import DEADLINE_S, Wire, loading, teach, used_on
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
 from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue

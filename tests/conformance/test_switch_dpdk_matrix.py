@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
-from frames import frames, mac
-from running import Wire
-from testpmd import Testpmd
 
+from tests.support.frames import frames, mac
+from tests.support.running import Wire
+from tests.support.testpmd import Testpmd
 from vswitch.lab.guest import SoftwareGuest
 
 A = mac(1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from formats import FORMATS
-from frames import BROADCAST, ETHERTYPE_TEST, frame, frames, mac
-from running import Wire, silent, teach
 
+from tests.support.formats import FORMATS
+from tests.support.frames import BROADCAST, ETHERTYPE_TEST, frame, frames, mac
+from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.lab.guest.raw import RawDesc

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from formats import FORMATS
-from frames import frames, mac
-from running import Wire, teach
 
+from tests.support.formats import FORMATS
+from tests.support.frames import frames, mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
 from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES

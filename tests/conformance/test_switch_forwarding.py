@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from formats import FORMATS
-from frames import BROADCAST, frame, frames, mac
-from running import DEADLINE_S, Wire, silent, teach
 
+from tests.support.formats import FORMATS
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import DEADLINE_S, Wire, silent, teach
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.packets import format_mac, parse_mac

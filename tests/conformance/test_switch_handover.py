@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, mac
-from running import Wire, loading, teach, used_on
 
+from tests.support.frames import BROADCAST, frame, mac
+from tests.support.running import Wire, loading, teach, used_on
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.load.load import Flow, Load
 

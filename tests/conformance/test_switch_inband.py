@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from frames import frame, frames, mac
-from running import Wire, silent, teach
-
+from tests.support.frames import frame, frames, mac
+from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_PROTOCOL_FEATURES, BackendRefusedError
 from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature, Status

@@ -8,11 +8,11 @@ import random
 from pathlib import Path
 
 import pytest
-from formats import FORMATS
-from frames import frame, frames, mac
-from running import Wire, posted, teach, translated
-from scattering import move, pages_of
 
+from tests.conformance.scattering import move, pages_of
+from tests.support.formats import FORMATS
+from tests.support.frames import frame, frames, mac
+from tests.support.running import Wire, posted, teach, translated
 from vswitch.lab.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
 from vswitch.lab.guest.iommu import READ, WRITE
 from vswitch.lab.guest.memory import PAGE_LEN

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import mac
-from running import Wire, teach
 
+from tests.support.frames import mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import Frontend, SoftwareGuest
 from vswitch.vhost_user.protocol import (
     Feature,

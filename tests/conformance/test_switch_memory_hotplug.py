@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from frames import frame, frames, mac
-from running import Wire, teach
 
+from tests.support.frames import frame, frames, mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import BackendRefusedError, Region, SoftwareGuest
 from vswitch.lab.guest.memory import row
 from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frames import frame, mac
 
+from tests.support.frames import frame, mac
 from vswitch.control.protocol import default_socket_paths, is_own, temporary_directory
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.packets import format_mac

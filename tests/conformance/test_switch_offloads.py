@@ -6,10 +6,10 @@ import struct
 from dataclasses import replace
 
 import pytest
-from frames import BROADCAST, frame, mac
-from ippackets import ACK, CWR, FIN, PSH, QINQ, TCP, UDP, VLAN, Packet, fold
-from running import Wire, silent, teach
 
+from tests.support.frames import BROADCAST, frame, mac
+from tests.support.ippackets import ACK, CWR, FIN, PSH, QINQ, TCP, UDP, VLAN, Packet, fold
+from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest, VnetHeader, vnet
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.ports import offloads
@@ -73,7 +73,7 @@ def with_csum(hdr: VnetHeader, got: bytes, sent: Packet) -> bytes:
 
 
 def expected(sent: Packet, header: VnetHeader) -> list[bytes]:
-    """What the wire would carry; tests/unit/test_offload_kernel.py compares it with the kernel."""
+    """What the wire would carry; unit/fastpath/test_offload_kernel.py asks the kernel, too."""
     kind, size = header.gso_type & ~vnet.GSO_ECN, header.gso_size
     if kind == vnet.GSO_NONE:
         return [sent.whole()]

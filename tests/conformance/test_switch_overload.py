@@ -7,9 +7,9 @@ import os
 import time
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import Wire, exchanging, teach
 
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import Wire, exchanging, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user.protocol import Feature

@@ -5,9 +5,9 @@ from __future__ import annotations
 import select
 
 import pytest
-from frames import frames, mac
-from running import DEADLINE_S, Wire, teach
 
+from tests.support.frames import frames, mac
+from tests.support.running import DEADLINE_S, Wire, teach
 from vswitch.lab.guest import DEFAULT_FEATURES
 from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import Feature

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from formats import FORMATS
-from frames import frame, frames, mac
-from latememory import PAGEFAULT, LateGuest, advise
-from running import RunningSwitch, Wire, exchanging, teach, translated
 
+from tests.conformance.latememory import PAGEFAULT, LateGuest, advise
+from tests.support.formats import FORMATS
+from tests.support.frames import frame, frames, mac
+from tests.support.running import RunningSwitch, Wire, exchanging, teach, translated
 from vswitch.lab.guest import DEFAULT_FEATURES, BackendRefusedError, Region, SoftwareGuest
 from vswitch.ports import fault_helper
 from vswitch.vhost_user import protocol

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from frames import mac
-from running import DEADLINE_S, RunningSwitch, Wire, teach
 
+from tests.support.frames import mac
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, teach
 from vswitch.errors import SocketError, UplinkError
 
 pytestmark = pytest.mark.root("becomes another user")

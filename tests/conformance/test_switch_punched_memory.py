@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, mac
-from running import RunningSwitch, Wire, teach
 
+from tests.support.frames import BROADCAST, frame, mac
+from tests.support.running import RunningSwitch, Wire, teach
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import MemRegion

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from formats import FORMATS
-from frames import frames, mac
-from running import RunningSwitch, posted
-from scattering import scatter
 
+from tests.conformance.scattering import scatter
+from tests.support.formats import FORMATS
+from tests.support.frames import frames, mac
+from tests.support.running import RunningSwitch, posted
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
 from vswitch.lab.guest.packets import format_mac
 from vswitch.lab.load.load import Flow, FlowResult, Load

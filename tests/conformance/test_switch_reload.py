@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from formats import FORMATS
-from frames import frames, mac
-from running import Wire, silent, teach
 
+from tests.support.formats import FORMATS
+from tests.support.frames import frames, mac
+from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.errors import BackendRefusedError

@@ -6,10 +6,10 @@ import itertools
 import random
 
 import pytest
-from formats import ALL_COMBINATIONS, FORMATS, name_of
-from frames import frames
-from running import Wire, silent, teach
 
+from tests.support.formats import ALL_COMBINATIONS, FORMATS, name_of
+from tests.support.frames import frames
+from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
 from vswitch.lab.guest.memory import PAGE_LEN
 from vswitch.lab.guest.packets import format_mac

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import RunningSwitch, Wire, exchanging, silent, teach
 
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import RunningSwitch, Wire, exchanging, silent, teach
 from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 from vswitch.vhost_user.protocol import ProtocolFeature
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from frames import frame, mac
-from running import Wire, exchanging, open_files, teach
 
+from tests.support.frames import frame, mac
+from tests.support.running import Wire, exchanging, open_files, teach
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, Request

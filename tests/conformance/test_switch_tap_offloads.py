@@ -14,11 +14,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from ippackets import UDP, VLAN, Packet
-from namespaces import Namespace
-from running import Wire, teach
-from test_switch_offloads import ALL, KINDS, expected, guest
 
+from tests.conformance.test_switch_offloads import ALL, KINDS, expected, guest
+from tests.support.ippackets import UDP, VLAN, Packet
+from tests.support.namespaces import Namespace
+from tests.support.running import Wire, teach
 from vswitch.host.tap import open_tap
 from vswitch.lab.guest import VnetHeader, vnet
 from vswitch.lab.guest.packets import parse_mac

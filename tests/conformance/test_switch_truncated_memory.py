@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, mac
-from running import RunningSwitch, Wire, teach, translated
-from scattering import scatter
 
+from tests.conformance.scattering import scatter
+from tests.support.frames import BROADCAST, frame, mac
+from tests.support.running import RunningSwitch, Wire, teach, translated
 from vswitch.lab.guest import Region, SoftwareGuest
 from vswitch.lab.guest.guest import AnyQueue
 from vswitch.lab.guest.raw import RawDesc

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hostile
 import pytest
-from running import RunningSwitch, Wire, exchanging, teach
-from threads import held, workers_of
-from turns import TURN_NS_MAX, longest_turns
 
+from tests.conformance import hostile
+from tests.conformance.threads import held, workers_of
+from tests.conformance.turns import TURN_NS_MAX, longest_turns
+from tests.support.processes import environment
+from tests.support.running import RunningSwitch, Wire, exchanging, teach
 from vswitch.daemon.log import BURST_LINES
 from vswitch.lab.guest import SoftwareGuest
 
@@ -45,7 +46,8 @@ ANNOUNCING = {"rarps"}
 def raging(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
     """A hostile process of this kind; it has done all its rounds when the context ends."""
     process = subprocess.Popen(
-        [sys.executable, hostile.__file__, kind, str(ROUNDS[kind]), str(path)],
+        [sys.executable, "-m", hostile.__name__, kind, str(ROUNDS[kind]), str(path)],
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import DEADLINE_S, RunningSwitch, Wire, silent, teach
+
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, silent, teach
 
 pytestmark = pytest.mark.root("makes TAP interfaces")
 

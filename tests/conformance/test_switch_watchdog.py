@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import DEADLINE_S, RunningSwitch, Wire, teach
-from threads import held, workers_of
 
+from tests.conformance.threads import held, workers_of
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, teach
 from vswitch.lab.guest import BackendClosedError
 
 PERIOD_S = 0.6

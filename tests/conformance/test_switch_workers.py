@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from frames import BROADCAST, frame, frames, mac
-from running import Wire, teach
 
+from tests.support.frames import BROADCAST, frame, frames, mac
+from tests.support.running import Wire, teach
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.load.load import Flow, FlowResult, Load
 

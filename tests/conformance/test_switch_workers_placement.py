@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from frames import BROADCAST, frame, mac
-from running import DEADLINE_S, Wire, all_came, loading, teach, used_on
 
+from tests.support.frames import BROADCAST, frame, mac
+from tests.support.running import DEADLINE_S, Wire, all_came, loading, teach, used_on
 from vswitch.lab.load.load import Flow, Load
 
 MOVES = 100

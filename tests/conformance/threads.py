@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from running import RunningSwitch
+from tests.support.running import RunningSwitch
 
 PTRACE_DETACH = 17
 PTRACE_SEIZE = 0x4206

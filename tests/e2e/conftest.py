@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed import NETWORK, Testbed
 
+from tests.e2e.testbed import NETWORK, Testbed
 from vswitch.lab.errors import LabError
 from vswitch.lab.qemu import host, process
 from vswitch.lab.qemu.distribution import DEBIAN_13

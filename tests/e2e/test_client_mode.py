@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed import Testbed, pinging, somebody_listens, wait_until
+from tests.e2e.testbed import Testbed, pinging, somebody_listens, wait_until
 
 
 def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:

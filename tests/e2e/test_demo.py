@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed import PATIENCE_S, wait_until
-from traps import Traps
 
+from tests.e2e.testbed import PATIENCE_S, wait_until
+from tests.support.traps import Traps
 from vswitch.lab.qemu import process
 
 VSWITCH = Path(sys.executable).with_name("vswitch")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ringsizes import obeys, ring_sizes
-from testbed import Testbed
-from transfer import Transfer
+
+from tests.e2e.ringsizes import obeys, ring_sizes
+from tests.e2e.testbed import Testbed
+from tests.e2e.transfer import Transfer
 
 PLAIN = {
     "mrg_rxbuf": False,

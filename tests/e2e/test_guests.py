@@ -6,8 +6,9 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from testbed import NAMES, Testbed, pinging
-from transfer import Transfer
+
+from tests.e2e.testbed import NAMES, Testbed, pinging
+from tests.e2e.transfer import Transfer
 
 TRANSFER_LEN = 50_000_000
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from testbed import NAMES, NETWORK, Testbed, pinging, pings_until_answered, wait_until
-
+from tests.e2e.testbed import NAMES, NETWORK, Testbed, pinging, pings_until_answered, wait_until
 from vswitch.lab.guest import SoftwareGuest
 
 

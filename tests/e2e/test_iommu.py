@@ -7,8 +7,9 @@ with a miss and an invalidation: the worst there is for an IOTLB.
 from __future__ import annotations
 
 import pytest
-from testbed import Kind, Testbed
-from transfer import Transfer
+
+from tests.e2e.testbed import Kind, Testbed
+from tests.e2e.transfer import Transfer
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from testbed import Testbed
-
+from tests.e2e.testbed import Testbed
 from vswitch.lab.qemu.accel import accelerator
 
 

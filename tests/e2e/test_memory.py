@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from testbed import Kind, Testbed
-from transfer import Transfer
+from tests.e2e.testbed import Kind, Testbed
+from tests.e2e.transfer import Transfer
 
 
 def test_guests_in_huge_pages(testbed: Testbed, hugetlbfs: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testbed import Testbed, pings_until_answered, wait_until
-from transfer import Transfer
 
+from tests.e2e.testbed import Testbed, pings_until_answered, wait_until
+from tests.e2e.transfer import Transfer
 from vswitch.lab.errors import GuestError
 from vswitch.lab.qemu.guest import Guest
 

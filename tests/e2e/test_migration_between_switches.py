@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from testbed import NETWORK, Testbed, pings_until_answered, wait_until
-from transfer import Transfer
 
+from tests.e2e.testbed import NETWORK, Testbed, pings_until_answered, wait_until
+from tests.e2e.transfer import Transfer
 from vswitch.lab.qemu import host
 from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from testbed import Testbed, pinging, somebody_listens, wait_until
+from tests.e2e.testbed import Testbed, pinging, somebody_listens, wait_until
 
 
 def test_guest_memory_without_share_on(testbed: Testbed) -> None:

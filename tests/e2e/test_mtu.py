@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from testbed import Kind, Testbed, protocol_counters
-from transfer import Transfer
 
+from tests.e2e.testbed import Kind, Testbed, protocol_counters
+from tests.e2e.transfer import Transfer
 from vswitch.lab.qemu.guest import Guest
 
 LEN = 2_000_000

@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from testbed import Kind, Testbed
-from transfer import Transfer
+
+from tests.e2e.testbed import Kind, Testbed
+from tests.e2e.transfer import Transfer
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from testbed import NETWORK, Kind, Testbed, pings_until_answered, protocol_counters
-from transfer import Transfer, make_data
 
+from tests.e2e.testbed import NETWORK, Kind, Testbed, pings_until_answered, protocol_counters
+from tests.e2e.transfer import Transfer, make_data
 from vswitch.lab.qemu.guest import Guest
 
 LEN = 5_000_000

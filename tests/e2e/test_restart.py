@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from testbed import Kind, Testbed, pings_until_answered, wait_until
-from transfer import Transfer
+
+from tests.e2e.testbed import Kind, Testbed, pings_until_answered, wait_until
+from tests.e2e.transfer import Transfer
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 

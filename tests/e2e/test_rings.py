@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ringsizes import obeys, ring_sizes
-from testbed import Kind, Testbed, wait_until
-from transfer import Transfer, make_data
 
+from tests.e2e.ringsizes import obeys, ring_sizes
+from tests.e2e.testbed import Kind, Testbed, wait_until
+from tests.e2e.transfer import Transfer, make_data
 from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage
 

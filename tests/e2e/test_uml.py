@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed import NETWORK, Testbed, wait_until
-from transfer import Transfer
 
+from tests.e2e.testbed import NETWORK, Testbed, wait_until
+from tests.e2e.transfer import Transfer
 from vswitch.lab.programs import find
 from vswitch.lab.qemu.guest import GuestSettings
 from vswitch.lab.qemu.image import GuestImage

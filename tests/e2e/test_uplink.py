@@ -8,7 +8,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from testbed import (
+
+from tests.e2e.testbed import (
     HOST_IP,
     NETWORK,
     Testbed,
@@ -16,8 +17,7 @@ from testbed import (
     pings_until_answered,
     wait_until,
 )
-from transfer import make_data, receive, received_sum
-
+from tests.e2e.transfer import make_data, receive, received_sum
 from vswitch.lab.qemu import host
 from vswitch.lab.qemu.guest import Guest
 

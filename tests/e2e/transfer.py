@@ -7,8 +7,7 @@ guest takes several times as long for SHA-256 as for the transfer.
 
 from __future__ import annotations
 
-from testbed import PATIENCE_S
-
+from tests.e2e.testbed import PATIENCE_S
 from vswitch.lab.qemu.guest import Guest
 
 BLOCK_LEN = 2_000_000

@@ -14,9 +14,9 @@ from random import Random
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
-from bed import Violation
-from messages import DEADLINE_S, MessageBench
 
+from tests.fuzz.bed import Violation
+from tests.fuzz.messages import DEADLINE_S, MessageBench
 from vswitch.control import methods
 
 METHODS = [*sorted(set(methods.METHODS) - {"stop"}), "", "__init__", "ping\x00", "x" * 300]

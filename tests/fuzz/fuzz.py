@@ -1,7 +1,7 @@
 """`make fuzz`: random guests, frontends and control clients, for as long as one likes.
 
-    python tests/fuzz/fuzz.py --seconds 600 [--seed N] [--only rings,races,iommu,iommu-races,...]
-    python tests/fuzz/fuzz.py --case build/fuzz/rings-1234.json
+    python -m tests.fuzz.fuzz --seconds 600 [--seed N] [--only rings,races,iommu,iommu-races,...]
+    python -m tests.fuzz.fuzz --case build/fuzz/rings-1234.json
 
 A case that makes the switch do what it may not, or end, is cut down and written to build/fuzz; the
 second form runs it again. `--sanitized DIR` has it all done with the extensions built there.
@@ -52,19 +52,17 @@ def sanitized(folder: Path) -> int:
         # Python itself keeps memory until its end.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "PYTHONPATH": str(folder.resolve()),
+        "PYTHONPATH": f"{folder.resolve()}:{ROOT}",
         "PYTHONSAFEPATH": "1",
     }
     arguments = [a for a in sys.argv[1:] if a not in ("--sanitized", str(folder))]
-    return subprocess.run([sys.executable, __file__, *arguments], env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.fuzz", *arguments], env=environment
+    ).returncode
 
 
 def makers() -> dict[str, Callable[[int], Case]]:
-    import control
-    import iommucases
-    import messages
-    import races
-    import ringcases
+    from tests.fuzz import control, iommucases, messages, races, ringcases
 
     return {
         "rings": ringcases.make,
@@ -79,26 +77,26 @@ def makers() -> dict[str, Callable[[int], Case]]:
 def open_bench(kind: str) -> Any:
     """What runs cases of a kind: has `run`, `close` and `reached`."""
     if kind == "rings":
-        from bed import Bed
+        from tests.fuzz.bed import Bed
 
         return Bed()
     if kind == "races":
-        from races import RacingBed
+        from tests.fuzz.races import RacingBed
 
         return RacingBed()
     if kind == "iommu":
-        from iommu import IommuBed
+        from tests.fuzz.iommu import IommuBed
 
         return IommuBed()
     if kind == "iommu-races":
-        from iommuraces import RacingIommuBed
+        from tests.fuzz.iommuraces import RacingIommuBed
 
         return RacingIommuBed()
     if kind == "messages":
-        from messages import MessageBench
+        from tests.fuzz.messages import MessageBench
 
         return MessageBench()
-    from control import ControlBench
+    from tests.fuzz.control import ControlBench
 
     return ControlBench()
 
@@ -262,7 +260,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.sanitized is not None:
         return sanitized(options.sanitized)
-    sys.path[1:1] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "conformance")]
     if options.case is not None:
         how, text = run_alone(json.loads(options.case.read_text()))
         print(f"{how}\n{text}" if how else "passed")

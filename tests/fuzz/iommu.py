@@ -15,9 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
-from bed import FILE_LEN, LOG_LEN, LOG_OFFSET, PAGE, PLACES, Bed, RingSetup, Violation
-from mappings import EVERYWHERE, LAST, Mappings, Range, merged, minus
-
+from tests.fuzz.bed import FILE_LEN, LOG_LEN, LOG_OFFSET, PAGE, PLACES, Bed, RingSetup, Violation
+from tests.fuzz.mappings import EVERYWHERE, LAST, Mappings, Range, merged, minus
 from vswitch.config.settings import PortSettings
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.ports import offloads

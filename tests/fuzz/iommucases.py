@@ -9,9 +9,8 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-import races
-import ringcases
-from bed import PAGE, PLACES
+from tests.fuzz import races, ringcases
+from tests.fuzz.bed import PAGE, PLACES
 
 LAST = (1 << 64) - 1
 BOTH = 3

@@ -6,10 +6,9 @@ import array
 import threading
 from typing import Any
 
-from iommu import IommuBed
-from mappings import Range
-from races import RacingBed
-
+from tests.fuzz.iommu import IommuBed
+from tests.fuzz.mappings import Range
+from tests.fuzz.races import RacingBed
 from vswitch.lab.guest.scribble import scribble
 
 

@@ -5,7 +5,7 @@ Ranges are of the hostile guest's memory file, from a first byte to the one afte
 
 from __future__ import annotations
 
-from bed import PLACES, Place
+from tests.fuzz.bed import PLACES, Place
 
 LAST = (1 << 64) - 1
 """The last I/O virtual address."""

@@ -23,10 +23,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from bed import Violation
-from frames import frame, mac
-from running import RunningSwitch, Wire, teach
-
+from tests.fuzz.bed import Violation
+from tests.support.frames import frame, mac
+from tests.support.running import RunningSwitch, Wire, teach
 from vswitch.fastpath.main.journal import SLOT_LEN
 from vswitch.fastpath.main.port import MAX_VRINGS
 from vswitch.ports.journals import make_shared

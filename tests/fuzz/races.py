@@ -12,9 +12,8 @@ import time
 from random import Random
 from typing import Any
 
-import ringcases
-from bed import Bed, Violation
-
+from tests.fuzz import ringcases
+from tests.fuzz.bed import Bed, Violation
 from vswitch.lab.guest.scribble import scribble
 
 DEADLINE_S = 60.0

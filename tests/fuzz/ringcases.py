@@ -13,8 +13,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from bed import BROADCAST, HOSTILE_MAC, MACS, PLACES, RingSetup, setup_row
-
+from tests.fuzz.bed import BROADCAST, HOSTILE_MAC, MACS, PLACES, RingSetup, setup_row
 from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import iommucases
 import pytest
-from bed import PLACES, Violation, run_cases
-from iommu import BOTH, COVER, IommuBed
-from iommuraces import RacingIommuBed
-from mappings import Mappings, merged, minus
 
+from tests.fuzz import iommucases
+from tests.fuzz.bed import PLACES, Violation, run_cases
+from tests.fuzz.iommu import BOTH, COVER, IommuBed
+from tests.fuzz.iommuraces import RacingIommuBed
+from tests.fuzz.mappings import Mappings, merged, minus
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.ports.iotlb import PortIotlb
 

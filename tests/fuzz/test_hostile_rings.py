@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import races
-import ringcases
-from bed import PATTERN, PLACES, Bed, Violation, run_cases
 
+from tests.fuzz import races, ringcases
+from tests.fuzz.bed import PATTERN, PLACES, Bed, Violation, run_cases
 from vswitch.fastpath.shared.words import DROP_REASONS, RING_FAULTS
 
 CASES = 3000
 RACES = 150
 NOT_FROM_RINGS = {
     "tap-busy", "tap-down", "tap-error", "iotlb-miss", "page-missing",
-    "buffer-pieces",  # more of them than these guests have memory for; tests/unit/test_turns.py
+    # More of them than these guests have memory for; tests/unit/fastpath/test_turns.py.
+    "buffer-pieces",
 }  # fmt: skip
 NOT_WITHOUT_IOMMU = {"iommu-permission"}
 

@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-import messages
 import pytest
-from bed import BROADCAST, ETHERTYPE, HOSTILE_MAC, LOG_LEN, MACS, PLACES, Bed, RingSetup, setup_row
 
+from tests.fuzz import messages
+from tests.fuzz.bed import (
+    BROADCAST,
+    ETHERTYPE,
+    HOSTILE_MAC,
+    LOG_LEN,
+    MACS,
+    PLACES,
+    Bed,
+    RingSetup,
+    setup_row,
+)
 from vswitch.lab.guest import Frontend
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
 from vswitch.vhost_user.protocol import (

@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from roots import ASKED_FOR, COMMANDS, RELEASES, Roots
 
-HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+from tests.roots.roots import ASKED_FOR, COMMANDS, RELEASES, Roots
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 # In a mount namespace of its own, so that a failure leaves nothing mounted either.
 REMOVE = """
 import subprocess, sys
 from pathlib import Path
-from roots import RootsError, _remove
+from tests.roots.roots import RootsError, _remove
 root, precious = Path(sys.argv[1]), Path(sys.argv[2])
 subprocess.run(["mount", "--bind", precious, root / "mnt"], check=True)
 try:
@@ -41,7 +42,7 @@ def test_nothing_is_deleted_through_a_mount(tmp_path: Path) -> None:
     (precious / "file").write_text("of somebody else")
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, "-c", REMOVE, str(root), str(precious)],
-        cwd=HERE, capture_output=True, text=True, check=True,
+        cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     refused, exists = done.stdout.splitlines()
     assert refused == f"{root} is not deleted: {root}/mnt is mounted; umount it first"
@@ -70,7 +71,7 @@ def test_what_goes_wrong_inside_leaves_nothing_mounted(tmp_path: Path) -> None:
 def test_unknown_words_are_refused() -> None:
     for words in (["debian-99"], ["--commands", "demo,nothing"]):
         done = subprocess.run(
-            [sys.executable, "-I", str(HERE / "roots.py"), *words],
+            [sys.executable, "-m", "tests.roots.roots", *words],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 2

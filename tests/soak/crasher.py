@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from random import Random
 
-from traffic import DEADLINE_S, SoakError, Station
+from tests.soak.traffic import DEADLINE_S, SoakError, Station
+from tests.support.processes import environment
 
 _NOTES = struct.Struct("<QQQQQ")
 """Offered, received, the memfd of its memory, and where in that the two used rings are."""
@@ -37,7 +38,9 @@ class Crasher:
         self._notes = mmap.mmap(fd, _NOTES_LEN)
         self._memory: mmap.mmap | None = None
         told = json.dumps([fd, number, life, seed, str(path), addressees])
-        self._process = subprocess.Popen([sys.executable, __file__, told], pass_fds=(fd,))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, told], env=environment(), pass_fds=(fd,)
+        )
         os.close(fd)
 
     def wait(self) -> None:

@@ -1,6 +1,6 @@
 """`make soak`: everything that happens in months, in minutes, and not a frame unaccounted for.
 
-    python tests/soak/soak.py --minutes 10 [--seed N]
+    python -m tests.soak.soak --minutes 10 [--seed N]
 
 Ports come and go, guests reboot and are killed, their memory table changes, the switch is stopped
 and killed, all under traffic. Every frame says who sent it, to whom and as the how manyth, and has
@@ -30,16 +30,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[1:1] = [str(ROOT / "tests" / "soak"), str(ROOT / "tests" / "conformance")]
-
-from crasher import Crasher  # noqa: E402
-from running import RunningSwitch  # noqa: E402
-from traffic import DEADLINE_S, FILLER, SoakError, Station, mac_of  # noqa: E402
-
-from vswitch.lab.guest import DEFAULT_FEATURES, Region  # noqa: E402
-from vswitch.lab.guest.packets import format_mac  # noqa: E402
-from vswitch.vhost_user.protocol import Feature  # noqa: E402
+from tests.soak.crasher import Crasher
+from tests.soak.traffic import DEADLINE_S, FILLER, SoakError, Station, mac_of
+from tests.support.running import RunningSwitch
+from vswitch.lab.guest import DEFAULT_FEATURES, Region
+from vswitch.lab.guest.packets import format_mac
+from vswitch.vhost_user.protocol import Feature
 
 BURST = 64
 WINDOW = 150

@@ -5,9 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from crasher import unwrap
-from soak import soak
-from traffic import SoakError, Station, mac_of, make_frame
+
+from tests.soak.crasher import unwrap
+from tests.soak.soak import soak
+from tests.soak.traffic import SoakError, Station, mac_of, make_frame
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from controlled import Controlled
+
+from tests.support.controlled import Controlled
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 #ifndef VS_SIGBUS_BETWEEN
-#define VS_SIGBUS_BETWEEN() /* where tests/unit/sigbus_slots.c has a slot change */
+#define VS_SIGBUS_BETWEEN() /* where tests/unit/fastpath/sigbus_slots.c has a slot change */
 #endif
 
 #define VS_SIGBUS_SLOTS 65536 /* MAX_PORTS ports of MAX_REGIONS regions */

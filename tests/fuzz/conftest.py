@@ -1,8 +1,0 @@
-"""The fuzzers' benches, and the running switch of the conformance tests."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))

@@ -1,8 +1,0 @@
-"""The running switch of the conformance tests, for the soak."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
