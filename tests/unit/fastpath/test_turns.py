@@ -202,3 +202,32 @@ def test_a_turn_of_many_notifications() -> None:
         sender.transmitqs[0].ring.send([frame(BROADCAST, sender.mac, 0)], 0, None)
         assert rig.turn() == 1
         assert ring.debt == (PORTS - 1) * 16 - BURST
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["read", "full"])
+def test_a_turn_of_frames_to_a_tap(reads: bool) -> None:
+    """Each is a write, which costs as much as 32 copies, also when there is no room for the frame.
+
+    A socket stands in for the TAP. That it is full does not hold the worker up.
+    """
+    with stepping() as rig:
+        sender, own = rig.guest(1)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            ours.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20 if reads else 4096)
+            tap = rig.engine.add_port("tap", ours.fileno())
+            rig.settle()
+            (ring,) = (ring for ring in own.rings.values() if ring.is_transmitq)
+            data = [frame(BROADCAST, sender.mac, tag) for tag in range(BURST)]
+            assert sender.transmitqs[0].ring.send(data, 0, None) == BURST
+            assert rig.turn() == BURST
+            assert ring.debt == BURST * 32 - BURST
+            dropped = rig.drops(tap).get("tap-busy", 0)
+            assert (dropped == 0) == reads
+            got = [theirs.recv(2000)[12:] for _ in range(BURST - dropped)]
+            assert got == data[: len(got)]
+            with pytest.raises(BlockingIOError):
+                theirs.recv(1, socket.MSG_DONTWAIT)
+            rig.engine.remove_port(tap)
+            rig.settle()

@@ -398,7 +398,7 @@ cdef struct WorkerC:
     Seg segs[SEG_POOL + FINISH_BATCH]   # ... and their payloads
     uint32_t n_segs
     uint32_t work          # of the burst, besides a copy a frame: see turn_cost
-    uint32_t burst_calls   # ... drivers notified
+    uint32_t burst_calls   # ... drivers notified, and writes to a TAP, TAP_CALLS each
     uint64_t copied        # ... bytes
     uint32_t needs         # of all frames of the burst together
     uint16_t lookups       # of destinations in the FDB, in this burst

@@ -1,10 +1,10 @@
 /* Several writes in one system call, with io_uring.
  *
  * What is queued is submitted and waited for in one io_uring_enter(2), so memory that an operation reads
- * is the caller's again when vs_uring_submit() returns. The file must be non-blocking: then the kernel
- * tries each write within the call, in their order. One that would have to wait is meant to end with
- * EAGAIN; with a full Unix socket on Linux 6.18 it was waited for instead. A TAP was not seen to do so:
- * its send buffer has no limit that matters unless somebody sets one.
+ * is the caller's again when vs_uring_submit() returns. The kernel tries each write within the call, in
+ * their order. One that would have to wait ends with EAGAIN: by RWF_NOWAIT, for O_NONBLOCK does not say
+ * it to io_uring, which waits until such a file can be polled for writing. TAPs know RWF_NOWAIT since
+ * Linux 5.11, sockets since 4.20. Of a file that does not, each write is done again by write(2).
  *
  * Older kernels than 5.6, containers and the sysctl kernel.io_uring_disabled may leave a program
  * without; who uses it has another way. One thread uses a ring at a time.
@@ -27,6 +27,7 @@
 struct vs_uring {
     int fd; /* -1: there is none */
     uint32_t queued;
+    uint32_t refused; /* a file did not know RWF_NOWAIT: writes by themselves are cheaper */
     uint32_t *sq_tail, *cq_head, *cq_tail;
     uint32_t sq_mask, cq_mask;
     struct io_uring_sqe *sqes;
@@ -99,6 +100,7 @@ static inline void vs_uring_queue(struct vs_uring *u, uint8_t operation, int fd,
     sqe->fd = fd;
     sqe->addr = (uint64_t)(uintptr_t)at;
     sqe->len = n;
+    sqe->rw_flags = RWF_NOWAIT;
     sqe->user_data = u->queued++;
 }
 
@@ -110,6 +112,17 @@ static inline void vs_uring_write(struct vs_uring *u, int fd, const void *buffer
 /* Queue a write of what `n` entries of `iov` name; both are read when it is submitted. */
 static inline void vs_uring_writev(struct vs_uring *u, int fd, const struct iovec *iov, uint32_t n) {
     vs_uring_queue(u, IORING_OP_WRITEV, fd, iov, n);
+}
+
+/* Do again, without io_uring, what a file refused for RWF_NOWAIT. It is the n-th of the last submit,
+ * whose entries end at `tail`. The file must be non-blocking. */
+static inline void vs_uring_redo(struct vs_uring *u, uint32_t tail, uint32_t queued, uint32_t n) {
+    const struct io_uring_sqe *sqe = &u->sqes[(tail - queued + n) & u->sq_mask];
+    void *at = (void *)(uintptr_t)sqe->addr;
+    ssize_t done = sqe->opcode == IORING_OP_WRITE ? write(sqe->fd, at, sqe->len)
+                                                  : writev(sqe->fd, at, (int)sqe->len);
+    u->results[n] = done < 0 ? -errno : (int32_t)done;
+    u->refused = 1;
 }
 
 /* Do what is queued. Afterwards `results` has what became of each. */
@@ -142,6 +155,9 @@ static inline void vs_uring_submit(struct vs_uring *u) {
         }
         __atomic_store_n(u->cq_head, head, __ATOMIC_RELEASE);
     }
+    for (i = 0; i < n; i++)
+        if (u->results[i] == -EOPNOTSUPP)
+            vs_uring_redo(u, *u->sq_tail, n, i);
 }
 
 #endif

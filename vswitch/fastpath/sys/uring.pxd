@@ -14,6 +14,7 @@ cdef extern from "uring.h" nogil:
     struct vs_uring:
         int fd
         uint32_t queued
+        uint32_t refused
         int32_t results[64]
     int vs_uring_open(vs_uring *u)
     void vs_uring_close(vs_uring *u)

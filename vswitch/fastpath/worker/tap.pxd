@@ -43,6 +43,7 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     STAGING_LEN = 262144  # bytes a worker reads ahead from a TAP in one burst
     TAP_SLOT_MAX = 65664  # the longest frame with its header, rounded up to a cache line
+    TAP_CALLS = 2         # what a write to a TAP costs, in notifications
 
 
 cdef inline void tap_written(Counters *counters, uint32_t length, int error) noexcept nogil:
@@ -63,6 +64,7 @@ cdef inline void tap_flush(WorkerC *w, Counters *counters) noexcept nogil:
     cdef uint32_t i, n = w.uring.queued
     if n == 0:
         return
+    w.burst_calls += TAP_CALLS * n
     vs_uring_submit(&w.uring)
     for i in range(n):
         tap_written(counters, w.tap_lens[i], -min(w.uring.results[i], 0))
@@ -109,6 +111,7 @@ cdef inline void tap_write(
             vs_uring_writev(&w.uring, port.tap_fd, iov, 1 + frame.nseg)
             w.n_tap_iovecs += 1 + frame.nseg
         return
+    w.burst_calls += TAP_CALLS
     if small:
         done = write(port.tap_fd, whole, VNET_HDR_MAX + frame.len)
     else:
@@ -124,7 +127,7 @@ cdef inline void tap_send(
     cdef const Frame *frame
     cdef uint32_t slot
     cdef uint16_t i
-    cdef bint queue = w.uring.fd >= 0 and n > 1
+    cdef bint able = w.uring.fd >= 0 and not w.uring.refused, queue = able and n > 1
     for i in range(n):
         frame = &w.frames[which[i]]
         if frame.wire_len > vs_load32(&port.max_len):
@@ -142,7 +145,7 @@ cdef inline void tap_send(
                 if slot == FINISH_BATCH:
                     tap_flush(w, counters)
                     slot = 0
-                tap_write(w, port, finish_next(w, frame, &f, slot), w.uring.fd >= 0, counters)
+                tap_write(w, port, finish_next(w, frame, &f, slot), able, counters)
                 slot += 1
             tap_flush(w, counters)
     tap_flush(w, counters)
