@@ -151,7 +151,12 @@ def _switch(name: str, build: Build) -> type[Switch]:
     return type(
         f"{name.title()}Vswitch",
         (Vswitch,),
-        {"name": name, "title": build.revision.title, "program": (str(build.program),)},
+        {
+            "name": name,
+            "title": build.revision.title,
+            "program": (str(build.program),),
+            "host_interface": f"vsb-{name}",  # both are up at once
+        },
     )
 
 

@@ -24,8 +24,8 @@ class Rig:
     Its worker runs, or takes its turns when it is told to: `turn`.
     """
 
-    def __init__(self, stack: ExitStack, *, runs: bool = True) -> None:
-        self.engine = Engine()
+    def __init__(self, stack: ExitStack, *, runs: bool = True, **engine: Any) -> None:
+        self.engine = Engine(**engine)
         self._stack = stack
         self._keep: list[object] = []
         worker = self.engine.workers[0]
@@ -81,9 +81,10 @@ class Rig:
 
 
 @contextmanager
-def running() -> Iterator[Rig]:
+def running(**engine: Any) -> Iterator[Rig]:
+    """One whose worker runs; options of the Engine."""
     with ExitStack() as stack:
-        yield Rig(stack)
+        yield Rig(stack, **engine)
 
 
 @contextmanager

@@ -231,3 +231,27 @@ def test_a_turn_of_frames_to_a_tap(reads: bool) -> None:
                 theirs.recv(1, socket.MSG_DONTWAIT)
             rig.engine.remove_port(tap)
             rig.settle()
+
+
+def test_debts_are_forgiven_when_nobody_waits() -> None:
+    """Who is alone has its next turn after two looks at the others, however dear the last was."""
+    with running(idle_ns=0) as rig:
+        sender, _ = rig.guest(1, queue_size=256)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            ours.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            tap = rig.engine.add_port("tap", ours.fileno())
+            rig.settle()
+            (worker,) = rig.engine.workers
+            before = worker.stats()
+            data = [frame(BROADCAST, sender.mac, tag) for tag in range(3 * BURST)]
+            assert sender.transmitqs[0].ring.send(data, 0, None) == len(data)
+            sender.transmitqs[0].kick()
+            assert [theirs.recv(2000)[12:] for _ in data] == data
+            rig.engine.remove_port(tap)
+            rig.settle()
+            after = worker.stats()
+            # Each of the three turns cost 32 bursts of copies, which are 31 turns of others.
+            assert after["bursts"] - before["bursts"] == 3
+            assert after["loops"] - before["loops"] < 31

@@ -342,12 +342,20 @@ cdef inline void sleep_until_event(WorkerC *w, const View *view) noexcept nogil:
                 w.counters[port].kicks += 1
 
 
+cdef inline void forgive(WorkerC *w, const WorkerView *mine) noexcept nogil:
+    """Nobody was there for whom those with debts sat out."""
+    cdef uint32_t i
+    for i in range(mine.n_transmitqs):
+        mine.transmitqs[i].debt = 0
+    w.tap_debt = 0
+
+
 cdef inline void worker_loop(WorkerC *w) noexcept nogil:
     """Run until told to stop."""
     cdef const View *view
     cdef const WorkerView *mine
     cdef RingC *ring
-    cdef uint32_t i, work, got, loops = 0
+    cdef uint32_t i, work, owing, got, loops = 0
     cdef uint64_t idle_since = 0, tap_due = 0, now
     cdef uint64_t idle_limit = w.shared.idle_ns
     cdef bint tap_hot = True
@@ -367,7 +375,7 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
         view = <const View *>vs_load_acquire_ptr(&w.shared.view)
         mine = &view.workers[w.id]
         loops += 1
-        work = 0
+        work = owing = 0
         for i in range(mine.n_transmitqs):
             ring = mine.transmitqs[i]
             if ring.empty_polls >= COLD_AFTER and loops % COLD_EVERY:
@@ -375,7 +383,7 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
             if vs_unlikely(ring.debt):
                 # As many turns of the others as what it made would have filled.
                 ring.debt -= BURST if ring.debt > BURST else ring.debt
-                work += 1
+                owing += 1
                 continue
             got = poll_transmitq(w, view, ring)
             if got:
@@ -387,7 +395,7 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
             # The clock is cheap but not free: it is read in one loop of eight.
             if vs_unlikely(w.tap_debt):
                 w.tap_debt -= BURST if w.tap_debt > BURST else w.tap_debt
-                work += 1
+                owing += 1
             elif tap_hot or (loops & 7 == 0 and vs_now_ns() >= tap_due):
                 got = 0
                 for i in range(mine.n_taps):
@@ -399,6 +407,12 @@ cdef inline void worker_loop(WorkerC *w) noexcept nogil:
         if w.id == 0 and vs_unlikely(vs_load_acquire_ptr(&w.shared.inject) != NULL):
             send_injected(w, view)
         w.loops += 1
+        if vs_unlikely(owing) and work == 0:
+            if loops % COLD_EVERY == 0:
+                forgive(w, mine)
+            else:
+                loops = COLD_EVERY - 1  # only who looked at the cold ones, too, knows that nobody waits
+            work = owing
         if work:
             idle_since = 0
             # Since the last look in vain: the first burst is work, too.
