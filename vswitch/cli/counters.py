@@ -43,12 +43,12 @@ def counters(stats: Sequence[PortStats]) -> list[Layout]:
     titles = [*map(_title, _TRAFFIC), ">DROPS", *map(_title, _OTHERS)]
     table = Table("NAME", *titles, "DROPPED FOR")
     for each in stats:
-        numbers: dict[str, Any] = {**each}
+        numbers: dict[str, Any] = {**each}  # an older switch may not have all of them
         table.add(
             each["name"],
-            *(numbers[key] for key in _TRAFFIC),
+            *(numbers.get(key) for key in _TRAFFIC),
             sum(each["drops"].values()),
-            *(numbers[key] for key in _OTHERS),
+            *(numbers.get(key) for key in _OTHERS),
             _drops(each["drops"]),
         )
     return [table]
@@ -66,7 +66,7 @@ def rates(before: Sequence[PortStats], now: Sequence[PortStats], interval_s: flo
         old = earlier.get(each["id"])
 
         def rate(key: str, now: Any = each, before: Any = old) -> str:
-            grown = max(now[key] - (before[key] if before else 0), 0)
+            grown = max(now.get(key, 0) - (before.get(key, 0) if before else 0), 0)
             return _scaled((8 if key.endswith("_bytes") else 1) * grown / interval_s)
 
         drops = {

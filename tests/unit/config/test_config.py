@@ -268,9 +268,7 @@ def test_values_given_at_run_time() -> None:
     assert caught.value.message.split("\n") == [
         'port "vm1".socket: must be an absolute path (got "s")',
         'port "vm1".queues: must be at least 1 (got 0)',
-        'port "vm1".color: unknown key (known are name, socket, mode, owner, group, permissions, '
-        "queues, mtu, offloads, frontend, features, worker, max_macs, storm_broadcast, "
-        "storm_multicast, storm_unknown, storm_burst)",
+        f'port "vm1".color: unknown key (known are {", ".join(PortSettings.model_fields)})',
     ]
     assert uplink_settings({"name": "t"}) == UplinkSettings(name="t")
     with pytest.raises(ConfigError, match=r"uplink.name: is missing"):
