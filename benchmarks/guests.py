@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from benchmarks.samples import Case
+from vswitch import ethertypes
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.packets import checksum
 from vswitch.lab.guest.shapes import MAX_HEADER_LEN
@@ -27,7 +28,6 @@ TSO_RX_QUEUE_SIZE = 256
 TSO_BUF_LEN = 4096
 """Receive buffers of a page, 16 to such a frame, as Linux has them with MRG_RXBUF."""
 _TSO_FEATURES = Feature.CSUM | Feature.HOST_TSO4 | Feature.GUEST_CSUM | Feature.GUEST_TSO4
-_ETHERTYPE_EXPERIMENT = b"\x88\xb5"
 
 
 def guest(mac: str, case: Case, max_frame_len: int) -> SoftwareGuest:
@@ -61,7 +61,7 @@ def frames_under_way(frame_len: int, buf_len: int, buffers: int) -> int:
 
 def ethernet(dst: bytes, src: bytes, length: int) -> bytes:
     """A frame of `length` bytes, no frame check sequence."""
-    return (dst + src + _ETHERTYPE_EXPERIMENT).ljust(length, b"\0")
+    return (dst + src + ethertypes.wire(ethertypes.EXPERIMENT)).ljust(length, b"\0")
 
 
 def tso_frame(dst: bytes, src: bytes) -> tuple[bytes, bytes]:

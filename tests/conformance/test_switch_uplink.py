@@ -18,12 +18,12 @@ import pytest
 
 from tests.support.frames import BROADCAST, frame, frames, mac
 from tests.support.running import DEADLINE_S, RunningSwitch, Wire, silent, teach
+from vswitch import ethertypes
 
 pytestmark = pytest.mark.root("makes TAP interfaces")
 
 A, B = mac(1), mac(2)
 HOST = "52:54:00:00:ff:01"
-ETHERTYPE = 0x88B5
 _numbers = itertools.count()
 
 
@@ -61,7 +61,7 @@ class Tap:
         wire.client.add_uplink(self.name)
         # Bound before it has a protocol, or it would begin with frames of other interfaces.
         self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        self.socket.bind((self.name, ETHERTYPE))
+        self.socket.bind((self.name, ethertypes.EXPERIMENT))
         self.socket.settimeout(DEADLINE_S)
         self.link("up")
         wire.wait_state(self.name, "up")

@@ -15,12 +15,12 @@ import pytest
 
 from tests.e2e.testbed import NETWORK, Testbed, pings_until_answered, wait_until
 from tests.e2e.transfer import Transfer
+from vswitch import ethertypes
 from vswitch.lab.qemu import host
 from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage
 
 NEIGHBOUR = f"{NETWORK}.200"
-ARP, RARP = 0x0806, 0x8035
 INTERVAL_S = 0.02
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 
@@ -185,7 +185,7 @@ def test_neighbours_learn_from_the_announcement(
             wait_until("its new switch knows it", lambda: other_switch.fdb().get(mac) == "vm2")
             wait_until("its old one does", lambda: testbed.fdb().get(mac) == uplinks[0])
             wait_until("the neighbour hears it", watch.ethertypes)
-            assert watch.ethertypes() == {RARP if how == "rarp" else ARP}
+            assert watch.ethertypes() == {ethertypes.RARP if how == "rarp" else ethertypes.ARP}
         assert vm1.ping(target.ip, count=3)
         assert target.ping(NEIGHBOUR, count=3)
 

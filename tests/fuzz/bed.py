@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vswitch import ethertypes
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.fdb import mac_key
 from vswitch.fastpath.main.journal import SLOT_LEN, Journal
@@ -30,7 +31,7 @@ PATTERN = 0xB5
 HOSTILE_MAC = bytes.fromhex("5254000000aa")
 MACS = {"left": bytes.fromhex("525400000001"), "right": bytes.fromhex("525400000002")}
 BROADCAST = b"\xff" * 6
-ETHERTYPE = b"\x88\xb5"
+ETHERTYPE = ethertypes.wire(ethertypes.EXPERIMENT)
 
 
 class Violation(AssertionError):

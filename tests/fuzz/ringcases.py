@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.bed import BROADCAST, HOSTILE_MAC, MACS, PLACES, RingSetup, setup_row
+from vswitch import ethertypes
 from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -86,7 +87,8 @@ def _frame(number: int) -> str:
         )
         if rng.random() < 0.2:
             gso = 0
-    ethertype = {"plain": b"\x88\xb5"}.get(kind, b"\x86\xdd" if kind.endswith("6") else b"\x08\x00")
+    ip = ethertypes.IPV6 if kind.endswith("6") else ethertypes.IPV4
+    ethertype = ethertypes.wire(ethertypes.EXPERIMENT if kind == "plain" else ip)
     frame = bytearray((dst + src + tags + ethertype + body).ljust(600, b"\x42"))
     fields = [flags, gso, 0, size, start, offset]
     # Lies about the header.

@@ -9,10 +9,11 @@ import zlib
 from random import Random
 from typing import Any
 
+from vswitch import ethertypes
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.packets import format_mac
 
-ETHERTYPE = b"\x88\xb5"
+ETHERTYPE = ethertypes.wire(ethertypes.EXPERIMENT)
 HEAD = struct.Struct("<6s6s2sIHHQI")  # addresses, type, life, sender, addressee, number, CRC-32
 CRC_AT = HEAD.size - 4
 SIZES = (60, 64, 128, 300, 600, 1514)

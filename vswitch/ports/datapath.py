@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from vswitch import ethertypes
 from vswitch.bounds import MTU_MAX
 from vswitch.config.settings import PortSettings
 from vswitch.fastpath.main.engine import Engine
@@ -444,4 +445,4 @@ def _offloads(ring: Ring, features: Feature) -> int:
 def rarp_frame(mac: bytes) -> bytes:
     """The broadcast a host sends on behalf of a guest that moved (RFC 903), 60 bytes."""
     body = b"\x00\x01\x08\x00\x06\x04\x00\x03" + mac + b"\0" * 4 + mac + b"\0" * 4
-    return (BROADCAST + mac + b"\x80\x35" + body).ljust(60, b"\0")
+    return (BROADCAST + mac + ethertypes.wire(ethertypes.RARP) + body).ljust(60, b"\0")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.frames import ETHERTYPE_TEST
 from tests.support.ippackets import ACK, CWR, ECE, FIN, PSH, QINQ, SRC, TCP, UDP, VLAN, Packet
 from tests.support.rig import Rig, running
 from tests.unit.host.test_tap import ip, setns, unshare_network
@@ -25,7 +26,7 @@ from vswitch.ports import offloads
 
 pytestmark = pytest.mark.root("makes network namespaces")
 
-MARKER = b"\xff" * 6 + SRC + b"\x88\xb5" + bytes(46)
+MARKER = b"\xff" * 6 + SRC + ETHERTYPE_TEST + bytes(46)
 READ_LEN = 1 << 17
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.frames import ETHERTYPE_TEST
 from tests.support.ippackets import Packet
 from tests.support.rig import ALL, Rig, running, stepping
 from vswitch.fastpath.main.port import Port, Ring
@@ -20,7 +21,7 @@ BROADCAST = b"\xff" * 6
 
 
 def frame(dst: bytes, src: bytes, tag: int) -> bytes:
-    return (dst + src + b"\x88\xb5" + tag.to_bytes(2, "big")).ljust(60, b"\0")
+    return (dst + src + ETHERTYPE_TEST + tag.to_bytes(2, "big")).ljust(60, b"\0")
 
 
 def test_turns_are_counted_in_copies() -> None:

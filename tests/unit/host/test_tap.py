@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.frames import ETHERTYPE_TEST
 from tests.support.otheruser import NOBODY, as_nobody
+from vswitch import ethertypes
 from vswitch.errors import UplinkError
 from vswitch.host import tap
 from vswitch.host.tap import VNET_HDR_LEN, Tap, open_tap
@@ -85,9 +87,11 @@ def test_a_new_tap_is_set_up_and_goes_away() -> None:
 
 def test_frames_cross_behind_a_header_of_twelve_bytes() -> None:
     with open_tap("t0") as opened:
-        frame = b"\xff" * 6 + bytes.fromhex("020000000001") + b"\x88\xb5" + bytes(range(50))
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as raw:
-            raw.bind(("t0", 0x88B5))
+        frame = b"\xff" * 6 + bytes.fromhex("020000000001") + ETHERTYPE_TEST + bytes(range(50))
+        with socket.socket(
+            socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ethertypes.EXPERIMENT)
+        ) as raw:
+            raw.bind(("t0", ethertypes.EXPERIMENT))
             raw.settimeout(5)
             os.write(opened.fd, bytes(VNET_HDR_LEN) + frame)
             assert raw.recv(2000) == frame

@@ -6,6 +6,7 @@ from ipaddress import IPv4Address, ip_address
 
 import pytest
 
+from vswitch import ethertypes
 from vswitch.lab.guest import packets
 from vswitch.lab.guest.packets import format_mac, parse_mac
 from vswitch.lab.guest.stack import NetStack
@@ -61,7 +62,7 @@ def test_what_is_not_for_the_stack() -> None:
         bytes(damaged),
         b"\x02" + request[1:],  # another station's address
         packets.arp(packets.ARP_REQUEST, B, IPv4Address("10.0.0.2"), bytes(6), IPv4Address(9)),
-        packets.ethernet(A, B, 0x88B5, b"other"),
+        packets.ethernet(A, B, ethertypes.EXPERIMENT, b"other"),
     ):
         assert a.handle(frame) == (False, [])
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "vswitch"
 
-BASE = ("vswitch._version", "vswitch.bounds", "vswitch.errors")
+BASE = ("vswitch._version", "vswitch.bounds", "vswitch.errors", "vswitch.ethertypes")
 CLIENT = ("vswitch.control.client", "vswitch.api", "vswitch.control.protocol")
 LAB = ("vswitch.lab.errors", "vswitch.lab.programs", "vswitch.lab.requirements")
 
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.__main__": ("vswitch.cli",),
     "vswitch._version": (),
     "vswitch.bounds": (),
+    "vswitch.ethertypes": (),
     "vswitch.errors": (),
     "vswitch.host": BASE,
     # What clients know as well: plain Python.

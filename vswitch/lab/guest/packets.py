@@ -5,14 +5,13 @@ from __future__ import annotations
 import struct
 from ipaddress import IPv4Address, IPv6Address
 
+from vswitch import ethertypes
+
 ETH_HEADER_LEN = 14
 MIN_FRAME_LEN = 60
 """Shortest Ethernet frame without its frame check sequence, in bytes."""
 BROADCAST = b"\xff" * 6
 
-ETHERTYPE_IPV4 = 0x0800
-ETHERTYPE_ARP = 0x0806
-ETHERTYPE_IPV6 = 0x86DD
 ARP_REQUEST = 1
 ARP_REPLY = 2
 PROTO_ICMP = 1
@@ -81,10 +80,10 @@ def arp(
 ) -> bytes:
     """A whole ARP frame; a request goes to broadcast, a reply to its target."""
     body = _ARP.pack(
-        1, ETHERTYPE_IPV4, 6, 4, operation, sender_mac, sender.packed, target_mac, target.packed
+        1, ethertypes.IPV4, 6, 4, operation, sender_mac, sender.packed, target_mac, target.packed
     )
     dst = BROADCAST if operation == ARP_REQUEST else target_mac
-    return ethernet(dst, sender_mac, ETHERTYPE_ARP, body)
+    return ethernet(dst, sender_mac, ethertypes.ARP, body)
 
 
 def parse_arp(payload: bytes) -> tuple[int, bytes, IPv4Address, IPv4Address] | None:
@@ -92,7 +91,7 @@ def parse_arp(payload: bytes) -> tuple[int, bytes, IPv4Address, IPv4Address] | N
     if len(payload) < _ARP.size:
         return None
     hw, proto, hw_len, proto_len, operation, mac, sender, _, target = _ARP.unpack_from(payload)
-    if (hw, proto, hw_len, proto_len) != (1, ETHERTYPE_IPV4, 6, 4):
+    if (hw, proto, hw_len, proto_len) != (1, ethertypes.IPV4, 6, 4):
         return None
     return operation, mac, IPv4Address(sender), IPv4Address(target)
 
@@ -162,7 +161,7 @@ def neighbour_solicitation(mac: bytes, src: IPv6Address, target: IPv6Address) ->
     group_mac, group = solicited_node(target)
     body = struct.pack("!BBHI", ICMPV6_NEIGHBOUR_SOLICITATION, 0, 0, 0)
     body += target.packed + b"\x01\x01" + mac
-    return ethernet(group_mac, mac, ETHERTYPE_IPV6, icmpv6(src, group, body))
+    return ethernet(group_mac, mac, ethertypes.IPV6, icmpv6(src, group, body))
 
 
 def neighbour_advertisement(
@@ -171,4 +170,4 @@ def neighbour_advertisement(
     """A whole frame that answers a solicitation: solicited, overriding."""
     body = struct.pack("!BBHI", ICMPV6_NEIGHBOUR_ADVERTISEMENT, 0, 0, 0x6000_0000)
     body += own.packed + b"\x02\x01" + mac
-    return ethernet(dst_mac, mac, ETHERTYPE_IPV6, icmpv6(own, dst, body))
+    return ethernet(dst_mac, mac, ethertypes.IPV6, icmpv6(own, dst, body))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+from vswitch import ethertypes
 from vswitch.lab.guest import packets
 
 Address = IPv4Address | IPv6Address
@@ -52,12 +53,12 @@ class NetStack:
         if isinstance(target, IPv4Address) and isinstance(own, IPv4Address):
             body = packets.icmp_echo(packets.ICMP_ECHO_REQUEST, ident, seq, data)
             packet = packets.ipv4(own, target, packets.PROTO_ICMP, body)
-            return packets.ethernet(mac, self.mac, packets.ETHERTYPE_IPV4, packet)
+            return packets.ethernet(mac, self.mac, ethertypes.IPV4, packet)
         if isinstance(target, IPv6Address) and isinstance(own, IPv6Address):
             body = packets.icmp_echo(packets.ICMPV6_ECHO_REQUEST, ident, seq, data)
             body = body[:2] + b"\0\0" + body[4:]
             packet = packets.icmpv6(own, target, body)
-            return packets.ethernet(mac, self.mac, packets.ETHERTYPE_IPV6, packet)
+            return packets.ethernet(mac, self.mac, ethertypes.IPV6, packet)
         raise ValueError(f"this guest has no IPv{target.version} address to reach {target} from")
 
     def handle(self, frame: bytes) -> tuple[bool, list[bytes]]:
@@ -69,11 +70,11 @@ class NetStack:
             return False, []
         ethertype = int.from_bytes(frame[12:14], "big")
         payload = frame[packets.ETH_HEADER_LEN :]
-        if ethertype == packets.ETHERTYPE_ARP:
+        if ethertype == ethertypes.ARP:
             return self._arp(payload)
-        if ethertype == packets.ETHERTYPE_IPV4:
+        if ethertype == ethertypes.IPV4:
             return self._ipv4(src, payload)
-        if ethertype == packets.ETHERTYPE_IPV6:
+        if ethertype == ethertypes.IPV6:
             return self._ipv6(src, payload)
         return False, []
 
@@ -110,7 +111,7 @@ class NetStack:
             packets.PROTO_ICMP,
             packets.icmp_echo(packets.ICMP_ECHO_REPLY, ident, seq, data),
         )
-        return True, [packets.ethernet(src_mac, self.mac, packets.ETHERTYPE_IPV4, reply)]
+        return True, [packets.ethernet(src_mac, self.mac, ethertypes.IPV4, reply)]
 
     def _ipv6(self, src_mac: bytes, payload: bytes) -> tuple[bool, list[bytes]]:
         packet = packets.parse_ipv6(payload)
@@ -137,7 +138,7 @@ class NetStack:
             return False, []
         message = packets.icmp_echo(packets.ICMPV6_ECHO_REPLY, ident, seq, data)
         reply = packets.icmpv6(dst, src, message[:2] + b"\0\0" + message[4:])
-        return True, [packets.ethernet(src_mac, self.mac, packets.ETHERTYPE_IPV6, reply)]
+        return True, [packets.ethernet(src_mac, self.mac, ethertypes.IPV6, reply)]
 
     def _neighbour(
         self, kind: int, src_mac: bytes, src: IPv6Address, body: bytes

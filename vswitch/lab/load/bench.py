@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vswitch import ethertypes
 from vswitch.lab.guest.errors import BackendTimeoutError, GuestError
 from vswitch.lab.guest.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.packets import BROADCAST
@@ -18,7 +19,6 @@ from vswitch.vhost_user.protocol import Feature
 MIN_FRAME_LEN = 64
 MAX_FRAME_LEN = 9000
 _MACS = ("52:54:00:be:00:01", "52:54:00:be:00:02")
-_ETHERTYPE_EXPERIMENT = b"\x88\xb5"
 _RX_BUF_LEN = 2048
 _WARM_UP = 0.2
 _LATENCY_SHARE = 0.5
@@ -109,7 +109,7 @@ def _guest(mac: str, options: Options) -> SoftwareGuest:
 
 
 def _frame(dst: bytes, src: bytes, length: int) -> bytes:
-    return (dst + src + _ETHERTYPE_EXPERIMENT).ljust(length, b"\0")
+    return (dst + src + ethertypes.wire(ethertypes.EXPERIMENT)).ljust(length, b"\0")
 
 
 def _introduce(*guests: SoftwareGuest) -> None:
