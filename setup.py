@@ -75,7 +75,7 @@ EXTENSIONS = [
     extension("vswitch.lab.guest.driver"),
     extension("vswitch.lab.load.host_load"),
     extension("vswitch.lab.load.latency"),
-    extension("vswitch.lab.load.limits"),
+    extension("vswitch.lab.load.ceilings"),
     extension("vswitch.lab.load.load"),
     extension("vswitch.lab.guest.mapping"),
     extension("vswitch.lab.load.null_backend"),

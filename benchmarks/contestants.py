@@ -1,4 +1,4 @@
-"""Who takes turns in a case: a switch with its generator, or a limit without any switch."""
+"""Who takes turns in a case: a switch with its generator, or a ceiling without any switch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from benchmarks.ceilings import Ceiling
 from benchmarks.generators import Generator
-from benchmarks.limits import Limit
 from benchmarks.samples import Case, Reading
 from benchmarks.switches import Switch
 
@@ -82,14 +82,14 @@ class Pair:
 
 
 class Bound:
-    """A limit of the machine, measured in turn with the switches."""
+    """A ceiling of the machine, measured in turn with the switches."""
 
-    def __init__(self, limit: Limit, cpu: int) -> None:
-        """`cpu` is the switch's; the limit's helper runs there."""
-        self.limit = limit
+    def __init__(self, ceiling: Ceiling, cpu: int) -> None:
+        """`cpu` is the switch's; its helper runs there."""
+        self.ceiling = ceiling
         self.cpu = cpu
-        self.name = limit.name
-        self.title = limit.title
+        self.name = ceiling.name
+        self.title = ceiling.title
         self.pids = {os.getpid()}
 
     def running(self) -> AbstractContextManager[None]:
@@ -102,4 +102,4 @@ class Bound:
         pass
 
     def measure(self, _case: Case, seconds: float) -> Reading:
-        return self.limit.run(self.cpu, seconds)
+        return self.ceiling.run(self.cpu, seconds)

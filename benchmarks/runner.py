@@ -14,11 +14,11 @@ from typing import Any
 from benchmarks import counters
 from benchmarks.alone import ALONE, ENTRIES, Starter, Table, table_bytes
 from benchmarks.cases import GENERATORS, can, cases_of, setup_of
+from benchmarks.ceilings import CEILINGS
 from benchmarks.contestants import Bound, Contestant, Pair
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import Generator
 from benchmarks.host import OvsAfPacket, OvsTap
-from benchmarks.limits import LIMITS
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
 from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
@@ -51,7 +51,7 @@ SWITCHES: dict[str, type[Switch]] = {
     )
 }
 TITLES = {one.name: one.title for one in SWITCHES.values()} | {
-    one.name: one.title for one in LIMITS.values()
+    one.name: one.title for one in CEILINGS.values()
 }
 """Of everything that can be measured, by name."""
 MAX_ROUNDS = 3
@@ -189,9 +189,9 @@ class Runner:
                     pair for pair in pairs if can(type(pair.switch), generator, case)
                 ]
                 able += [
-                    Bound(LIMITS[name], self.cpus.switch)
+                    Bound(CEILINGS[name], self.cpus.switch)
                     for name in chosen
-                    if name in LIMITS and LIMITS[name].kind == case.kind
+                    if name in CEILINGS and CEILINGS[name].kind == case.kind
                 ]
                 if able:
                     self._run_case(case, able)

@@ -22,11 +22,11 @@ from benchmarks import __main__ as program
 from benchmarks import counters, fairness, machine, plot, report
 from benchmarks.alone import ENTRIES, table_bytes
 from benchmarks.cases import GENERATORS, cases_of, setup_of
+from benchmarks.ceilings import CEILINGS
 from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import SoftwareGenerator
 from benchmarks.goals import Found, goals
 from benchmarks.guests import FLOOD_PORTS, TSO_FRAME_LEN, frames_under_way, tso_frame
-from benchmarks.limits import LIMITS
 from benchmarks.machine import (
     Cpus,
     CpuWait,
@@ -54,9 +54,9 @@ from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.packets import checksum
 from vswitch.lab.guest.probe import round_trip_ns
 from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
+from vswitch.lab.load.ceilings import copies, wakeups
 from vswitch.lab.load.host_load import from_host
 from vswitch.lab.load.latency import MAX_FRAMES, latencies
-from vswitch.lab.load.limits import copies, wakeups
 from vswitch.lab.load.load import Flow, Load
 from vswitch.lab.load.null_backend import NullBackend
 
@@ -508,7 +508,7 @@ def test_limits_of_the_machine() -> None:
         copies(cpu, 1.0, 100, slots=2, piece_len=4096, pieces=64, window=3)
     with pytest.raises(ValueError, match="CPU 100000 cannot be used"):
         wakeups(100_000, 0.01)
-    assert something(lambda seconds: LIMITS["memcpy"].run(cpu, seconds).value)
+    assert something(lambda seconds: CEILINGS["memcpy"].run(cpu, seconds).value)
 
 
 def test_segments_that_stay_whole() -> None:

@@ -15,11 +15,11 @@ from benchmarks.guests import (
 )
 from benchmarks.samples import Kind, Reading
 from vswitch.lab.guest.shapes import MAX_HEADER_LEN
-from vswitch.lab.load.limits import copies, wakeups
+from vswitch.lab.load.ceilings import copies, wakeups
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class Ceiling:
     """A measurement without a switch: of one kind of case, with the helper on the switch's CPU."""
 
     name: str
@@ -48,10 +48,10 @@ def _memcpy(cpu: int, seconds: float) -> Reading:
     return Reading(rate)
 
 
-LIMITS: dict[str, Limit] = {
+CEILINGS: dict[str, Ceiling] = {
     one.name: one
     for one in (
-        Limit("eventfd", "bare eventfd wake-up", "wakeup", _wakeup),
-        Limit("memcpy", "memcpy alone", "tso", _memcpy),
+        Ceiling("eventfd", "bare eventfd wake-up", "wakeup", _wakeup),
+        Ceiling("memcpy", "memcpy alone", "tso", _memcpy),
     )
 }
