@@ -16,6 +16,7 @@ import pytest
 import vswitch
 from tests.support.controlled import DEADLINE_S, Controlled
 from vswitch import Client
+from vswitch.control import channel
 from vswitch.control import client as client_module
 from vswitch.control.methods import METHODS
 from vswitch.control.protocol import ControlError
@@ -154,7 +155,7 @@ def test_events_end_with_the_switch(client: Client, controlled: Controlled) -> N
 def test_events_nobody_takes_are_dropped_and_counted(
     client: Client, controlled: Controlled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_EVENTS_HELD_MAX", 10)
+    monkeypatch.setattr(channel, "_EVENTS_HELD_MAX", 10)
     client.subscribe("mac-learned")
     for i in range(15):
         controlled.do(controlled.switch.emit, "mac-learned", "vm1", vlan=i)
@@ -286,7 +287,7 @@ def test_the_place_to_start_a_switch_is_the_first_to_look_for_one(
 ) -> None:
     """A client goes through all of them, over what a crashed switch left behind."""
     paths = [tmp_path / name / "c.sock" for name in ("a", "b", "c")]
-    monkeypatch.setattr(client_module, "default_socket_paths", lambda _: paths)
+    monkeypatch.setattr(channel, "default_socket_paths", lambda _: paths)
     with pytest.raises(ControlError, match=r"a/c.sock: no such socket, nor at .*/b/.* or .*/c/"):
         Client()
     for path in paths:

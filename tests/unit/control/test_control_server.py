@@ -20,9 +20,10 @@ import pytest
 from tests.support.controlled import DEADLINE_S, Controlled
 from tests.support.otheruser import ask, call_as
 from vswitch.control import server as server_module
+from vswitch.control.access import Access, Peer, access_of
 from vswitch.control.methods import METHODS, READ_ONLY
 from vswitch.control.protocol import REQUEST_LEN_MAX
-from vswitch.control.server import CLIENTS_RESERVED, Access, Peer, access_of
+from vswitch.control.server import CLIENTS_RESERVED
 from vswitch.control.subscriptions import EVENTS_QUEUED_MAX
 
 

@@ -18,7 +18,7 @@ from vswitch import Client
 from vswitch.api import PAGE_MAX
 from vswitch.control import server as server_module
 from vswitch.control import subscriptions as subscriptions_module
-from vswitch.control.server import Access
+from vswitch.control.access import Access
 from vswitch.control.subscriptions import (
     EVENTS_A_TURN,
     EVENTS_QUEUED_MAX,

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "vswitch"
 
 BASE = ("vswitch._version", "vswitch.bounds", "vswitch.errors", "vswitch.ethertypes")
-CLIENT = ("vswitch.control.client", "vswitch.api", "vswitch.control.protocol")
+CLIENT = (
+    "vswitch.control.client",
+    "vswitch.control.channel",
+    "vswitch.api",
+    "vswitch.control.protocol",
+)
 LAB = ("vswitch.lab.errors", "vswitch.lab.programs", "vswitch.lab.requirements")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -34,7 +39,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.api": ("vswitch.bounds", "vswitch.config.settings"),
     # The client and what it shares with the server: a program that only talks to a switch.
     "vswitch.control.protocol": BASE,
-    "vswitch.control.client": (*BASE, *CLIENT, "vswitch.host.unixsocket"),
+    "vswitch.control.channel": (
+        *BASE,
+        "vswitch.api",
+        "vswitch.control.protocol",
+        "vswitch.host.unixsocket",
+    ),
+    "vswitch.control.client": (*BASE, *CLIENT),
     # The server: the switch reaches it as a SwitchApi, never as an import.
     "vswitch.control": (
         *BASE,
