@@ -26,7 +26,7 @@ _LAZY = {
         ("events", "running", "Follow what happens on the switch: all events, or those named."),
         ("fdb", "fdb", "MAC addresses: show, add, delete, flush."),
         ("list-ports", "ports", "List ports and uplinks, a line each."),
-        ("log-level", "running", "Show the log level of the switch, or set it to LEVEL."),
+        ("log-level", "settings", "Show the log level of the switch, or set it to LEVEL."),
         ("ping", "running", "Ask the switch for a sign of life."),
         ("save", "running", "Write the running ports and uplinks as TOML to a file."),
         ("set-link", "ports", "Set the link of port NAME up or down."),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import click
 
 from vswitch._version import __version__
 from vswitch.cli.common import LazyCommand, LazyGroup, completion_script, run_program
+from vswitch.config.keys import LogLevel
 
-_LEVELS = click.Choice(["debug", "info", "warning", "error"])
+_LEVELS = click.Choice(get_args(LogLevel))
 
 
 @click.group(

@@ -1,11 +1,11 @@
-"""`vswitchctl`: the switch as a whole, from its log level to its end."""
+"""`vswitchctl`: the switch as a whole, what happens on it, and its end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -14,16 +14,6 @@ from vswitch.cli.state import State, command, pass_state
 
 if TYPE_CHECKING:
     from vswitch.api import Unsaved
-
-
-@command("log-level")
-@click.argument("level", required=False, type=click.Choice(["debug", "info", "warning", "error"]))
-@pass_state
-def log_level(state: State, level: str | None) -> None:
-    """Show the log level of the switch, or set it to LEVEL."""
-    with state.connect() as switch:
-        now = switch.log_level(level)
-    state.done({"level": now}, now)
 
 
 @command()
@@ -88,8 +78,14 @@ def stop(state: State) -> None:
     state.done({"pid": pid}, f"stopped the switch with pid {pid}")
 
 
+def _complete_events(_ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from vswitch.api import EventName
+
+    return [name for name in get_args(EventName) if name.startswith(incomplete)]
+
+
 @command()
-@click.argument("names", nargs=-1, metavar="[EVENT]...")
+@click.argument("names", nargs=-1, metavar="[EVENT]...", shell_complete=_complete_events)
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N events.")
 @pass_state
 def events(state: State, names: tuple[str, ...], count: int | None) -> None:

@@ -1,14 +1,14 @@
-"""`vswitchctl`: commands with an option for each key of a port."""
+"""`vswitchctl`: what can be set: an option for each key of a port, and the log level."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from vswitch.cli.options import given, keys
 from vswitch.cli.state import State, command, complete_ports, pass_state
-from vswitch.config.keys import PortKeys, RuntimeKeys
+from vswitch.config.keys import LogLevel, PortKeys, RuntimeKeys
 
 
 @command("add-port")
@@ -42,3 +42,13 @@ def set_port(state: State, /, name: str, **options: Any) -> None:
         for key, value in changes.items()
     )
     state.done(port, f"port {name}: {text}")
+
+
+@command("log-level")
+@click.argument("level", required=False, type=click.Choice(get_args(LogLevel)))
+@pass_state
+def log_level(state: State, level: str | None) -> None:
+    """Show the log level of the switch, or set it to LEVEL."""
+    with state.connect() as switch:
+        now = switch.log_level(level)
+    state.done({"level": now}, now)

@@ -31,6 +31,7 @@ OffloadSetting = bool | list[str]
 """True: all, False: none, or those named."""
 
 Mode = Literal["server", "client"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 MACS_MAX = 1 << 20
 """MAC addresses that a switch can know, and so a port."""

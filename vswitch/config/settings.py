@@ -25,10 +25,9 @@ from pydantic import (
 from vswitch.bounds import WORKERS_MAX
 from vswitch.config import checks
 from vswitch.config.checks import bad
-from vswitch.config.keys import MACS_MAX, PortKeys, RuntimeKeys, UplinkKeys
+from vswitch.config.keys import MACS_MAX, LogLevel, PortKeys, RuntimeKeys, UplinkKeys
 
 Polling = Literal["adaptive", "busy", "sleep"]
-LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 Name = Annotated[str, AfterValidator(checks.check_name)]

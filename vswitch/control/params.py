@@ -17,9 +17,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vswitch.api import PAGE_MAX, EventName
-from vswitch.config.keys import RuntimeKeys
+from vswitch.config.keys import LogLevel, RuntimeKeys
 from vswitch.config.read import problems_of
-from vswitch.config.settings import LogLevel
 from vswitch.control.protocol import PROTOCOL_VERSION
 from vswitch.errors import ConfigError
 

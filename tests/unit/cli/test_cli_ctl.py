@@ -511,6 +511,27 @@ def test_what_add_port_takes_is_completed(
     assert said.isdisjoint(not_offered)
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vswitchctl events port-r", "port-removed port-ready"),
+        ("vswitchctl log-level w", "warning"),
+        ("vswitchctl set-", "set-link set-port"),
+    ],
+)
+def test_words_are_completed(line: str, offered: str) -> None:
+    words = {"_VSWITCHCTL_COMPLETE": "bash_complete", "COMP_WORDS": line}
+    done = subprocess.run(
+        [sys.executable, "-c", "from vswitch.cli.ctl import main; main()"],
+        env=environment(COMP_CWORD=str(len(line.split()) - 1), **words),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.stdout.split() == [f"plain,{word}" for word in offered.split()]
+
+
 def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     for name in ("vm1", "vm2", "router"):
         run("add-port", name, str(tmp_path / name))
@@ -528,10 +549,18 @@ def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path
 
 
 def test_every_command_takes_json() -> None:
+    seen = []
+
     def walk(command: click.Command) -> None:
         assert any("--json" in parameter.opts for parameter in command.params), command.name
+        seen.append(command.name)
         if isinstance(command, click.Group):
-            for each in command.commands.values():
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                each = command.get_command(context, name)
+                assert each is not None
+                assert each.name == name
                 walk(each)
 
     walk(ctl.cli)
+    assert {"add-port", "show", "flush", "completion"} <= set(seen)
