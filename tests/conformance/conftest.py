@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def start(run_dir: Path) -> Iterator[Callable[..., Wire]]:
     """Starts switches of their own with the `[switch]` settings given, for one test."""
     wires: list[Wire] = []
 
-    def start(**settings: object) -> Wire:
+    def start(**settings: Any) -> Wire:
         wire = Wire(RunningSwitch(Path(tempfile.mkdtemp(dir=run_dir)), **settings))
         wires.append(wire)
         return wire

@@ -16,7 +16,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tests.support.running import posted
@@ -238,23 +238,23 @@ class LateGuest(SoftwareGuest):
             try:
                 super().start_rings()
             finally:
-                del frontend.set_mem_table  # type: ignore[method-assign]
+                del frontend.set_mem_table
         else:
             super().start_rings()
 
-    def _give_memory(self, rows: list[MemRegion], fds: list[int]) -> None:
+    def _give_memory(self, regions: list[MemRegion], fds: Sequence[int]) -> None:
         frontend = self.frontend
         if self.slots:
-            for region, one, fd in zip(self.memory.regions, rows, fds, strict=True):
+            for region, one, fd in zip(self.memory.regions, regions, fds, strict=True):
                 reply = frontend.request(Request.ADD_MEM_REG, protocol.encode_mem_region(one), [fd])
                 self.other_side.bases[region] = self._base(protocol.decode_mem_region(reply), one)
             last = Request.ADD_MEM_REG
         else:
-            table = protocol.encode_mem_table(rows)
+            table = protocol.encode_mem_table(regions)
             reply = frontend.request(Request.SET_MEM_TABLE, table, fds)
             assert len(reply) == len(table)
             answers = protocol.decode_mem_table(reply)
-            for region, one, answer in zip(self.memory.regions, rows, answers, strict=True):
+            for region, one, answer in zip(self.memory.regions, regions, answers, strict=True):
                 self.other_side.bases[region] = self._base(answer, one)
             last = Request.SET_MEM_TABLE
         frontend.send(last, protocol.encode_u64(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -67,7 +68,7 @@ def test_a_switch_that_forwards_only_later(
     """As VPP, which drops what comes before it has brought the interface up."""
     send, asked = SoftwareGuest.send, []
 
-    def send_or_open(guest: SoftwareGuest, frames: list[bytes], **how: float) -> None:
+    def send_or_open(guest: SoftwareGuest, frames: list[bytes], **how: Any) -> None:
         asked.append(guest.path)
         if len(asked) == 3:
             with Client(sockets[0].parent / "control.sock") as client:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_shapes_of_chains_and_memory(
     format: str,
 ) -> None:
     features = DEFAULT_FEATURES | FORMATS[format]
-    options = {
+    options: dict[str, Any] = {
         "features": features, "required_features": features, "regions": regions,
         "indirect": indirect, "strict": False,
     }  # fmt: skip
@@ -119,7 +120,7 @@ def test_jumbo_frames(backend: tuple[Path, Path], mergeable: bool, format: str) 
 def test_indices_wrap(backend: tuple[Path, Path], event_idx: bool, format: str) -> None:
     features = DEFAULT_FEATURES | FORMATS[format]
     features &= ~Feature(0) if event_idx else ~Feature.RING_EVENT_IDX
-    options = {"features": features, "queue_size": 64, "strict": False}
+    options: dict[str, Any] = {"features": features, "queue_size": 64, "strict": False}
     with (
         SoftwareGuest(A, first_idx=65500, **options) as a,
         SoftwareGuest(B, first_idx=65471, **options) as b,
@@ -136,7 +137,7 @@ def test_indices_wrap(backend: tuple[Path, Path], event_idx: bool, format: str) 
 def test_packed_rings_of_any_size(backend: tuple[Path, Path], size: int, in_order: bool) -> None:
     features = DEFAULT_FEATURES | Feature.RING_PACKED
     features |= Feature.IN_ORDER if in_order else Feature(0)
-    options = {
+    options: dict[str, Any] = {
         "features": features, "queue_size": size, "max_frame_len": 300, "rx_buf_len": 312,
         "indirect": False, "tx_cuts": (0, 50), "strict": False,
     }  # fmt: skip

@@ -99,11 +99,13 @@ def test_traffic_both_ways(wire: Wire, first: int, second: int) -> None:
         testpmd.command("set fwd rxonly")
         testpmd.command("start")
         for number, name in enumerate("pq"):
+
+            def all_came(number: int = number, name: str = name) -> bool:
+                received = testpmd.counters(number)["rx_packets"]
+                return received == wire.stats(name)["egress_frames"]
+
             wire.wait_until(
-                lambda number=number, name=name: (
-                    testpmd.counters(number)["rx_packets"] == wire.stats(name)["egress_frames"]
-                ),
-                f"testpmd has received all that the switch delivered to {name}",
+                all_came, f"testpmd has received all that the switch delivered to {name}"
             )
         testpmd.command("stop")
         p_dpdk, q_dpdk = testpmd.counters(0), testpmd.counters(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,7 +160,7 @@ TRANSMIT: dict[str, tuple[str, Deed]] = {
 }
 
 
-def trio(wire: Wire, **options: object) -> tuple[SoftwareGuest, SoftwareGuest, SoftwareGuest]:
+def trio(wire: Wire, **options: Any) -> tuple[SoftwareGuest, SoftwareGuest, SoftwareGuest]:
     """Guest a with the memory above, and two that only want to be left alone."""
     a = wire.guest("a", 1, queue_size=SIZE, regions=MEMORY, **options)
     b, c = wire.guest("b", 2), wire.guest("c", 3)

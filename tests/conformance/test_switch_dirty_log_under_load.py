@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -99,14 +100,13 @@ class Migrations:
     """Guest `b`, which is copied, and two that send to it all that the switch can take."""
 
     def __init__(
-        self, wire: Wire, rng: random.Random, *, ring: Feature = NO_FEATURE, **options: object
+        self, wire: Wire, rng: random.Random, *, ring: Feature = NO_FEATURE, **options: Any
     ) -> None:
         self.rng = rng
         self.wire = wire
         bits = options.pop("offloads", OFFLOADS)
-        options["features"] = options.get("features", DEFAULT_FEATURES) | bits | ring  # type: ignore[operator]
-        size = {"max_frame_len": 9014}
-        self.a = wire.guest("a", 1, **size)
+        options["features"] = options.get("features", DEFAULT_FEATURES) | bits | ring
+        self.a = wire.guest("a", 1, max_frame_len=9014)
         self.b = wire.guest(
             "b", 2, regions=REGIONS, strict=False, required_features=ring,
             protocol_features=DEFAULT_PROTOCOL_FEATURES | ProtocolFeature.STATUS,

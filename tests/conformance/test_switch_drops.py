@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.support.formats import FORMATS
@@ -35,7 +37,7 @@ def test_runts(wire: Wire) -> None:
     for runts, length in ((15, 0), (16, 1), (17, 11)):
         raw.offer(RawDesc(where, length))
         queue.kick()
-        wire.wait_until(lambda runts=runts: wire.drops("a") == {"runt": runts}, f"{runts} runts")
+        wire.wait_drops("a", {"runt": runts})
     assert silent(b)
 
 
@@ -203,7 +205,7 @@ def test_broken_receiveq(wire: Wire) -> None:
     teach(a, b, c)
     # The whole ring of b now points nowhere.
     queue = b.receiveqs[0]
-    raw = queue.raw_packed() if queue.ring.packed else queue.raw
+    raw: Any = queue.raw_packed() if queue.ring.packed else queue.raw
     for i in range(256):
         raw.write_desc(i, raw.read_desc(i)._replace(addr=1 << 60))
     a.send([frame(B, A)] * 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from tests.support.frames import frame, frames, mac
 from tests.support.running import Wire, silent, teach
@@ -92,7 +93,10 @@ def test_status(wire: Wire) -> None:
     else:
         raise AssertionError("a feature that was not offered was taken")
     # Memory survives a reset, rings and features do not.
-    for reset in (lambda: a.frontend.set_status(0), a.frontend.reset_device):
+    resets: tuple[Callable[[], None], ...] = (
+        lambda: a.frontend.set_status(0), a.frontend.reset_device,
+    )  # fmt: skip
+    for reset in resets:
         reset()
         assert wire.info("a")["features"] == 0
         assert len(wire.info("a")["memory"]) == 1

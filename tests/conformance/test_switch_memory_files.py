@@ -20,6 +20,7 @@ from vswitch.vhost_user.protocol import (
     ProtocolFeature,
     Request,
     VringAddr,
+    VringState,
     encode_mem_region,
     encode_mem_table,
     encode_u64,
@@ -63,8 +64,8 @@ def negotiate(path: Path) -> Frontend:
 
 def start_ring(frontend: Frontend, uva: int) -> None:
     for request, payload in (
-        (Request.SET_VRING_NUM, encode_vring_state((0, 16))),
-        (Request.SET_VRING_BASE, encode_vring_state((0, 0))),
+        (Request.SET_VRING_NUM, encode_vring_state(VringState(0, 16))),
+        (Request.SET_VRING_BASE, encode_vring_state(VringState(0, 0))),
         (
             Request.SET_VRING_ADDR,
             encode_vring_addr(VringAddr(0, 0, uva, uva + 2 * PAGE, uva + PAGE, 0)),

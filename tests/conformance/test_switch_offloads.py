@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ HOST = [Feature.HOST_TSO4, Feature.HOST_TSO6, Feature.HOST_ECN, Feature.HOST_UFO
 PAYLOAD = bytes(range(256)) * 40
 
 
-def packet(**other: object) -> Packet:
+def packet(**other: Any) -> Packet:
     return Packet(**({"payload": PAYLOAD, "dst": parse_mac(B), "src": parse_mac(A)} | other))
 
 
@@ -50,10 +51,10 @@ KINDS: dict[str, tuple[Packet, VnetHeader, Feature]] = {
     "tso4 vlan": (packet(tags=VLAN), packet(tags=VLAN).header(1448), Feature.GUEST_TSO4),
 }  # fmt: skip
 KIND = pytest.mark.parametrize("kind", KINDS)
-LARGE = {"max_frame_len": 65553, "queue_size": 64}
+LARGE: dict[str, Any] = {"max_frame_len": 65553, "queue_size": 64}
 
 
-def guest(wire: Wire, name: str, n: int, bits: int = ALL, **options: object) -> SoftwareGuest:
+def guest(wire: Wire, name: str, n: int, bits: int = ALL, **options: Any) -> SoftwareGuest:
     """The n-th guest, with these offloads and no others; `options` as for Wire.guest."""
     wanted = DEFAULT_FEATURES | bits
     options = {"features": wanted, "required_features": wanted, **LARGE, **options}

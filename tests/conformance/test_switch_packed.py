@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ PACKED = DEFAULT_FEATURES | Feature.RING_PACKED
 @pytest.mark.parametrize(("length", "buffers"), [(9018, 71), (65553, 513)])
 def test_a_frames_buffers_appear_together(wire: Wire, length: int, buffers: int) -> None:
     """A driver that finds the first of them takes the others without waiting."""
-    options = {
+    options: dict[str, Any] = {
         "features": PACKED, "required_features": PACKED, "queue_size": 1500,
         "max_frame_len": length, "rx_buf_len": 128, "polling": True,
     }  # fmt: skip
@@ -36,7 +37,7 @@ def test_a_frames_buffers_appear_together(wire: Wire, length: int, buffers: int)
 
 def test_a_call_after_a_long_spell_of_polling(wire: Wire) -> None:
     """The event is compared with what was used last, not with what was signalled rounds ago."""
-    options = {"features": PACKED, "required_features": PACKED}
+    options: dict[str, Any] = {"features": PACKED, "required_features": PACKED}
     a, b = wire.guest("a", 1, **options), wire.guest("b", 2, **options)
     teach(a, b)
     queue = b.receiveqs[0]

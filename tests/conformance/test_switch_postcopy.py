@@ -11,7 +11,9 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,22 +29,24 @@ from vswitch.vhost_user.protocol import Request
 A, B = mac(1), mac(2)
 
 
-def late(
-    wire: Wire, name: str, n: int, taken: set[int] | None = None, **options: object
-) -> LateGuest:
+def late(wire: Wire, name: str, n: int, taken: set[int] | None = None, **options: Any) -> LateGuest:
     """A guest that has just arrived."""
-    guest = LateGuest(mac(n), features=wire_features(wire), **options)  # type: ignore[arg-type]
+    guest = LateGuest(mac(n), features=wire_features(wire), **options)
     wire.enter(guest)
     guest.taken = taken
     guest.connect(wire.port(name))
     return guest
 
 
+def misses_a_buffer(guest: LateGuest) -> bool:
+    return bool(set(guest.other_side.missed) - guest.ring_pages())
+
+
 def wire_features(wire: Wire) -> int:
     return DEFAULT_FEATURES | wire.extra_features
 
 
-def others(wire: Wire, **options: object) -> list[SoftwareGuest]:
+def others(wire: Wire, **options: Any) -> list[SoftwareGuest]:
     """One to talk to, and two that talk to each other. `options` are those of the first."""
     guests = [wire.guest("b", 2, **options), wire.guest("c", 3), wire.guest("d", 4)]
     teach(*guests)
@@ -134,7 +138,7 @@ def test_a_transmitq_waits_for_its_pages(wire: Wire, format: str) -> None:
     side.wait_missed(a.ring_pages())
     side.allow(a.ring_pages())
     wire.wait_state("a", "ready")
-    wire.wait_until(lambda: set(side.missed) - a.ring_pages(), "a buffer is missed")
+    wire.wait_until(partial(misses_a_buffer, a), "a buffer is missed")
     with others_go_on(wire, c, d):
         assert wire.stats("a")["ingress_frames"] == 0
         assert b.recv(1, timeout=0) == []
@@ -151,7 +155,7 @@ def test_a_receiveq_without_its_pages_drops(wire: Wire, format: str) -> None:
     a = late(wire, "a", 1)
     a.other_side.allow(a.ring_pages())
     wire.wait_state("a", "ready")
-    wire.wait_until(lambda: set(a.other_side.missed) - a.ring_pages(), "a buffer is missed")
+    wire.wait_until(partial(misses_a_buffer, a), "a buffer is missed")
     sent = frames(A, B, [500] * 10)
     with others_go_on(wire, c, d):
         pass
@@ -243,7 +247,7 @@ def test_while_pages_are_missing(wire: Wire, how: str) -> None:
             else:
                 side.bring(a.ring_pages())
                 wire.wait_state("a", "ready")
-                wire.wait_until(lambda: set(side.missed) - a.ring_pages(), "a buffer is missed")
+                wire.wait_until(partial(misses_a_buffer, a), "a buffer is missed")
                 held = set(side.missed) - a.ring_pages()
                 assert a.end_postcopy() == 0
                 a.stop_rings()
@@ -306,7 +310,10 @@ def test_behind_an_iommu_everything_waits_for_the_end(wire: Wire, format: str) -
     """Where a buffer is says the frontend, and whether it is there nobody: no ring runs so long."""
     b, c, d = others(wire)
     wire.extra_features = FORMATS[format]
-    options = {"protocol_features": PAGEFAULT, "regions": [Region(0, 1 << 23, 0x7F00_0000_0000)]}
+    options: dict[str, Any] = {
+        "protocol_features": PAGEFAULT,
+        "regions": [Region(0, 1 << 23, 0x7F00_0000_0000)],
+    }
     a = LateGuest(A, features=wire_features(wire), iommu=True, **options)
     a.taken = set()
     wire.enter(a)

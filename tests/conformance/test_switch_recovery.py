@@ -44,7 +44,7 @@ ROOMY = [Region(0, 1 << 24, 0x7F00_0000_0000)]
 class Pair:
     """Two guests with the same kind of rings, and their ports; `n` tells pairs apart."""
 
-    def __init__(self, directory: Path, n: int, format: str, variant: str, **more: object) -> None:
+    def __init__(self, directory: Path, n: int, format: str, variant: str, **more: Any) -> None:
         options = VARIANTS[variant] | more
         features = (DEFAULT_FEATURES | FORMATS[format]) & ~options.pop("drop")
         self.name = f"{format}, {variant}"
@@ -68,14 +68,18 @@ class Pair:
             running.client.add_port(port, socket)
             running.client.fdb_add(address, port)
 
+    def ways(self) -> list[tuple[SoftwareGuest, SoftwareGuest, str, str]]:
+        """Both directions: the sender, the receiver, and their addresses."""
+        (a, b), (mac_a, mac_b) = self.guests, self.macs
+        return [(a, b, mac_a, mac_b), (b, a, mac_b, mac_a)]
+
     def flows(self) -> list[Flow]:
-        a, b = self.guests
         return [
             Flow(
                 sender.transmitqs[0], receiver.receiveqs[0], frames(dst, src, [60, 1514, 300]),
                 window=min(128, len(self) // 2), verify=True, write_off_s=0.2,
             )
-            for sender, receiver, src, dst in ((a, b, *self.macs), (b, a, *reversed(self.macs)))
+            for sender, receiver, src, dst in self.ways()
         ]  # fmt: skip
 
     def __len__(self) -> int:
@@ -93,10 +97,7 @@ class Pair:
         for guest in self.guests:  # what was under way when the flows ended
             while guest.poll_frames(64):
                 pass
-        for sender, receiver, src, dst in (
-            (*self.guests, *self.macs),
-            (*reversed(self.guests), *reversed(self.macs)),
-        ):
+        for sender, receiver, src, dst in self.ways():
             for i in range(3):
                 sent = frames(dst, src, [60, 1514], tag=i)
                 sender.send(sent)
@@ -236,7 +237,6 @@ def test_scattered_rings_after_a_crash(run_dir: Path, format: str) -> None:
     directory = run_dir / f"scattered{list(FORMATS).index(format)}"
     directory.mkdir()
     pair = Pair(directory, 0, format, "plain", iommu=True, queue_size=1024, regions=ROOMY)
-    a, b = pair.guests
     with closing([pair]):
         for n in range(4):
             running = RunningSwitch(directory)
@@ -252,7 +252,7 @@ def test_scattered_rings_after_a_crash(run_dir: Path, format: str) -> None:
                     place = ROOMY[0].size // 2
                     for queue in guest.queues() if n == 0 else ():
                         place = scatter(guest, queue, place)
-                for source, target, to, by in ((a, b, *reversed(pair.macs)), (b, a, *pair.macs)):
+                for source, target, by, to in pair.ways():
                     for number in range(5):
                         sent = frames(to, by, [60] * 60, tag=1000 * n + number)
                         source.send(sent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def exchange(
 def test_feature_matrix(wire: Wire, features: Feature) -> None:
     """Each combination with itself and with a guest that has everything."""
     wanted = features | Feature.PROTOCOL_FEATURES
-    options = {"features": wanted, "required_features": wanted, "rx_guard_len": 8}
+    options: dict[str, Any] = {"features": wanted, "required_features": wanted, "rx_guard_len": 8}
     a = wire.guest("a", 1, **options)
     b = wire.guest("b", 2, **options)
     c = wire.guest("c", 3, rx_guard_len=8)
@@ -90,7 +91,7 @@ def test_shapes_of_chains_and_memory(
     format: str,
 ) -> None:
     features = DEFAULT_FEATURES | FORMATS[format]
-    options = {
+    options: dict[str, Any] = {
         "tx_cuts": tx_cuts, "rx_cuts": rx_cuts, "indirect": indirect, "regions": regions,
         "rx_guard_len": 5, "slot_offset": 3,
     }  # fmt: skip
@@ -111,7 +112,7 @@ def test_buffers_across_borders_of_regions(wire: Wire, format: str, indirect: bo
     What touches in guest-physical space lies apart in the switch.
     """
     chance = random.Random(3)
-    options = {
+    options: dict[str, Any] = {
         "features": DEFAULT_FEATURES | FORMATS[format], "indirect": indirect, "queue_size": 64,
         "slot_offset": 5, "rx_guard_len": 8, "tx_cuts": (100,), "rx_cuts": (700,),
     }  # fmt: skip
@@ -180,7 +181,7 @@ def test_lengths_up_to_jumbo(wire: Wire, rx_buf_len: int | None, format: str) ->
 
 @pytest.mark.parametrize("format", ["split", "packed"])
 def test_longest_frames(wire: Wire, format: str) -> None:
-    options = {
+    options: dict[str, Any] = {
         "max_frame_len": 65553, "queue_size": 64, "features": DEFAULT_FEATURES | FORMATS[format],
     }  # fmt: skip
     a = wire.guest("a", 1, **options)
@@ -193,7 +194,7 @@ def test_longest_frames(wire: Wire, format: str) -> None:
 def test_indices_wrap(wire: Wire, features: Feature) -> None:
     """Chains of pieces in five regions, the free-running indices around 16 bits."""
     wanted = features | Feature.PROTOCOL_FEATURES
-    options = {
+    options: dict[str, Any] = {
         "features": wanted, "required_features": wanted, "queue_size": 64, "regions": 5,
         "tx_cuts": (0, 14, 40), "rx_cuts": (0, 700), "rx_guard_len": 8,
     }  # fmt: skip
@@ -238,7 +239,7 @@ def test_indices_wrap_under_load(wire: Wire, format: str) -> None:
 
 @pytest.mark.parametrize(("tx_size", "rx_size"), [(2, 2), (4, 1024), (1024, 8), (32768, 256)])
 def test_sizes_of_rings(wire: Wire, tx_size: int, rx_size: int) -> None:
-    small = {"queue_size": tx_size, "rx_queue_size": rx_size, "max_frame_len": 300}
+    small: dict[str, Any] = {"queue_size": tx_size, "rx_queue_size": rx_size, "max_frame_len": 300}
     a = wire.guest("a", 1, **small, rx_buf_len=312)
     b = wire.guest("b", 2, **small, features=DEFAULT_FEATURES & ~Feature.RING_INDIRECT_DESC,
                    rx_buf_len=312)  # fmt: skip
@@ -249,7 +250,7 @@ def test_sizes_of_rings(wire: Wire, tx_size: int, rx_size: int) -> None:
 @pytest.mark.parametrize(("tx_size", "rx_size"), [(2, 3), (3, 1000), (1000, 7), (32767, 255)])
 @pytest.mark.parametrize("name", ["packed", "packed-in-order"])
 def test_packed_rings_of_any_size(wire: Wire, tx_size: int, rx_size: int, name: str) -> None:
-    small = {
+    small: dict[str, Any] = {
         "queue_size": tx_size, "rx_queue_size": rx_size, "max_frame_len": 300, "rx_buf_len": 312,
         "features": DEFAULT_FEATURES | FORMATS[name], "rx_guard_len": 8,
     }  # fmt: skip

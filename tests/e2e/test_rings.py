@@ -82,7 +82,7 @@ def every_kind() -> list[dict[str, Any]]:
 
     Sizes, memory and who listens on the socket go along with them, each with each format.
     """
-    formats = ({}, {"packed": True}, {"modern": False})
+    formats: tuple[dict[str, bool], ...] = ({}, {"packed": True}, {"modern": False})
     memory = ("memfd", "shm", "hugetlb", "hugetlbfs")
     sizes = ((256, 256), (512, 1024), (1024, 512))
     return [

@@ -50,7 +50,7 @@ class Place:
 
 def places() -> tuple[list[Place], int]:
     """Regions that touch, that are apart, that end in the middle of a page and just below 2^64."""
-    found = []
+    found: list[Place] = []
     at = PAGE
     for gpa, size in (
         (0, 0x8000),

@@ -13,7 +13,7 @@ import time
 from random import Random
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from tests.fuzz.bed import Violation
 from tests.fuzz.messages import DEADLINE_S, MessageBench

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -219,12 +220,15 @@ def usual(rng: Random) -> list[Message]:
         MemRegion(i << 32, MEMORY_LEN >> (i and 1), UVA + (i << 32), 0)
         for i in range(rng.choice([1, 1, 2, 4]))
     ]
+
+    def add_one_by_one() -> None:
+        for region in regions:
+            say(Request.ADD_MEM_REG, encode_mem_region(region), "memory")
+
     one_of(
         lambda: say(Request.SET_MEM_TABLE, encode_mem_table(regions), *["memory"] * len(regions)),
-        lambda: [
-            say(Request.ADD_MEM_REG, encode_mem_region(region), "memory") for region in regions
-        ] and None,
-    )  # fmt: skip
+        add_one_by_one,
+    )
     if postcopy and rng.random() < 0.9:
         # The frontend knows all addresses.
         log.append([log[-1][0], VERSION, encode_u64(0).hex(), [], None])
@@ -241,8 +245,8 @@ def usual(rng: Random) -> list[Message]:
         say(Request.SET_VRING_ADDR, encode_vring_addr(where))
         say(Request.SET_VRING_CALL, encode_u64(vring), "event")
         one_of(
-            lambda v=vring: say(Request.SET_VRING_KICK, encode_u64(v), "event"),
-            lambda v=vring: say(Request.SET_VRING_KICK, encode_u64(v | VRING_NOFD)),
+            partial(say, Request.SET_VRING_KICK, encode_u64(vring), "event"),
+            partial(say, Request.SET_VRING_KICK, encode_u64(vring | VRING_NOFD)),
         )
         say(Request.SET_VRING_ERR, encode_u64(vring), "event")
         say(Request.SET_VRING_ENABLE, encode_vring_state(VringState(vring, 1)))

@@ -10,6 +10,7 @@ import functools
 import itertools
 import struct
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -87,8 +88,8 @@ def _frame(number: int) -> str:
         )
         if rng.random() < 0.2:
             gso = 0
-    ip = ethertypes.IPV6 if kind.endswith("6") else ethertypes.IPV4
-    ethertype = ethertypes.wire(ethertypes.EXPERIMENT if kind == "plain" else ip)
+    addressed = ethertypes.IPV6 if kind.endswith("6") else ethertypes.IPV4
+    ethertype = ethertypes.wire(ethertypes.EXPERIMENT if kind == "plain" else addressed)
     frame = bytearray((dst + src + tags + ethertype + body).ljust(600, b"\x42"))
     fields = [flags, gso, 0, size, start, offset]
     # Lies about the header.
@@ -345,9 +346,7 @@ def make(seed: int, across: int | None = None) -> dict[str, Any]:
         header_len = 12 if setup.modern or setup.mergeable else 10
         build = _packed if packed else _split
         mine = lies if rng.random() < 0.7 else 0
-        builders.append(
-            lambda s=setup, i=index, h=header_len, m=mine, b=build: b(rng, s, bool(i), h, m)
-        )
+        builders.append(partial(build, rng, setup, bool(index), header_len, mine))
     for index in (0, 1):
         ops += builders[index]()
         if rng.random() < 0.15:

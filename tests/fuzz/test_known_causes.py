@@ -27,6 +27,7 @@ from tests.fuzz.bed import (
 )
 from vswitch.lab.guest import Frontend
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
+from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     VERSION,
     Feature,
@@ -113,7 +114,7 @@ def message(request: Request, payload: bytes = b"", *fds: str) -> messages.Messa
 def said(bench: messages.MessageBench, *late: messages.Message) -> str:
     """Say the usual up to the rings, then this; returns what the switch has against it."""
     start = [
-        message(Request.SET_PROTOCOL_FEATURES, encode_u64(messages.PROTOCOL_FEATURES)),
+        message(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES)),
         message(Request.SET_OWNER),
         message(Request.SET_FEATURES, encode_u64(Feature.VERSION_1 | Feature.PROTOCOL_FEATURES)),
     ]

@@ -176,8 +176,8 @@ class Lab:
             surprising = drops.keys() - port.provoked.keys() - {"no-buffer"}
             if surprising:
                 raise SoakError(f"{port.name}: nobody provoked {surprising}: {drops}")
-        drops = sum(n for name, n in books.items() if name not in ("ingress", "egress"))
-        if books["ingress"] != books["egress"] + drops:
+        dropped = sum(n for name, n in books.items() if name not in ("ingress", "egress"))
+        if books["ingress"] != books["egress"] + dropped:
             raise SoakError(f"{books}: ingress is not egress and drops")
         self.done["audits"] += 1
         self.sample()

@@ -10,11 +10,13 @@ import sys
 import types
 
 from tests.support.fakeswitch import FakeSwitch
+from vswitch.api import PortInfo
 from vswitch.cli.main import main
+from vswitch.config.settings import PortSettings
 
 
 class Switch(FakeSwitch):
-    async def add_port(self, settings):  # type: ignore
+    async def add_port(self, settings: PortSettings) -> PortInfo:
         info = await super().add_port(settings)
         if settings.name == "crash":
             self.failed.set_exception(RuntimeError("worker 0 ended"))
@@ -22,7 +24,7 @@ class Switch(FakeSwitch):
 
 
 module = types.ModuleType("vswitch.switch")
-module.Switch = Switch  # type: ignore
+module.Switch = Switch  # type: ignore[attr-defined]
 sys.modules["vswitch.switch"] = module
 os.environ.pop("VSWITCH_SOCKET", None)
 main()

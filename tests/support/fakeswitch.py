@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vswitch.api import (
     PAGE_MAX,
@@ -105,7 +105,7 @@ class FakeSwitch:
 
     def emit(self, event: str, port: str | None = None, **details: Any) -> None:
         for callback in list(self._callbacks):
-            callback({"event": event, "time": 1.5, "port": port, **details})  # type: ignore
+            callback(cast("Event", {"event": event, "time": 1.5, "port": port, **details}))
 
     @property
     def subscribers(self) -> int:
@@ -179,42 +179,46 @@ class FakeSwitch:
         if name in self._ports:
             port = self._ports[name]
             info.update(
-                kind="vhost-user",
-                state="ready",
-                socket=str(port.socket),
-                mode=port.mode,
-                queues=port.queues,
-                mtu=port.mtu,
-                max_macs=port.max_macs or 8192,
-                storm={
-                    "broadcast": port.storm_broadcast,
-                    "multicast": port.storm_multicast,
-                    "unknown": port.storm_unknown,
-                    "burst": port.storm_burst,
-                },
-                limits={name: getattr(port, name) for name in RUNTIME_KEYS},
-                features=1 << 32 | 1 << 15,
-                feature_names=["MRG_RXBUF", "VERSION_1"],
-                protocol_features=1,
-                protocol_feature_names=["MQ"],
-                peer_pid=4711,
-                connects=2,
-                connected_since=1_700_000_000.0,
-                warning="guest [vm] memory is small",
-                memory=[{"gpa": 0, "size": 256 << 20, "uva": 0x7F0000000000, "mmap_offset": 0}],
-                rings=[
-                    {
-                        "index": i,
-                        "type": "transmitq" if i & 1 else "receiveq",
-                        "size": 256,
-                        "started": True,
-                        "enabled": True,
-                        "avail_idx": 300,
-                        "used_idx": 44,
-                        "fault": None,
-                    }
-                    for i in range(2 * port.queues)
-                ],
+                {
+                    "kind": "vhost-user",
+                    "state": "ready",
+                    "socket": str(port.socket),
+                    "mode": port.mode,
+                    "queues": port.queues,
+                    "mtu": port.mtu,
+                    "max_macs": port.max_macs or 8192,
+                    "storm": {
+                        "broadcast": port.storm_broadcast,
+                        "multicast": port.storm_multicast,
+                        "unknown": port.storm_unknown,
+                        "burst": port.storm_burst,
+                    },
+                    "limits": {name: getattr(port, name) for name in RUNTIME_KEYS},
+                    "features": 1 << 32 | 1 << 15,
+                    "feature_names": ["MRG_RXBUF", "VERSION_1"],
+                    "protocol_features": 1,
+                    "protocol_feature_names": ["MQ"],
+                    "peer_pid": 4711,
+                    "connects": 2,
+                    "connected_since": 1_700_000_000.0,
+                    "warning": "guest [vm] memory is small",
+                    "memory": [
+                        {"gpa": 0, "size": 256 << 20, "uva": 0x7F0000000000, "mmap_offset": 0}
+                    ],
+                    "rings": [
+                        {
+                            "index": i,
+                            "type": "transmitq" if i & 1 else "receiveq",
+                            "size": 256,
+                            "started": True,
+                            "enabled": True,
+                            "avail_idx": 300,
+                            "used_idx": 44,
+                            "fault": None,
+                        }
+                        for i in range(2 * port.queues)
+                    ],
+                }
             )
         return info
 
@@ -236,9 +240,10 @@ class FakeSwitch:
         self, name: str | None = None, after: int = 0, most: int = PAGE_MAX
     ) -> Page[PortStats]:
         names = list(self._ids) if name is None else [self.port(name)["name"]]
+        none = cast("PortCounters", dict.fromkeys(PortCounters.__annotations__, 0))
         stats: list[PortStats] = [
             {
-                **dict.fromkeys(PortCounters.__annotations__, 0),
+                **none,
                 "name": each,
                 "id": self._ids[each],
                 "ingress_frames": 1000,
@@ -262,7 +267,8 @@ class FakeSwitch:
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
         self.port(port)
-        if self._fdb.get((mac, vlan), {}).get("static"):
+        entry = self._fdb.get((mac, vlan))
+        if entry is not None and entry["static"]:
             raise ExistsError(f"{mac} is a static entry already", hint="delete it first")
         self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": True, "age_s": 0}
 

@@ -20,7 +20,7 @@ def fold(data: bytes) -> int:
     """The ones' complement sum of 16-bit words, big-endian."""
     if len(data) & 1:
         data += b"\0"
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

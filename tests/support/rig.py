@@ -77,7 +77,8 @@ class Rig:
         assert self.engine.wait(ticket, 60_000_000_000)
 
     def drops(self, port: Port) -> dict[str, int]:
-        return self.engine.stats(port)["drops"]
+        drops: dict[str, int] = self.engine.stats(port)["drops"]
+        return drops
 
 
 @contextmanager

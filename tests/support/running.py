@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.support.frames import BROADCAST, frame, frames, mac
 from vswitch.api import PortInfo, PortStats
@@ -26,6 +26,9 @@ from vswitch.vhost_user.protocol import Feature
 
 DEADLINE_S = 60.0
 """After so long what is waited for is broken; no test asserts that anything is faster."""
+
+
+AGuest = TypeVar("AGuest", bound=SoftwareGuest)
 
 
 class RunningSwitch:
@@ -158,9 +161,10 @@ class Wire:
             guest.accept()
         return guest
 
-    def enter(self, guest: SoftwareGuest) -> SoftwareGuest:
+    def enter(self, guest: AGuest) -> AGuest:
         """Close this guest too at the end of the test."""
-        return self._stack.enter_context(guest)
+        self._stack.enter_context(guest)
+        return guest
 
     def info(self, name: str) -> PortInfo:
         return self.client.port(name)
@@ -184,6 +188,9 @@ class Wire:
 
     def wait_state(self, name: str, state: str) -> None:
         self.wait_until(lambda: self.info(name)["state"] == state, f"port {name} becomes {state}")
+
+    def wait_drops(self, name: str, drops: dict[str, int]) -> None:
+        self.wait_until(lambda: self.drops(name) == drops, f"{name} has dropped {drops}")
 
     def wait_log(self, text: str) -> None:
         """Wait until the switch has logged `text` since this test began."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgpack  # type: ignore[import-untyped]  # it has no type hints
+import msgpack
 
 from vswitch.errors import (
     ConfigError,

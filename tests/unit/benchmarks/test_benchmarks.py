@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import SoftwareGenerator
 from benchmarks.goals import Found, goals
 from benchmarks.guests import FLOOD_PORTS, TSO_FRAME_LEN, frames_under_way, tso_frame
+from benchmarks.hostile import BEHAVIOURS
 from benchmarks.machine import (
     Cpus,
     CpuWait,
@@ -288,7 +291,7 @@ def test_waiting_for_a_thread_of_its_own_is_no_disturbance(monkeypatch: pytest.M
     readings = iter([zero, after])
     clock = iter([0, 100 * ms])
     monkeypatch.setattr(CpuWait, "_read", lambda _: next(readings))
-    monkeypatch.setattr(machine.time, "monotonic_ns", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic_ns", lambda: next(clock))
     assert CpuWait({1}).share() == pytest.approx(0.1)
 
 
@@ -453,7 +456,7 @@ def test_fairness(tmp_path: Path) -> None:
     ran = CliRunner().invoke(fairness.main, arguments)
     assert ran.exit_code == 0, ran.output
     rates = json.loads(out.read_text())["rates"]
-    assert list(rates) == [behaviour.name for behaviour in fairness.BEHAVIOURS]
+    assert list(rates) == [behaviour.name for behaviour in BEHAVIOURS]
     assert ran.output.count("\n") == 2 + len(rates)
 
 
@@ -714,7 +717,7 @@ def test_counting_beside_a_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     perf.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(counters.tempfile, "TemporaryDirectory", lambda **_: nullcontext(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: nullcontext(tmp_path))
     # A shell cannot trap what its parent ignores, as a shell's background jobs do.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -742,7 +745,7 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summaries = summarise([sample(20e6), sample(10e6, case=Case("rate", "software", 1500))])
     assert not plot.draw([], TITLES, tmp_path / "none.svg")
     with monkeypatch.context() as patch:
-        patch.setattr(plot.importlib.util, "find_spec", lambda _name: None)
+        patch.setattr(importlib.util, "find_spec", lambda _name: None)
         with pytest.raises(MissingError, match="matplotlib is not installed"):
             plot.draw(summaries, TITLES, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import click
 import pytest
@@ -19,7 +19,7 @@ import pytest
 from tests.support.controlled import DEADLINE_S, Controlled
 from tests.support.processes import environment
 from vswitch import __version__
-from vswitch.api import PortCounters
+from vswitch.api import PortCounters, PortStats
 from vswitch.cli import ctl
 from vswitch.cli.counters import rates
 from vswitch.cli.tables import event_line
@@ -31,7 +31,7 @@ class Done(NamedTuple):
     err: str
 
     @property
-    def json(self) -> object:
+    def json(self) -> Any:
         return json.loads(self.out)
 
 
@@ -51,6 +51,7 @@ def run(
             ctl.main()
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
+        assert isinstance(caught.value.code, int)
         return Done(caught.value.code, captured.out, captured.err)
 
     return function
@@ -269,9 +270,11 @@ def test_counters(run: Run, tmp_path: Path) -> None:
 
 
 def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
-    def stats(port: int, frames: int, runts: int) -> dict:
+    none = cast("PortCounters", dict.fromkeys(PortCounters.__annotations__, 0))
+
+    def stats(port: int, frames: int, runts: int) -> PortStats:
         return {
-            **dict.fromkeys(PortCounters.__annotations__, 0),
+            **none,
             "name": "vm1",
             "id": port,
             "ingress_frames": frames,
@@ -279,7 +282,7 @@ def test_rates_are_per_second_and_survive_a_port_that_is_new() -> None:
             "drops": {"runt": runts},
         }
 
-    def row(before: list, now: list) -> list[str]:
+    def row(before: list[PortStats], now: list[PortStats]) -> list[str]:
         (table,) = rates(before, now, 2.0)
         return list(table.lines(200))[1].split()
 
@@ -426,6 +429,7 @@ def test_events(controlled: Controlled, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     try:
         controlled.wait(lambda: controlled.switch.subscribers)
         controlled.do(controlled.switch.emit, "port-ready", "vm1")
@@ -438,10 +442,7 @@ def test_events(controlled: Controlled, tmp_path: Path) -> None:
 
 
 def test_events_end_at_a_count_or_with_the_switch(controlled: Controlled) -> None:
-    for arguments, end, code in (
-        (["--count", "1"], lambda: None, 0),
-        ([], controlled.close, 3),
-    ):
+    for arguments, code in ((["--count", "1"], 0), ([], 3)):
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -457,9 +458,11 @@ def test_events_end_at_a_count_or_with_the_switch(controlled: Controlled) -> Non
         )
         controlled.wait(lambda: controlled.switch.subscribers)
         controlled.do(controlled.switch.emit, "mac-moved", "vm2", mac="a", previous_port="vm1")
+        assert process.stdout is not None
         line = process.stdout.readline()
         assert line.endswith(" mac-moved         vm2 mac=a previous_port=vm1\n")
-        end()
+        if not arguments:
+            controlled.close()
         _, err = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == code
         assert "Traceback" not in err

@@ -309,7 +309,9 @@ def test_the_commented_example_names_every_key() -> None:
     assert load(CONFIG / "ports.toml").switch == SwitchSettings()
 
 
-@pytest.mark.parametrize("row", (rows(PortKeys) | rows(RuntimeKeys)).values(), ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "row", {**rows(PortKeys), **rows(RuntimeKeys)}.values(), ids=lambda r: r.name
+)
 def test_the_commented_example_explains_every_key_of_a_port(row: Row) -> None:
     """Bounds and defaults with it: documents refer to it for those."""
     text = (CONFIG / "ports.toml").read_text().partition("\n[[port]]\n")[2]
@@ -352,6 +354,7 @@ def test_the_demo_has_three_ports_and_a_tap() -> None:
     assert [p.name for p in settings.ports] == ["vm1", "vm2", "vm3"]
     assert [u.name for u in settings.uplinks] == ["vswitch0"]
     run = CONFIG / "run"
+    assert settings.switch.control is not None
     assert {p.socket.parent for p in settings.ports} == {run} == {settings.switch.control.parent}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -48,13 +49,12 @@ def configurations(draw: st.DrawFn) -> Settings:
     sockets = draw(st.lists(SOCKET, unique=True, min_size=len(names), max_size=len(names)))
     ports = []
     for name, socket in zip(names, sockets, strict=True):
-        mode = draw(st.sampled_from(["server", "client"]))
-        server = mode == "server"
+        server = draw(st.booleans())
         ports.append(
             PortSettings(
                 name=name,
                 socket=socket,
-                mode=mode,
+                mode="server" if server else "client",
                 owner=draw(st.sampled_from([None, "root", "0"])) if server else None,
                 group=draw(st.sampled_from([None, "root"])) if server else None,
                 permissions=draw(st.sampled_from([None, "0660", "777"])) if server else None,
@@ -212,7 +212,9 @@ def test_a_file_that_is_no_configuration_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "ports.toml"
     file.write_text(COMMENTED)
 
@@ -297,5 +299,5 @@ def test_a_file_behind_a_link_is_the_one_that_was_read(tmp_path: Path) -> None:
     assert load(link).ports[1].socket == tmp_path / "b"
 
 
-def port(name: str, **more: object) -> PortSettings:
+def port(name: str, **more: Any) -> PortSettings:
     return PortSettings(name=name, socket=Path(f"/run/{name}"), **more)

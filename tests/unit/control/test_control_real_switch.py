@@ -39,6 +39,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
         text=True,
     )
     try:
+        assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("vswitch: ready"):
                 break

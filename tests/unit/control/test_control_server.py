@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import msgpack
 import pytest
@@ -39,9 +39,10 @@ class Raw:
     def send(self, *values: object) -> None:
         self.socket.sendall(b"".join(map(msgpack.packb, values)))
 
-    def receive(self) -> list:
+    def receive(self) -> list[Any]:
         """The next message; an empty list at the end of the stream."""
         while True:
+            message: list[Any]
             for message in self._unpacker:
                 return message
             data = self.socket.recv(65536)
@@ -49,7 +50,7 @@ class Raw:
                 return []
             self._unpacker.feed(data)
 
-    def call(self, method: str, *params: object) -> object:
+    def call(self, method: str, *params: object) -> Any:
         self.send([0, 77, method, list(params)])
         kind, msgid, error, result = self.receive()
         assert (kind, msgid, error) == (1, 77, None)
@@ -111,7 +112,9 @@ def test_hello(raw: Raw) -> None:
         ("subscribe", {"events": ["port-explodes"]}, "invalid-params", "port-ready"),
     ],
 )
-def test_wrong_requests(raw: Raw, method: str, params: dict, code: str, text: str) -> None:
+def test_wrong_requests(
+    raw: Raw, method: str, params: dict[str, object], code: str, text: str
+) -> None:
     raw.send([0, 3, method, [params]])
     kind, msgid, error, result = raw.receive()
     assert (kind, msgid, result) == (1, 3, None)
@@ -127,7 +130,9 @@ def test_all_wrong_parameters_are_reported_at_once(raw: Raw) -> None:
     assert [line.split(": ")[1] for line in lines] == ["name", "socket", "queues", "mut"]
 
 
-def test_an_error_inside_the_switch_costs_one_request(raw: Raw, caplog) -> None:
+def test_an_error_inside_the_switch_costs_one_request(
+    raw: Raw, caplog: pytest.LogCaptureFixture
+) -> None:
     raw.send([0, 4, "add_port", [{"name": "bug", "socket": "/tmp/bug"}]])
     error = raw.receive()[2]
     assert error["code"] == "internal"
@@ -174,7 +179,7 @@ def test_a_message_that_is_no_request_ends_the_connection(raw: Raw, value: objec
     ],
 )
 def test_garbage_costs_its_sender_the_connection_and_nobody_else(
-    controlled: Controlled, raw: Raw, garbage: bytes, caplog
+    controlled: Controlled, raw: Raw, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = Raw(controlled.path)
     assert other.call("ping") == "pong"
@@ -200,7 +205,9 @@ def test_clients_that_leave_in_mid_request(controlled: Controlled) -> None:
     assert Raw(controlled.path).call("ping") == "pong"
 
 
-def test_clients_that_leave_before_their_answers_or_events(controlled: Controlled, caplog) -> None:
+def test_clients_that_leave_before_their_answers_or_events(
+    controlled: Controlled, caplog: pytest.LogCaptureFixture
+) -> None:
     for how in ("close", "reset"):
         for _ in range(20):
             client = Raw(controlled.path)
@@ -218,7 +225,9 @@ def test_clients_that_leave_before_their_answers_or_events(controlled: Controlle
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_client_that_leaves_while_its_request_is_served(controlled: Controlled, caplog) -> None:
+def test_a_client_that_leaves_while_its_request_is_served(
+    controlled: Controlled, caplog: pytest.LogCaptureFixture
+) -> None:
     client = Raw(controlled.path)
     client.call("subscribe")
     client.send([0, 1, "add_port", [{"name": "slow", "socket": "/nowhere/x", "mode": "client"}]])
@@ -286,7 +295,7 @@ def test_a_subscription_ends_with_its_connection(controlled: Controlled) -> None
 
 
 def test_a_slow_subscriber_loses_events_and_is_told_how_many(
-    controlled: Controlled, raw: Raw, caplog
+    controlled: Controlled, raw: Raw, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw.call("subscribe")
     n_events = 20 * EVENTS_QUEUED_MAX
@@ -296,7 +305,8 @@ def test_a_slow_subscriber_loses_events_and_is_told_how_many(
             controlled.switch.emit("mac-learned", "vm1", vlan=i, filler="x" * 200)
 
     controlled.do(storm)
-    got, lost = [], 0
+    got: list[int] = []
+    lost = 0
     while len(got) + lost < n_events:
         _, method, [params] = raw.receive()
         if method == "event":
@@ -351,7 +361,7 @@ def test_a_request_that_never_ends_costs_its_patience(
     idle = Raw(controlled.path)
     assert idle.call("ping") == "pong"
     request = msgpack.packb([0, 1, "x" * 1000, []])
-    answers: list[object] = []
+    answers: list[list[Any]] = []
     with contextlib.suppress(ConnectionError):
         raw.socket.sendall(request + request[:1])
         assert raw.receive()[:2] == [1, 1]
@@ -377,7 +387,11 @@ def test_a_request_that_never_ends_costs_its_patience(
 
 @pytest.mark.parametrize("what", ["answers", "events"])
 def test_a_client_that_reads_nothing_is_dropped_after_a_while(
-    controlled: Controlled, raw: Raw, monkeypatch: pytest.MonkeyPatch, caplog, what: str
+    controlled: Controlled,
+    raw: Raw,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
 ) -> None:
     monkeypatch.setattr(server_module, "READ_PATIENCE_S", 0.1)
     assert raw.call("ping") == "pong", "it is among those who are served"
@@ -422,7 +436,8 @@ def test_a_client_that_never_stops_asking_is_not_waited_for(controlled: Controll
 
 def test_a_request_may_be_as_long_as_it_is_said(controlled: Controlled, raw: Raw) -> None:
     def request(length: int) -> bytes:
-        return msgpack.packb([0, 1, "x" * (length - 7), []])
+        packed: bytes = msgpack.packb([0, 1, "x" * (length - 7), []])
+        return packed
 
     assert len(request(REQUEST_LEN_MAX)) == REQUEST_LEN_MAX
     raw.socket.sendall(request(REQUEST_LEN_MAX) * 3)
@@ -444,8 +459,8 @@ def test_a_deep_value_is_a_wrong_parameter_and_no_more(raw: Raw) -> None:
 
 
 def test_who_may_do_what() -> None:
-    def status(mode: int, uid: int = 1000, gid: int = 100) -> SimpleNamespace:
-        return SimpleNamespace(st_mode=stat.S_IFSOCK | mode, st_uid=uid, st_gid=gid)
+    def status(mode: int, uid: int = 1000, gid: int = 100) -> os.stat_result:
+        return os.stat_result((stat.S_IFSOCK | mode, 1, 1, 1, uid, gid, 0, 0, 0, 0))
 
     stranger = Peer(1, 4242, frozenset({4242, 100}))
     for peer, of_socket, access in (
@@ -490,11 +505,11 @@ def test_another_user(public_dir: Path, mode: int, gids: list[int], answers: lis
 
 
 def test_everything_that_changes_something_is_refused_to_those_who_may_look(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = Controlled(tmp_path / "c")
     try:
-        running.do(setattr, server_module, "access_of", lambda *_: Access.READ)
+        monkeypatch.setattr(server_module, "access_of", lambda *_: Access.READ)
         client = Raw(running.path)
         denied = set()
         for method in METHODS:
@@ -511,19 +526,19 @@ def test_everything_that_changes_something_is_refused_to_those_who_may_look(
         assert client.call("ping") == "pong", "the connection goes on"
         client.socket.close()
     finally:
-        server_module.access_of = access_of
         running.close()
 
 
 @pytest.mark.root("becomes another user")
-def test_a_connection_made_with_rights_that_are_gone_is_refused(public_dir: Path) -> None:
+def test_a_connection_made_with_rights_that_are_gone_is_refused(
+    public_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Who kept a descriptor of the directory, or is let in by the file system, is still looked at.
     running = Controlled(public_dir / "c", mode=0o666)
     try:
-        running.do(setattr, server_module, "access_of", lambda *_: Access.NONE)
+        monkeypatch.setattr(server_module, "access_of", lambda *_: Access.NONE)
         assert call_as(4242, [4242], ask, public_dir / "c", "ping") == "permission-denied"
     finally:
-        server_module.access_of = access_of
         running.close()
 
 

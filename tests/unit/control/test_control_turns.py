@@ -16,6 +16,7 @@ from tests.support.controlled import Controlled
 from tests.unit.control.test_control_server import Raw
 from vswitch import Client
 from vswitch.api import PAGE_MAX
+from vswitch.control import protocol
 from vswitch.control import server as server_module
 from vswitch.control import subscriptions as subscriptions_module
 from vswitch.control.access import Access
@@ -229,20 +230,19 @@ def test_wrong_pages(many: Controlled) -> None:
     raw.socket.close()
 
 
-def test_greeting_costs_the_same_however_many_ports_there_are(many: Controlled) -> None:
+def test_greeting_costs_the_same_however_many_ports_there_are(
+    many: Controlled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = many.do(lambda: many.switch.pages)
-    settings = type(many.switch).settings
 
     def refuse(_: object) -> object:
         raise AssertionError("all settings for a greeting")
 
-    type(many.switch).settings = property(refuse)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(many.switch), "settings", property(refuse))
         raw = Raw(many.path)
         assert raw.call("hello")["name"] == "lab"
         assert raw.call("version")["name"] == "lab"
-    finally:
-        type(many.switch).settings = settings
     raw.socket.close()
     assert many.do(lambda: many.switch.pages) == before
 
@@ -270,7 +270,7 @@ def test_connections_come_in_one_a_turn(controlled: Controlled) -> None:
 
 def test_events_are_packed_once_and_sent_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[object] = []
-    pack = subscriptions_module.pack_notification
+    pack = protocol.pack_notification
 
     def count(method: str, params: Any) -> bytes:
         packed.append(params)

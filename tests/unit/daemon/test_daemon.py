@@ -19,7 +19,18 @@ from tests.support.processes import environment, sockets
 from vswitch import Client
 from vswitch.control.protocol import ControlError
 
-Start = Callable[..., subprocess.Popen[str]]
+
+class Daemon(subprocess.Popen[str]):
+    """A started switch, and the line that said that it is ready."""
+
+    ready_line = ""
+
+    def read_line(self) -> str:
+        assert self.stderr is not None
+        return self.stderr.readline()
+
+
+Start = Callable[..., Daemon]
 
 
 @pytest.fixture
@@ -32,10 +43,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def until_ready(process: subprocess.Popen[str], ready: str = "vswitch: ready") -> str:
+def until_ready(process: Daemon, ready: str = "vswitch: ready") -> str:
     """What it says up to and with the line that begins like this, or until it ends."""
     said = ""
-    while line := process.stderr.readline():
+    while line := process.read_line():
         said += line
         if line.startswith(ready):
             break
@@ -44,11 +55,11 @@ def until_ready(process: subprocess.Popen[str], ready: str = "vswitch: ready") -
 
 @pytest.fixture
 def start(config: Path) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
+    started: list[Daemon] = []
 
-    def function(*arguments: str, expect: str = "vswitch: ready") -> subprocess.Popen[str]:
+    def function(*arguments: str, expect: str = "vswitch: ready") -> Daemon:
         program = (sys.executable, "-m", "tests.support.fakedaemon")
-        process = subprocess.Popen(
+        process = Daemon(
             [*program, "start", "-c", str(config), *arguments],
             env=environment(),
             stderr=subprocess.PIPE,
@@ -57,8 +68,8 @@ def start(config: Path) -> Iterator[Start]:
         started.append(process)
         if expect:
             said = until_ready(process, expect)
-            process.ready_line = said.splitlines(keepends=True)[-1]  # type: ignore[attr-defined]
-            assert process.ready_line.startswith(expect), said  # type: ignore[attr-defined]
+            process.ready_line = said.splitlines(keepends=True)[-1]
+            assert process.ready_line.startswith(expect), said
         return process
 
     yield function
@@ -105,7 +116,7 @@ def test_a_hangup_is_ignored_and_said(start: Start, tmp_path: Path, nohup: bool)
     with Client(tmp_path / "run/deep/c.sock", timeout=DEADLINE_S) as client:
         for _ in range(3):
             process.send_signal(signal.SIGHUP)
-            line = process.stderr.readline()
+            line = process.read_line()
             assert "SIGHUP: ignored" in line
             assert "vswitchctl" in line
         assert client.ping() > 0

@@ -106,7 +106,10 @@ def test_what_is_said(manager: tuple[Manager, str]) -> None:
     ],
 )
 def test_the_environment(
-    environ: dict[str, str], watchdog_s: float | None, warning: str, caplog
+    environ: dict[str, str],
+    watchdog_s: float | None,
+    warning: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     supervisor = Supervisor(environ)
     assert supervisor.watchdog_s == watchdog_s
@@ -114,7 +117,9 @@ def test_the_environment(
     assert bool(caplog.records) is bool(warning)
 
 
-def test_a_manager_that_is_gone_or_does_not_read_costs_nothing(tmp_path: Path, caplog) -> None:
+def test_a_manager_that_is_gone_or_does_not_read_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Supervisor({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("")
     assert "did not hear 'READY=1'" in caplog.text
     manager = Manager(str(tmp_path / "n"))

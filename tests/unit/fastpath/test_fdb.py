@@ -229,7 +229,8 @@ def test_pages_have_what_stays_once_while_others_come_and_go() -> None:
     for key in staying:
         assert fdb.learn(key, 1)
     seen: list[int] = []
-    pages, start, fresh = 0, 0, 3000
+    pages, fresh = 0, 3000
+    start: int | None = 0
     while start is not None:
         some, start = fdb.page(start, 100)
         assert len(some) <= 100
@@ -264,11 +265,12 @@ def test_a_turn_of_flushing_and_aging_is_limited() -> None:
     assert fdb.flush_on(0, 0) == (0, None)
     assert fdb.flush_on(0, 7, True) == (0, None)
     fdb.tick += 10
-    turns, gone, start = 0, [], 0
+    turns, start = 0, 0
+    gone: list[tuple[int, int]] = []
     while start is not None:
-        some, start = fdb.age_on(start, 10)
-        assert len(some) <= GONE_A_TURN
-        gone += some
+        aged, start = fdb.age_on(start, 10)
+        assert len(aged) <= GONE_A_TURN
+        gone += aged
         turns += 1
     assert sorted(gone) == sorted((mac(n), 1) for n in range(1, 2000, 2))
     assert turns >= fdb.slots // SLOTS_A_TURN

@@ -10,6 +10,7 @@ import os
 import select
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -66,7 +67,7 @@ class Both:
         """What the switch makes of it."""
         self.sender.send([frame], header=header.pack())
         self.sender.send([MARKER])
-        found = []
+        found: list[bytes] = []
         while True:
             ((hdr, got),) = self.receiver.recv_with_headers(1)
             if got == MARKER:
@@ -125,7 +126,7 @@ TAGS = {"untagged": b"", "vlan": VLAN, "qinq": QINQ}
 
 @pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_checksum(both: Both, shape: dict[str, object], tags: bytes) -> None:
+def test_checksum(both: Both, shape: dict[str, Any], tags: bytes) -> None:
     for length in (0, 1, 2, 7, 100, 1459, 1460, 9001):
         packet = Packet(pattern(length), tags=tags, **shape)
         assert both.compare(packet.header(), packet.partial()) == [packet.whole()]
@@ -133,7 +134,7 @@ def test_checksum(both: Both, shape: dict[str, object], tags: bytes) -> None:
 
 @pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_segments(both: Both, shape: dict[str, object], tags: bytes) -> None:
+def test_segments(both: Both, shape: dict[str, Any], tags: bytes) -> None:
     for length, size in (
         (1449, 1448), (2896, 1448), (2897, 1448), (10000, 1447), (9000, 8999), (5000, 101),
         (64000, 1448),

@@ -23,14 +23,16 @@ from vswitch.errors import SocketError
 from vswitch.host import unixsocket
 from vswitch.host.unixsocket import InUseError, ListeningSocket, connect_error, unlink_if_ours
 
+Listen = Callable[..., ListeningSocket]
+
 
 @pytest.fixture
-def listen() -> Iterator[Callable[..., ListeningSocket]]:
+def listen() -> Iterator[Listen]:
     made: list[ListeningSocket] = []
 
-    def function(path: Path | str, **options: object) -> ListeningSocket:
-        arguments: dict[str, object] = {"mode": None, "owner": None, "group": None, **options}
-        made.append(unixsocket.listen(path, **arguments))  # type: ignore[arg-type]
+    def function(path: Path | str, **options: Any) -> ListeningSocket:
+        arguments: dict[str, Any] = {"mode": None, "owner": None, "group": None, **options}
+        made.append(unixsocket.listen(path, **arguments))
         return made[-1]
 
     yield function
@@ -43,7 +45,7 @@ def connects(path: Path) -> bool:
         return sock.connect_ex(str(path)) == 0
 
 
-def test_it_listens_and_leaves_nothing_else_behind(tmp_path: Path, listen) -> None:
+def test_it_listens_and_leaves_nothing_else_behind(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     sock = listen(path, mode=0o600)
     assert connects(path)
@@ -56,7 +58,7 @@ def test_it_listens_and_leaves_nothing_else_behind(tmp_path: Path, listen) -> No
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777, 0o000])
-def test_permissions_do_not_depend_on_the_umask(tmp_path: Path, listen, mode: int) -> None:
+def test_permissions_do_not_depend_on_the_umask(tmp_path: Path, listen: Listen, mode: int) -> None:
     path = tmp_path / "s"
     before = os.umask(0o027)
     try:
@@ -67,7 +69,7 @@ def test_permissions_do_not_depend_on_the_umask(tmp_path: Path, listen, mode: in
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_without_a_mode_the_umask_decides(tmp_path: Path, listen) -> None:
+def test_without_a_mode_the_umask_decides(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     before = os.umask(0o027)
     try:
@@ -78,7 +80,7 @@ def test_without_a_mode_the_umask_decides(tmp_path: Path, listen) -> None:
 
 
 @pytest.mark.root("becomes another user")
-def test_owner_and_group(tmp_path: Path, listen) -> None:
+def test_owner_and_group(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     listen(path, mode=0o640, owner=str(NOBODY), group="1")
     status = path.stat()
@@ -90,15 +92,25 @@ def test_owner_and_group(tmp_path: Path, listen) -> None:
 
 
 @pytest.mark.root("becomes another user")
-def test_nobody_has_rights_before_the_owner_is_set(tmp_path: Path, listen, monkeypatch) -> None:
+def test_nobody_has_rights_before_the_owner_is_set(
+    tmp_path: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[str, int]] = []
     chown, chmod = os.chown, Path.chmod
 
     def note(name: str) -> None:
         seen.append((name, stat.S_IMODE((tmp_path / "s").stat().st_mode)))
 
-    monkeypatch.setattr(os, "chown", lambda *a: (note("chown"), chown(*a)))
-    monkeypatch.setattr(Path, "chmod", lambda *a: (note("chmod"), chmod(*a)))
+    def noted_chown(*arguments: Any) -> None:
+        note("chown")
+        chown(*arguments)
+
+    def noted_chmod(*arguments: Any) -> None:
+        note("chmod")
+        chmod(*arguments)
+
+    monkeypatch.setattr(os, "chown", noted_chown)
+    monkeypatch.setattr(Path, "chmod", noted_chmod)
     listen(tmp_path / "s", mode=0o660, owner=str(NOBODY))
     assert seen == [("chown", 0), ("chmod", 0)]
 
@@ -111,7 +123,7 @@ def test_a_failed_chown_leaves_no_socket(public_dir: Path) -> None:
     assert not (public_dir / "s").exists()
 
 
-def test_a_path_in_use(tmp_path: Path, listen) -> None:
+def test_a_path_in_use(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     first = listen(path)
     with pytest.raises(InUseError, match=f"cannot listen on {path}: ") as caught:
@@ -124,7 +136,7 @@ def test_a_path_in_use(tmp_path: Path, listen) -> None:
     assert connects(path)
 
 
-def test_a_full_backlog_is_in_use(tmp_path: Path, listen) -> None:
+def test_a_full_backlog_is_in_use(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     listen(path, backlog=0)
     fillers = []
@@ -139,7 +151,7 @@ def test_a_full_backlog_is_in_use(tmp_path: Path, listen) -> None:
         filler.close()
 
 
-def test_a_datagram_socket_is_in_use(tmp_path: Path, listen) -> None:
+def test_a_datagram_socket_is_in_use(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
@@ -148,7 +160,7 @@ def test_a_datagram_socket_is_in_use(tmp_path: Path, listen) -> None:
     listen(path)
 
 
-def test_a_stale_socket_is_replaced(tmp_path: Path, listen) -> None:
+def test_a_stale_socket_is_replaced(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     stale = listen(path, mode=0o600)
     stale.close()
@@ -160,7 +172,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path, listen) -> None:
 
 
 def test_a_socket_that_replaced_the_stale_one_meanwhile_keeps_its_name(
-    tmp_path: Path, listen, monkeypatch
+    tmp_path: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "s"
     listen(path).close()
@@ -258,7 +270,7 @@ def test_of_several_that_start_at_once_one_gets_the_path(
 
 
 def test_a_directory_that_somebody_keeps_locked_is_not_waited_for(
-    tmp_path: Path, listen, monkeypatch
+    tmp_path: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unixsocket, "LOCK_PATIENCE_S", 0.05)
     fd = os.open(tmp_path, os.O_RDONLY)
@@ -271,7 +283,7 @@ def test_a_directory_that_somebody_keeps_locked_is_not_waited_for(
 
 
 def test_a_socket_that_another_took_the_place_of_is_not_removed(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "s"
     hand_over = unixsocket._hand_over
@@ -296,7 +308,9 @@ def test_a_socket_that_another_took_the_place_of_is_not_removed(
         (lambda p: os.mkfifo(p), "a pipe"),
     ],
 )
-def test_another_file_is_left_alone(tmp_path: Path, listen, make, kind: str) -> None:
+def test_another_file_is_left_alone(
+    tmp_path: Path, listen: Listen, make: Callable[[Path], object], kind: str
+) -> None:
     path = tmp_path / "s"
     make(path)
     before = path.lstat()
@@ -305,7 +319,7 @@ def test_another_file_is_left_alone(tmp_path: Path, listen, make, kind: str) -> 
     assert path.lstat().st_ino == before.st_ino
 
 
-def test_paths_that_cannot_be(tmp_path: Path, listen) -> None:
+def test_paths_that_cannot_be(tmp_path: Path, listen: Listen) -> None:
     with pytest.raises(SocketError, match=f"no such directory {tmp_path}/none") as caught:
         listen(tmp_path / "none" / "s")
     assert caught.value.hint == f"create it: mkdir -p {tmp_path}/none"
@@ -316,7 +330,7 @@ def test_paths_that_cannot_be(tmp_path: Path, listen) -> None:
         listen("/" + "s" * 107)
 
 
-def test_the_longest_path_works(listen, tmp_path: Path) -> None:
+def test_the_longest_path_works(listen: Listen, tmp_path: Path) -> None:
     directory = tmp_path / ("d" * (105 - len(str(tmp_path))))
     directory.mkdir()
     path = directory / "s"
@@ -340,7 +354,7 @@ def test_without_rights(tmp_path: Path) -> None:
     assert f"permission denied to uid {NOBODY} in /etc" in text
 
 
-def test_unlink_only_what_is_ours(tmp_path: Path, listen) -> None:
+def test_unlink_only_what_is_ours(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
     first = listen(path)
     path.rename(tmp_path / "moved")
@@ -352,7 +366,7 @@ def test_unlink_only_what_is_ours(tmp_path: Path, listen) -> None:
     assert not unlink_if_ours(path, second)
 
 
-def test_connect_errors_say_what_to_do(tmp_path: Path, listen) -> None:
+def test_connect_errors_say_what_to_do(tmp_path: Path, listen: Listen) -> None:
     path = tmp_path / "s"
 
     def failure() -> OSError:
@@ -377,7 +391,7 @@ def test_connect_errors_say_what_to_do(tmp_path: Path, listen) -> None:
     assert "strange" in str(connect_error(path, OSError(errno.EIO, "strange")))
 
 
-def test_threads_keep_their_files_while_a_socket_is_made(tmp_path: Path, listen) -> None:
+def test_threads_keep_their_files_while_a_socket_is_made(tmp_path: Path, listen: Listen) -> None:
     """The umask is narrowed for bind() only and restored whatever happens."""
     before = os.umask(0o022)
     os.umask(before)
@@ -413,7 +427,7 @@ def test_a_socket_whose_listener_has_ended_is_stale_whoever_holds_it(tmp_path: P
     path = tmp_path / "s"
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        leaver = subprocess.Popen([sys.executable, "-c", LEAVER, str(path)], stdin=theirs)
+        leaver = subprocess.Popen([sys.executable, "-c", LEAVER, str(path)], stdin=theirs.fileno())
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
         with pytest.raises(InUseError, match="listens on it already"):
             unixsocket.listen(path, mode=0o600, owner=None, group=None)

@@ -8,6 +8,8 @@ import threading
 import pytest
 
 from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
+from vswitch.lab.guest.driver import TransmitQueue
+from vswitch.lab.guest.queues import GuestQueue
 from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -181,7 +183,7 @@ def test_when_the_device_is_notified(event_idx: bool) -> None:
             raw = queue.raw_packed()
             start = raw.position
 
-            def send(queue=queue) -> bool:  # type: ignore[no-untyped-def]
+            def send(queue: GuestQueue[TransmitQueue] = queue) -> bool:
                 assert queue.ring.send([bytes(60)]) == 1
                 return queue.ring.take_kick()
 

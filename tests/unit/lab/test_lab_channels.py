@@ -6,7 +6,7 @@ import base64
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 import pytest
@@ -16,7 +16,7 @@ from vswitch.lab.qemu.process import Deadline
 from vswitch.lab.qemu.qmp import Qmp
 from vswitch.lab.qemu.shell import CommandResult, GuestShell
 
-Script = Callable[[IO[bytes]], None]
+Script = Callable[[IO[bytes]], object]
 
 
 class OtherEnd:
@@ -80,14 +80,14 @@ def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
 
 
 def test_next_boot_is_told_from_the_last(other_end: OtherEnd) -> None:
-    other_end.play(lambda line: line.write(b"ready one\nready one\nready two\n") and None)
+    other_end.play(lambda line: line.write(b"ready one\nready one\nready two\n"))
     shell = GuestShell(other_end.near)
     shell.wait_ready(None, Deadline(5))
     assert shell.wait_ready("one", Deadline(5)) == "two"
 
 
 def test_guest_that_ends_is_an_error(other_end: OtherEnd) -> None:
-    other_end.play(lambda line: line.readline() and None)
+    other_end.play(lambda line: line.readline())
     with pytest.raises(GuestError, match="QEMU ended before"):
         GuestShell(other_end.near).run("true", 5)
 
@@ -97,7 +97,7 @@ def test_guest_that_says_nothing_is_an_error(other_end: OtherEnd) -> None:
         GuestShell(other_end.near).wait_ready(None, Deadline(0.05))
 
 
-def qemu(answers: list[dict[str, object]], seen: list[str]) -> Script:
+def qemu(answers: Sequence[Mapping[str, object]], seen: list[str]) -> Script:
     def script(line: IO[bytes]) -> None:
         line.write(b'{"QMP": {"version": {}}}\n')
         seen.append(json.loads(line.readline())["execute"])

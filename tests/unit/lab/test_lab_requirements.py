@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vswitch.lab import requirements
+from vswitch.lab import programs, requirements
 from vswitch.lab.errors import LabError
 from vswitch.lab.requirements import Requirement
 
@@ -33,7 +33,7 @@ def apt_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackageManager:
 
 
 def as_user(monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
-    monkeypatch.setattr(requirements.os, "geteuid", lambda: uid)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
 
 
 def file_requirement(path: Path) -> Requirement:
@@ -83,7 +83,7 @@ def test_the_printed_command_can_be_typed(
     apt_get("exit 0")
     as_user(monkeypatch, 1000)
     found = "/usr/bin/sudo" if sudo else None
-    monkeypatch.setattr(requirements.programs, "find", lambda _: found)
+    monkeypatch.setattr(programs, "find", lambda _: found)
     said = requirements.installing("one", "two")
     install = "apt-get install --no-install-recommends one two"
     if sudo:
@@ -165,7 +165,7 @@ def test_all_groups_are_named_at_once(
 ) -> None:
     apt_get("exit 0")
     as_user(monkeypatch, 1000)
-    groups = {
+    groups: dict[str, tuple[Requirement, ...]] = {
         name: (Requirement(f"the {name}", f"{name}-package", lambda: False),)
         for name in ("build", "test", "demo")
     }

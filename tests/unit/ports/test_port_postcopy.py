@@ -340,6 +340,6 @@ def test_a_region_that_cannot_be_watched(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_pages_of_a_region(offset: int, page: int, gpa: int, first: int, size: int) -> None:
     region = MemRegion(0x10000, 0x300000, UVA, offset)
-    area = _Area(region, page, BASE, 0x400000, -1)
+    area = _Area(region, page, BASE, 0x400000, tells=False)
     assert area.page_of(gpa) == (first, size)
     assert area.address(region.gpa) == BASE + offset % page

@@ -6,6 +6,7 @@ import grp
 import logging
 import os
 import pwd
+import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_it_is_said_at_the_start_and_when_nobody_has_come_for_a_while(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(port_diagnosis.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with caplog.at_level("INFO", logger="vswitch"):
         diagnosis = PortDiagnosis(settings(path))
         diagnosis.opened()

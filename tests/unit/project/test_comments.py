@@ -80,7 +80,8 @@ def _read_python(path: Path, text: str) -> Source:
     """Cython has Python's comments and strings, which is all that matters here."""
     source = Source(path)
     code: list[str] = []
-    last, lines = -2, []
+    last = -2
+    lines: list[str] = []
     start = True
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         row = token.start[0]
@@ -121,21 +122,21 @@ def functions(path: Path) -> Iterator[tuple[str, str]]:
     owner = ""
     lines = text.splitlines()
     for at, line in enumerate(lines):
-        if match := re.match(r"(?:cdef )?class (\w+)", line):
-            owner = match[1] + "."
+        if named := re.match(r"(?:cdef )?class (\w+)", line):
+            owner = named[1] + "."
         elif re.match(r"\S", line) and not line.startswith((")", "#", "@")):
             owner = "" if not line.startswith(("cdef class", "class")) else owner
         if not (
-            match := re.match(r"(\s*)(?:async )?(?:cdef|cpdef|def) (?:[^=(]*?[ *])?(\w+)\(", line)
+            head := re.match(r"(\s*)(?:async )?(?:cdef|cpdef|def) (?:[^=(]*?[ *])?(\w+)\(", line)
         ):
             continue
         body = []
         for following in lines[at + 1 :]:
             indent = len(following) - len(following.lstrip())
-            if following.strip() and indent <= len(match[1]) and following.strip()[0] not in ")":
+            if following.strip() and indent <= len(head[1]) and following.strip()[0] not in ")":
                 break
             body.append(following)
-        yield (owner if match[1] else "") + match[2], "\n".join(body)
+        yield (owner if head[1] else "") + head[2], "\n".join(body)
 
 
 READ = {path: read(path) for path in SOURCES}

@@ -47,7 +47,7 @@ def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Com
             yield from commands(sub, f"{name} {each}")
 
 
-KEYS = rows(PortKeys) | rows(UplinkKeys) | rows(RuntimeKeys)
+KEYS = {**rows(PortKeys), **rows(UplinkKeys), **rows(RuntimeKeys)}
 EXPLAINED = "[config/ports.toml](../config/ports.toml)"
 """Where each of them is, as test_config.py sees to."""
 ALL = [*commands(main, "vswitch"), *commands(ctl, "vswitchctl")]

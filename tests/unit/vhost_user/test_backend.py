@@ -695,6 +695,9 @@ def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None
 
         old_call_fd = -1
 
+    armed = False
+    stalled = asyncio.Event()
+
     async def test(peer: Peer) -> None:
         nonlocal armed
         await running(peer)
@@ -706,8 +709,6 @@ def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None
         await asyncio.wait([peer.task])
         assert peer.task.cancelled()
 
-    armed = False
-    stalled = asyncio.Event()
     with_peer(test, Stalling())
 
 

@@ -9,7 +9,6 @@ import pytest
 from tests.support.wire import Eventfd, Peer, addr, state, with_peer
 from tests.unit.vhost_user.test_backend import (
     ALL,
-    PROTOCOL_FEATURES,
     complaint,
     memory_fd,
     negotiate,
@@ -18,6 +17,7 @@ from tests.unit.vhost_user.test_backend import (
     u64,
 )
 from vswitch.vhost_user import protocol
+from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.datapath import RingLog
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,

@@ -138,6 +138,8 @@ def test_a_region_whose_rings_do_not_start_is_refused_as_a_whole() -> None:
                 raise DatapathError("vring 1: used.idx is beyond the ring")
             return await super().start_ring(index, setup)
 
+    picky_about: int | None = None
+
     async def test(peer: Peer) -> None:
         nonlocal picky_about
         await running(peer)
@@ -154,7 +156,6 @@ def test_a_region_whose_rings_do_not_start_is_refused_as_a_whole() -> None:
         assert await add(peer, REGION) == 0
         assert sorted(peer.datapath.running) == [0, 1]
 
-    picky_about: int | None = None
     with_peer(test, Picky())
 
 

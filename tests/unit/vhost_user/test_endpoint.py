@@ -223,7 +223,7 @@ def test_a_frontend_that_hangs_up_at_once_is_not_run_down(
         with socket.socket(socket.AF_UNIX) as qemu:
             qemu.bind(str(tmp_path / "s"))
             qemu.listen(20)
-            monkeypatch.setattr(endpoint.asyncio, "sleep", note)
+            monkeypatch.setattr(asyncio, "sleep", note)
             ours = Connector(relay, tmp_path / "s")
             ours.open()
             for _ in range(7):
