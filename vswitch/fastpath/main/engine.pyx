@@ -57,16 +57,8 @@ from vswitch.fastpath.sys.atomics cimport (
 )
 from vswitch.fastpath.sys.notify cimport vs_notifier_close, vs_notifier_open, vs_notify
 from vswitch.fastpath.sys.uring cimport vs_uring_close, vs_uring_open
-from vswitch.fastpath.worker.loop cimport (
-    TAP_INDEX,
-    WAKE_TOKEN,
-    arm_rings,
-    epoll_event,
-    poll_tap,
-    poll_transmitq,
-    send_injected,
-    worker_loop,
-)
+from vswitch.fastpath.worker.ingress cimport poll_tap, poll_transmitq, send_injected
+from vswitch.fastpath.worker.loop cimport TAP_INDEX, WAKE_TOKEN, arm_rings, epoll_event, worker_loop
 from vswitch.fastpath.worker.tap cimport STAGING_LEN
 
 cdef extern from "<stdlib.h>" nogil:

@@ -20,8 +20,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 import os
 
-from vswitch.fastpath.ring.virtqueue cimport packed_ready, packed_step, write_used, write_used_entry
 from vswitch.fastpath.ring.notes cimport note_batch
+from vswitch.fastpath.ring.packed cimport packed_ready, packed_step, write_used, write_used_entry
 from vswitch.fastpath.shared.types cimport (
     BURST,
     LAST_NONE,

@@ -9,20 +9,23 @@ from vswitch.fastpath.main.iotlb cimport IotlbTables
 from vswitch.fastpath.main.joined cimport RingPlace
 from vswitch.fastpath.main.journal cimport Journal, recover_packed, recover_split
 from vswitch.fastpath.main.mapping cimport DirtyLog, Memory
-from vswitch.fastpath.ring.notes cimport note_batch, note_taken
-from vswitch.fastpath.ring.virtqueue cimport (
+from vswitch.fastpath.ring.dispatch cimport (
+    cursor_of,
     has_work,
-    packed_ready,
-    packed_step,
+    next_offered,
     refuse_kicks,
-    ring_room,
+    step_over,
+    take_up_to,
+    walk_chain,
     want_kicks,
 )
-from vswitch.fastpath.shared.chain cimport read_desc, read_packed, walk_chain
+from vswitch.fastpath.ring.notes cimport note_batch, note_taken
+from vswitch.fastpath.ring.packed cimport read_packed
 from vswitch.fastpath.shared.dirty cimport log_packed, log_used
 from vswitch.fastpath.shared.memory cimport uva_to_host
 from vswitch.fastpath.shared.types cimport (
     BURST,
+    Cursor,
     FAULT_IOTLB_MISS,
     FAULT_NONE,
     KIND_TAP,
@@ -293,6 +296,7 @@ cdef class Ring:
         cdef RingC probe = self.c[0]
         cdef Seg segs[MAX_CHAIN]
         cdef VringDesc desc
+        cdef Cursor place
         cdef uint16_t want = 0 if self.is_transmitq else VRING_DESC_F_WRITE
         cdef uint16_t head, count
         cdef int got, looked = 0, entries = 0
@@ -307,19 +311,8 @@ cdef class Ring:
         probe.mem = self.iotlb.for_ring(not self.is_transmitq)
         probe.fault = FAULT_NONE
         while looked < ahead and entries < <int>probe.size and len(found) < most:
-            if probe.packed:
-                if packed_ready(&probe, probe.last_avail, probe.avail_wrap):
-                    head = probe.last_avail
-                    read_packed(&desc, &probe.desc[head])
-                else:
-                    head = probe.size
-            elif ring_room(&probe, 1):
-                head = vs_load16(probe.avail + 2 + (probe.last_avail & probe.mask))
-                if head < probe.size:
-                    read_desc(&desc, &probe.desc[head])
-            else:
-                head = probe.size
-            if head >= probe.size:
+            place = cursor_of(&probe)
+            if next_offered(&probe, &place, &head, &desc) <= 0:
                 if self.is_transmitq or rounds == 0:
                     break
                 rounds -= 1
@@ -341,10 +334,8 @@ cdef class Ring:
                 count = chain_entries(&probe, head, &desc)
             else:
                 break
-            if probe.packed:
-                packed_step(&probe, &probe.last_avail, &probe.avail_wrap, count)
-            else:
-                probe.last_avail += 1
+            step_over(&probe, &place, count)
+            take_up_to(&probe, &place)
             looked += max(got, <int>count)
             entries += count
         return found

@@ -1,7 +1,7 @@
-"""Descriptor chains: from guest addresses to pieces of memory, for both ring formats.
+"""Descriptors: from guest addresses to pieces of memory, for both ring formats.
 
-VIRTIO 1.2, sections 2.7.5 (split) and 2.8.5 to 2.8.7 (packed). Ring memory belongs to the guest:
-every field is read once, into a private copy, and checked there.
+Ring memory belongs to the guest: every field is read once, into a private copy, and checked there.
+Chains of them are in ring/split.pxd and ring/packed.pxd.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -10,15 +10,12 @@ from vswitch.fastpath.shared.memory cimport find_region, gpa_to_host
 from vswitch.fastpath.shared.types cimport (
     FAULT_ADDRESS,
     FAULT_CHAIN_LEN,
-    FAULT_DIRECTION,
     FAULT_INDIRECT_LEN,
     FAULT_INDIRECT_NESTED,
     FAULT_INDIRECT_UNOFFERED,
     FAULT_IOTLB_MISS,
-    FAULT_NEXT,
     FAULT_NONE,
     FAULT_PERMISSION,
-    MAX_CHAIN,
     MAX_RING_SIZE,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
@@ -28,11 +25,13 @@ from vswitch.fastpath.shared.types cimport (
     RingC,
     Seg,
     VringDesc,
+    WorkerC,
 )
 from vswitch.fastpath.sys.atomics cimport (
     vs_get64,
     vs_likely,
     vs_load_acquire_ptr,
+    vs_prefetch_write,
     vs_store_release32,
     vs_unlikely,
 )
@@ -98,16 +97,6 @@ cdef inline void read_desc(VringDesc *out, const VringDesc *desc) noexcept nogil
     out.len = <uint32_t>tail
     out.flags = <uint16_t>(tail >> 32)
     out.next = <uint16_t>(tail >> 48)
-
-
-cdef inline void read_packed(VringDesc *out, const VringDesc *desc) noexcept nogil:
-    """The same of a packed ring's descriptor, where the buffer id comes before the flags."""
-    cdef uint64_t tail
-    out.addr = vs_get64(&desc.addr)
-    tail = vs_get64(&desc.len)
-    out.len = <uint32_t>tail
-    out.next = <uint16_t>(tail >> 32)
-    out.flags = <uint16_t>(tail >> 48)
 
 
 cdef inline int add_segment(
@@ -178,115 +167,17 @@ cdef inline int check_indirect(RingC *ring, const VringDesc *desc, uint32_t inde
     return 0
 
 
-cdef inline int walk_split(
-    RingC *ring, uint32_t index, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
-) noexcept nogil:
-    cdef VringDesc desc = first[0]
-    cdef uint32_t n_segs = 0, table_size = ring.size, walked = 0
-    cdef uint64_t table_gpa = 0
-    cdef bint indirect = False
-    while True:
-        walked += 1
-        ring.walked += 1
-        if vs_unlikely(walked > table_size or walked > MAX_CHAIN):
-            ring_fault(ring, FAULT_CHAIN_LEN, walked, table_size)
-            return -1
-        if desc.flags & VRING_DESC_F_INDIRECT:
-            if indirect:
-                ring_fault(ring, FAULT_INDIRECT_NESTED, desc.flags, index)
-                return -1
-            if check_indirect(ring, &desc, index) < 0:
-                return -1
-            indirect = True
-            table_gpa = desc.addr
-            table_size = desc.len >> 4
-            walked = 0
-            index = 0
-        else:
-            if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
-                ring_fault(ring, FAULT_DIRECTION, desc.flags, index)
-                return -1
-            if add_segment(ring, &desc, segs, &n_segs, limit) < 0:
-                return -1
-            if not desc.flags & VRING_DESC_F_NEXT:
-                return n_segs
-            index = desc.next
-            if vs_unlikely(index >= table_size):
-                ring_fault(ring, FAULT_NEXT, index, table_size)
-                return -1
-        if not indirect:
-            read_desc(&desc, &ring.desc[index])
-        elif read_indirect(ring, &desc, table_gpa, index) < 0:
-            return -1
-
-
-cdef inline int walk_packed(
-    RingC *ring, uint32_t index, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
-) noexcept nogil:
-    """Leaves the buffer id and the number of ring entries in `walk_id` and `walk_count`."""
-    cdef VringDesc desc = first[0]
-    cdef uint32_t n_segs = 0, count = 1, i, entries
-    cdef uint64_t table_gpa
-    while not desc.flags & VRING_DESC_F_INDIRECT:
-        if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
-            ring_fault(ring, FAULT_DIRECTION, desc.flags, index)
-            return -1
-        ring.walked += 1
-        if add_segment(ring, &desc, segs, &n_segs, limit) < 0:
-            return -1
-        if not desc.flags & VRING_DESC_F_NEXT:
-            break
-        count += 1
-        if vs_unlikely(count > ring.size or count > MAX_CHAIN):
-            ring_fault(ring, FAULT_CHAIN_LEN, count, ring.size)
-            return -1
-        index += 1
-        if index == ring.size:
-            index = 0
-        # The driver wrote these before it made the first one available (2.8.6).
-        read_packed(&desc, &ring.desc[index])
-    else:
-        if check_indirect(ring, &desc, index) < 0:
-            return -1
-        # The id is that of the ring's own descriptor; in the table only address, length and WRITE
-        # count, and one entry follows the other (2.8.7).
-        table_gpa = desc.addr
-        entries = desc.len >> 4
-        ring.walk_id = desc.next
-        ring.walk_count = <uint16_t>count
-        if vs_unlikely(entries > MAX_CHAIN):
-            ring_fault(ring, FAULT_CHAIN_LEN, entries, MAX_CHAIN)
-            return -1
-        ring.walked = <uint16_t>(count + entries)
-        for i in range(entries):
-            if read_indirect(ring, &desc, table_gpa, i) < 0:
-                return -1
-            # read_desc() took it for a split ring's: flags and id are the other way round.
-            if vs_unlikely((desc.next & VRING_DESC_F_WRITE) != want_write):
-                ring_fault(ring, FAULT_DIRECTION, desc.next, i)
-                return -1
-            if add_segment(ring, &desc, segs, &n_segs, limit) < 0:
-                return -1
-        return n_segs
-    ring.walk_id = desc.next
-    ring.walk_count = <uint16_t>count
-    return n_segs
-
-
-cdef inline int walk_chain(
-    RingC *ring, uint16_t head, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
-) noexcept nogil:
-    """Turn the chain that starts at entry `head` into host pieces; `first` is a copy of that entry.
-
-    Returns the number of pieces, none of them empty, or -1 after faulting the ring, or having it
-    wait for its frontend to translate an address: a chain longer
-    than the ring or MAX_CHAIN (2.7.5), a `next` beyond its table, a buffer outside guest memory, a
-    buffer in the wrong direction (`want_write` is VRING_DESC_F_WRITE or 0), a nested, empty, odd or
-    unoffered indirect table (2.7.5.3).
-    """
-    ring.walked = 0
-    if ring.packed:
-        return walk_packed(ring, head, first, want_write, segs, limit)
-    ring.walk_id = head
-    ring.walk_count = 1
-    return walk_split(ring, head, first, want_write, segs, limit)
+cdef inline void locate_buffer(WorkerC *w, RingC *ring, uint16_t i) noexcept nogil:
+    """Where the receive buffer of `rx_desc[i]` lies, if it is a plain one: one piece in one region."""
+    cdef VringDesc *desc = &w.rx_desc[i]
+    cdef uint64_t contiguous
+    w.rx_host[i] = NULL
+    if vs_likely(
+        desc.flags & (VRING_DESC_F_WRITE | VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT)
+        == VRING_DESC_F_WRITE
+    ):
+        w.rx_host[i] = gpa_to_host(ring.mem, desc.addr, desc.len, &contiguous, &ring.region_hint)
+        if vs_likely(w.rx_host[i] != NULL):
+            desc.len = <uint32_t>contiguous
+            vs_prefetch_write(w.rx_host[i])
+            vs_prefetch_write(w.rx_host[i] + 64)

@@ -182,6 +182,10 @@ cdef struct UsedChain:     # what giving a chain of a packed ring back takes
     uint16_t count         # ring entries
     uint32_t len           # bytes written into it
 
+cdef struct Cursor:        # a place among what a ring's driver has offered
+    uint16_t position      # of a split ring: an avail index
+    uint8_t wrap
+
 cdef struct JournalBatch:  # chains of a packed ring that are being used, in their order
     uint16_t n             # how many
     uint16_t position      # ring entry and wrap counter of the first
@@ -282,6 +286,12 @@ cdef struct Frame:
     uint32_t wire_len      # its length, or that of its longest segment, without a second VLAN tag
     const char *vnet       # the sender's virtio_net_hdr
     uint8_t hdr[VNET_HDR_MAX]  # what receivers get
+
+cdef struct WorkerC
+
+# Fills in a frame from the chain at `frame.head`, of which `first` is the first descriptor; -1 after
+# faulting the ring.
+ctypedef int (*FrameTaker)(WorkerC *w, RingC *ring, Frame *frame, const VringDesc *first) noexcept nogil
 
 cdef struct PortView:
     PortC *port

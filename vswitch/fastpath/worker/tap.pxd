@@ -34,7 +34,7 @@ from vswitch.fastpath.sys.uring cimport (
     vs_uring_writev,
     writev,
 )
-from vswitch.fastpath.worker.offload cimport Finish, finish_begin, finish_next, finish_work
+from vswitch.fastpath.worker.finish cimport Finish, finish_begin, finish_next, finish_work
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t count)
