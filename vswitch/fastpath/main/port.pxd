@@ -1,3 +1,5 @@
+from libc.stdint cimport uint32_t, uint64_t
+
 from vswitch.fastpath.main.iotlb cimport IotlbTables
 from vswitch.fastpath.main.joined cimport RingPlace
 from vswitch.fastpath.main.journal cimport Journal
@@ -19,6 +21,8 @@ cdef class Ring:
     cdef Journal journal
     cdef readonly int worker  # which worker polls it (transmitqs)
     cdef int kick_fd
+    cdef int _lie(self, Memory memory, unsigned int size, tuple parts, tuple pieces) except -1
+    cdef int _go_on(self, uint32_t base, uint64_t identity) except -1
 
 
 cdef class Port:

@@ -22,6 +22,7 @@ from vswitch.fastpath.ring.dispatch cimport (
 from vswitch.fastpath.ring.notes cimport note_batch, note_taken
 from vswitch.fastpath.ring.packed cimport read_packed
 from vswitch.fastpath.shared.dirty cimport log_packed, log_used
+from vswitch.fastpath.shared.layout cimport check_layout
 from vswitch.fastpath.shared.memory cimport uva_to_host
 from vswitch.fastpath.shared.types cimport (
     BURST,
@@ -73,6 +74,8 @@ cdef extern from "<string.h>" nogil:
 MAX_VRINGS = 2 * MAX_QUEUE_PAIRS
 """The most virtqueues of a port."""
 
+check_layout()
+
 
 cdef LogC EMPTY_LOG
 EMPTY_LOG.bits = NULL
@@ -92,6 +95,31 @@ cdef uint16_t chain_entries(const RingC *ring, uint32_t index, const VringDesc *
 
 class RingError(ValueError):
     """A ring cannot be started; the text names the field and the value."""
+
+
+def ring_parts(
+    unsigned int size, uint64_t desc_uva, uint64_t used_uva, uint64_t avail_uva, uint32_t base,
+    bint packed,
+):
+    """(name, address, alignment, bytes) of each part of a ring; RingError if it cannot be such a ring."""
+    if packed:
+        if not 1 <= size <= MAX_RING_SIZE:
+            raise RingError(f"size {size} is not between 1 and {MAX_RING_SIZE}")
+        if base & 0x7FFF >= size:
+            raise RingError(f"base {base:#x} is a position beyond the ring's {size} entries")
+        # 2.8.10.1: the two event suppression structures, where a split ring has its other parts.
+        return (
+            ("descriptor ring", desc_uva, 16, 16 * size),
+            ("driver event suppression", avail_uva, 4, 4),
+            ("device event suppression", used_uva, 4, 4),
+        )
+    if size == 0 or size > MAX_RING_SIZE or size & (size - 1):
+        raise RingError(f"size {size} is not a power of two from 1 to {MAX_RING_SIZE}")
+    return (
+        ("descriptor table", desc_uva, 16, 16 * size),
+        ("avail ring", avail_uva, 2, 6 + 2 * size),
+        ("used ring", used_uva, 4, 6 + 8 * size),
+    )
 
 
 cdef class Ring:
@@ -146,29 +174,52 @@ cdef class Ring:
         Returns where it goes on, as `base` would have it. Raises RingError.
         """
         cdef RingC *c = self.c
-        cdef RingPlace placed = None
-        cdef char *hosts[3]
         if self.started:
             raise RingError("the ring is running already")
-        if packed:
-            if not 1 <= size <= MAX_RING_SIZE:
-                raise RingError(f"size {size} is not between 1 and {MAX_RING_SIZE}")
-            if base & 0x7FFF >= size:
-                raise RingError(f"base {base:#x} is a position beyond the ring's {size} entries")
-            # 2.8.10.1: the two event suppression structures, where a split ring has its other parts.
-            parts = (
-                ("descriptor ring", desc_uva, 16, 16 * size),
-                ("driver event suppression", avail_uva, 4, 4),
-                ("device event suppression", used_uva, 4, 4),
-            )
-        else:
-            if size == 0 or size > MAX_RING_SIZE or size & (size - 1):
-                raise RingError(f"size {size} is not a power of two from 1 to {MAX_RING_SIZE}")
-            parts = (
-                ("descriptor table", desc_uva, 16, 16 * size),
-                ("avail ring", avail_uva, 2, 6 + 2 * size),
-                ("used ring", used_uva, 4, 6 + 8 * size),
-            )
+        parts = ring_parts(size, desc_uva, used_uva, avail_uva, base, packed)
+        self._lie(memory, size, parts, pieces)
+        c.mem = memory.table if iotlb is None else iotlb.for_ring(not self.is_transmitq)
+        c.size = size
+        c.mask = size - 1
+        c.hdr_len = hdr_len
+        c.event_idx = event_idx
+        c.indirect = indirect
+        c.mergeable = mergeable
+        c.poll_only = poll_only
+        c.packed = packed
+        # Whoever computes checksums itself may also be told that there is nothing to compute.
+        c.offloads = offloads | OFFLOAD_VALID if offloads & OFFLOAD_CSUM else 0
+        c.lock = 0
+        self._go_on(base, identity)
+        c.signalled_valid = 0
+        c.region_hint = 0
+        c.empty_polls = 0
+        c.debt = 0
+        c.quota = BURST
+        c.src_key = c.dst_key = FDB_EMPTY  # no frame's
+        c.src_generation = c.dst_generation = 0
+        c.fault_value = 0
+        c.fault_detail = 0
+        vs_store32(&c.fault, FAULT_NONE)
+        # Polling to begin with; a worker asks for kicks before it sleeps.
+        refuse_kicks(c)
+        if c.log != NULL:
+            # What was given back of an earlier switch's, wherever that was.
+            log_used(c, 0, 4 if packed else 6 + 8 * size)
+            if packed:
+                log_packed(c, 0, size)
+        self.memory = memory
+        self.iotlb = iotlb
+        self.areas = pieces or tuple([((uva, length),) for _, uva, _, length in parts])
+        self.started = self.published = True
+        self.moving = False
+        return self.base
+
+    cdef int _lie(self, Memory memory, unsigned int size, tuple parts, tuple pieces) except -1:
+        """Find or map the parts of the ring, and point to them; nothing has changed after a RingError."""
+        cdef RingC *c = self.c
+        cdef RingPlace placed = None
+        cdef char *hosts[3]
         if pieces:
             if [sum([one for _, one in part]) for part in pieces] != [part[3] for part in parts]:
                 raise RingError(f"the pieces of a ring of size {size} are not as long as its parts")
@@ -198,19 +249,13 @@ cdef class Ring:
         c.avail_event = c.used_hdr + 2 + 4 * size
         c.guest_mem = memory.table
         c.own_mem = memory.table if placed is None else placed.table
-        c.mem = memory.table if iotlb is None else iotlb.for_ring(not self.is_transmitq)
-        c.size = size
-        c.mask = size - 1
-        c.hdr_len = hdr_len
-        c.event_idx = event_idx
-        c.indirect = indirect
-        c.mergeable = mergeable
-        c.poll_only = poll_only
-        c.packed = packed
-        # Whoever computes checksums itself may also be told that there is nothing to compute.
-        c.offloads = offloads | OFFLOAD_VALID if offloads & OFFLOAD_CSUM else 0
-        c.lock = 0
-        if packed:
+        self.place = placed
+        return 0
+
+    cdef int _go_on(self, uint32_t base, uint64_t identity) except -1:
+        """Find where the ring goes on, and have the journal be about it from now on."""
+        cdef RingC *c = self.c
+        if c.packed:
             c.last_avail = c.last_used = base & 0x7FFF
             c.avail_wrap = c.used_wrap = base >> 15 & 1
         else:
@@ -218,7 +263,7 @@ cdef class Ring:
         c.cached_avail = c.last_avail
         c.last_used_at = LAST_NONE
         if identity and c.journal.identity == identity:
-            if packed:
+            if c.packed:
                 recover_packed(c, <uint16_t>base)
             elif self.is_transmitq:
                 recover_split(c)
@@ -228,30 +273,7 @@ cdef class Ring:
         c.journal.told = <uint16_t>base
         c.journal.identity = identity
         c.published = c.last_used
-        c.signalled_valid = 0
-        c.region_hint = 0
-        c.empty_polls = 0
-        c.debt = 0
-        c.quota = BURST
-        c.src_key = c.dst_key = FDB_EMPTY  # no frame's
-        c.src_generation = c.dst_generation = 0
-        c.fault_value = 0
-        c.fault_detail = 0
-        vs_store32(&c.fault, FAULT_NONE)
-        # Polling to begin with; a worker asks for kicks before it sleeps.
-        refuse_kicks(c)
-        if c.log != NULL:
-            # What was given back of an earlier switch's, wherever that was.
-            log_used(c, 0, 4 if packed else 6 + 8 * size)
-            if packed:
-                log_packed(c, 0, size)
-        self.memory = memory
-        self.iotlb = iotlb
-        self.place = placed
-        self.areas = pieces or tuple([((uva, length),) for _, uva, _, length in parts])
-        self.started = self.published = True
-        self.moving = False
-        return self.base
+        return 0
 
     def use_memory(self, Memory memory):
         """Translate buffers by another memory from now on, in which the ring lies where it lay.

@@ -237,7 +237,7 @@ cdef struct RingC:
     int call_fd            # -1: the driver polls
     # worker
     MemTable *guest_mem    # the memory itself, by guest address; the same as `mem` without IOMMU
-    uint64_t pad0[2]       # what follows is written at every burst: a cache line of its own
+    # What follows up to `debt` is written at every burst: cache lines of its own, see layout.pxd.
     uint32_t lock          # receiveq only, and only with more than one worker
     uint16_t last_avail    # next avail entry to take; packed: a position
     uint16_t last_used     # next used entry to write; packed: a position

@@ -64,6 +64,10 @@ from vswitch.fastpath.worker.tap cimport tap_send
 cdef enum:
     MANY_LOOKUPS = 4       # in a burst: they will be so many in the next one
 
+cdef struct Addresses:     # of a frame, as the FDB has them: MAC and VLAN
+    uint64_t dst
+    uint64_t src
+
 
 cdef inline void learn(
     WorkerC *w, uint64_t key, PortC *port, RingC *ring, uint32_t tick
@@ -121,25 +125,21 @@ cdef inline void prefetch_lookups(WorkerC *w, const RingC *ring, uint16_t n) noe
                     fdb_prefetch(w.shared.fdb, key)
 
 
-cdef inline void classify(
-    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
+cdef inline bint admit(
+    WorkerC *w, PortC *port, const RingC *ring, Frame *frame, Addresses *found, Counters *counters
 ) noexcept nogil:
-    """Decide where frame `i` goes. `ring` is NULL for what comes from a TAP."""
-    cdef Frame *frame = &w.frames[i]
-    cdef FdbC *fdb = w.shared.fdb
+    """Whether frame may go further, and its addresses. `ring` is NULL for what comes from a TAP."""
     cdef char head[24]
-    cdef uint64_t dst, src, dst_key, src_key, vlan
-    cdef uint32_t have, k, generation, tick
+    cdef uint64_t vlan = 0
+    cdef uint32_t have
     cdef uint8_t offloads = ring.offloads if ring != NULL else <uint8_t>port.offloads
     cdef uint8_t bad
-    cdef int32_t out
-    cdef int kind
     if vs_unlikely(frame.drop):
         counters.drops[frame.drop - 1] += 1
-        return
+        return False
     if vs_unlikely(frame.len < ETH_HLEN):
         counters.drops[DROP_RUNT] += 1
-        return
+        return False
     frame.needs = 0
     frame.wire_len = frame.len
     # The flags and the gso_type: hardly ever set but by those who send much.
@@ -147,41 +147,88 @@ cdef inline void classify(
         bad = check_offload(w, frame, offloads, ring == NULL)
         if vs_unlikely(bad):
             counters.drops[bad - 1] += 1
-            return
+            return False
         w.needs |= frame.needs
     have = gather_bytes(w, frame, head, 18)
-    vlan = 0
     if vs_unlikely(is_tag(vs_get16(head + 12))) and have >= 18:
         vlan = vlan_bits(head)
         if is_tag(vs_get16(head + 16)):
             frame.wire_len -= VLAN_HLEN  # as Linux has it
     if vs_unlikely(frame.wire_len > vs_load32(&port.max_len)):
         counters.drops[DROP_OVERSIZE] += 1
-        return
-    dst = vs_get64(head) & VS_MAC_MASK
-    src = vs_get64(head + 6) & VS_MAC_MASK
-    if vs_unlikely(src & 1 or src == 0):
+        return False
+    found.dst = vs_get64(head) & VS_MAC_MASK
+    found.src = vs_get64(head + 6) & VS_MAC_MASK
+    if vs_unlikely(found.src & 1 or found.src == 0):
         counters.drops[DROP_BAD_SOURCE] += 1
+        return False
+    found.src |= vlan
+    found.dst |= vlan
+    return True
+
+
+cdef inline int32_t find_port(
+    WorkerC *w, RingC *ring, uint64_t key, uint32_t generation
+) noexcept nogil:
+    """The port that an address is behind, -1 if that is not known."""
+    cdef int32_t out
+    if vs_likely(ring != NULL and ring.dst_key == key and ring.dst_generation == generation):
+        return ring.dst_port
+    out = fdb_lookup(w.shared.fdb, key)
+    w.lookups += 1
+    if ring != NULL and out >= 0:
+        ring.dst_key = key
+        ring.dst_port = out
+        ring.dst_generation = generation
+    return out
+
+
+cdef inline void flood(
+    WorkerC *w, const View *view, PortC *port, uint8_t i, uint64_t dst, Counters *counters
+) noexcept nogil:
+    """Multicast, broadcast and unknown: to everyone else.
+
+    The reserved groups 01:80:C2:00:00:0x are no exception; labs run LACP, LLDP, STP and 802.1X
+    between guests.
+    """
+    cdef uint32_t k
+    cdef bint sent = False
+    cdef int kind
+    if vs_unlikely(vs_load8(&port.storm)):
+        if not dst & 1:
+            kind = STORM_UNKNOWN
+        else:
+            kind = STORM_BROADCAST if dst & VS_MAC_MASK == VS_MAC_MASK else STORM_MULTICAST
+        if not storm_allows(port, kind):
+            counters.drops[DROP_STORM_BROADCAST + kind] += 1
+            return
+    for k in range(view.n_flood):
+        if view.flood[k] != port.id:
+            send_to(w, view.flood[k], i)
+            sent = True
+    if vs_unlikely(not sent):
+        counters.drops[DROP_NO_DESTINATION] += 1
+
+
+cdef inline void classify(
+    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
+) noexcept nogil:
+    """Decide where frame `i` goes. `ring` is NULL for what comes from a TAP."""
+    cdef FdbC *fdb = w.shared.fdb
+    cdef Addresses found
+    cdef uint32_t generation, tick
+    cdef int32_t out
+    if not admit(w, port, ring, &w.frames[i], &found, counters):
         return
-    src_key = src | vlan
-    dst_key = dst | vlan
     generation = vs_load32(&fdb.generation)
     tick = vs_load32(&fdb.tick)
     if vs_unlikely(
-        ring == NULL or ring.src_key != src_key or ring.src_tick != tick
+        ring == NULL or ring.src_key != found.src or ring.src_tick != tick
         or ring.src_generation != generation
     ):
-        learn(w, src_key, port, ring, tick)
-    if not dst & 1:
-        if vs_likely(ring != NULL and ring.dst_key == dst_key and ring.dst_generation == generation):
-            out = ring.dst_port
-        else:
-            out = fdb_lookup(fdb, dst_key)
-            w.lookups += 1
-            if ring != NULL and out >= 0:
-                ring.dst_key = dst_key
-                ring.dst_port = out
-                ring.dst_generation = generation
+        learn(w, found.src, port, ring, tick)
+    if not found.dst & 1:
+        out = find_port(w, ring, found.dst, generation)
         if vs_likely(out >= 0):
             if vs_unlikely(out == port.id):
                 counters.drops[DROP_SAME_PORT] += 1
@@ -190,23 +237,7 @@ cdef inline void classify(
             else:
                 send_to(w, <uint16_t>out, i)
             return
-    # Multicast, broadcast and unknown: to everyone else. The reserved groups 01:80:C2:00:00:0x are
-    # no exception; labs run LACP, LLDP, STP and 802.1X between guests.
-    if vs_unlikely(vs_load8(&port.storm)):
-        if not dst & 1:
-            kind = STORM_UNKNOWN
-        else:
-            kind = STORM_BROADCAST if dst == VS_MAC_MASK else STORM_MULTICAST
-        if not storm_allows(port, kind):
-            counters.drops[DROP_STORM_BROADCAST + kind] += 1
-            return
-    have = 0
-    for k in range(view.n_flood):
-        if view.flood[k] != port.id:
-            send_to(w, view.flood[k], i)
-            have = 1
-    if vs_unlikely(not have):
-        counters.drops[DROP_NO_DESTINATION] += 1
+    flood(w, view, port, i, found.dst, counters)
 
 
 cdef inline uint32_t forward_burst(

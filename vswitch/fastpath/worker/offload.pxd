@@ -83,49 +83,18 @@ cdef inline bint from_dhcp_server(WorkerC *w, const Frame *frame, uint32_t l4) n
     )
 
 
-cdef inline uint8_t check_offload(
-    WorkerC *w, Frame *frame, uint8_t allowed, bint trusted
+cdef inline uint8_t check_gso(
+    WorkerC *w, Frame *frame, uint8_t allowed, uint8_t gso, uint32_t size
 ) noexcept nogil:
-    """Check a virtio_net_hdr that is not empty, and note what the frame needs.
+    """Check what segmentation a frame asks for, whose checksum is to be filled in; a Drop + 1, or 0.
 
-    The header is read once. `frame.hdr` is what receivers get: hdr_len is ours, flags that mean
-    nothing from a driver are gone. `allowed` has the OFFLOAD_* that were negotiated;
-    `trusted` is for frames from the kernel, whose DATA_VALID counts. Returns a Drop + 1, or 0.
+    `gso` and `size` are the header's gso_type, not 0, and gso_size.
     """
     cdef char headers[HEADERS_MAX]
-    cdef char asked[HDR_LEN]
     cdef char *hdr = <char *>frame.hdr
     cdef Headers found
-    cdef uint32_t start, offset, size, payload, have
-    cdef uint8_t flags, gso, needs
-    memcpy(asked, frame.vnet, HDR_LEN)
-    vs_compiler_barrier()
-    flags = <uint8_t>asked[HDR_FLAGS]
-    gso = <uint8_t>asked[HDR_GSO_TYPE]
-    start = vs_get16(asked + HDR_CSUM_START)
-    offset = vs_get16(asked + HDR_CSUM_OFFSET)
-    size = vs_get16(asked + HDR_GSO_SIZE)
-    memset(hdr, 0, VNET_HDR_MAX)
-    if not flags & F_NEEDS_CSUM:
-        if gso:
-            return DROP_BAD_GSO + 1
-        if flags & F_DATA_VALID and trusted:
-            hdr[HDR_FLAGS] = F_DATA_VALID
-            frame.needs = OFFLOAD_VALID
-        return 0
-    if not allowed & OFFLOAD_CSUM:
-        return DROP_OFFLOAD_UNNEGOTIATED + 1
-    # Not in the Ethernet header either: by that the frame's way was chosen.
-    if start < ETH_HLEN or start + offset + 2 > frame.len:
-        return DROP_BAD_CSUM + 1
-    hdr[HDR_FLAGS] = F_NEEDS_CSUM
-    put16(hdr + HDR_CSUM_START, start)
-    put16(hdr + HDR_CSUM_OFFSET, offset)
-    frame.needs = OFFLOAD_CSUM
-    if offset == 6 and from_dhcp_server(w, frame, start):
-        frame.needs |= OFFLOAD_NEVER_CSUM
-    if gso == 0:
-        return 0
+    cdef uint32_t payload, have
+    cdef uint8_t needs
     needs = 0
     if gso & GSO_ECN:
         gso &= 0x7F
@@ -136,7 +105,10 @@ cdef inline uint8_t check_offload(
     vs_compiler_barrier()
     if size == 0 or not find_headers(headers, have, gso, &found):
         return DROP_BAD_GSO + 1
-    if start != found.l4 or offset != (16 if found.proto == 6 else 6):
+    if (
+        vs_get16(hdr + HDR_CSUM_START) != found.l4
+        or vs_get16(hdr + HDR_CSUM_OFFSET) != (16 if found.proto == 6 else 6)
+    ):
         return DROP_BAD_CSUM + 1
     payload = frame.len - found.len
     if gso == GSO_TCPV4:
@@ -173,3 +145,46 @@ cdef inline uint8_t check_offload(
     put16(hdr + HDR_GSO_SIZE, size)
     put16(hdr + HDR_HDR_LEN, found.len + (8 if gso == GSO_UDP else 0))
     return 0
+
+
+cdef inline uint8_t check_offload(
+    WorkerC *w, Frame *frame, uint8_t allowed, bint trusted
+) noexcept nogil:
+    """Check a virtio_net_hdr that is not empty, and note what the frame needs.
+
+    The header is read once. `frame.hdr` is what receivers get: hdr_len is ours, flags that mean
+    nothing from a driver are gone. `allowed` has the OFFLOAD_* that were negotiated;
+    `trusted` is for frames from the kernel, whose DATA_VALID counts. Returns a Drop + 1, or 0.
+    """
+    cdef char asked[HDR_LEN]
+    cdef char *hdr = <char *>frame.hdr
+    cdef uint32_t start, offset
+    cdef uint8_t flags, gso
+    memcpy(asked, frame.vnet, HDR_LEN)
+    vs_compiler_barrier()
+    flags = <uint8_t>asked[HDR_FLAGS]
+    gso = <uint8_t>asked[HDR_GSO_TYPE]
+    start = vs_get16(asked + HDR_CSUM_START)
+    offset = vs_get16(asked + HDR_CSUM_OFFSET)
+    memset(hdr, 0, VNET_HDR_MAX)
+    if not flags & F_NEEDS_CSUM:
+        if gso:
+            return DROP_BAD_GSO + 1
+        if flags & F_DATA_VALID and trusted:
+            hdr[HDR_FLAGS] = F_DATA_VALID
+            frame.needs = OFFLOAD_VALID
+        return 0
+    if not allowed & OFFLOAD_CSUM:
+        return DROP_OFFLOAD_UNNEGOTIATED + 1
+    # Not in the Ethernet header either: by that the frame's way was chosen.
+    if start < ETH_HLEN or start + offset + 2 > frame.len:
+        return DROP_BAD_CSUM + 1
+    hdr[HDR_FLAGS] = F_NEEDS_CSUM
+    put16(hdr + HDR_CSUM_START, start)
+    put16(hdr + HDR_CSUM_OFFSET, offset)
+    frame.needs = OFFLOAD_CSUM
+    if offset == 6 and from_dhcp_server(w, frame, start):
+        frame.needs |= OFFLOAD_NEVER_CSUM
+    if gso == 0:
+        return 0
+    return check_gso(w, frame, allowed, gso, vs_get16(asked + HDR_GSO_SIZE))
