@@ -4,45 +4,82 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.testbed import PATIENCE_S, wait_until
+from tests.support.namespaces import Namespace
 from tests.support.traps import Traps
 from vswitch.lab.qemu import process
 
 VSWITCH = Path(sys.executable).with_name("vswitch")
 
 
-@pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An environment in which temporary files go to an empty directory, which must stay empty.
+@dataclass
+class Place:
+    """Where a demo runs."""
 
-    The demo runs in a directory of somebody who would have it run other programs.
+    environment: dict[str, str]
+    enter: tuple[str, ...] = ()
+    """What is put before a command, so that it runs in the network namespace of this place."""
+
+    def demo(self, *options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.enter, VSWITCH, "demo", *options],
+            env=self.environment | ({} if path is None else {"PATH": str(path)}),
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+
+
+@pytest.fixture
+def interfaces_stay() -> Iterator[tuple[str, ...]]:
+    """What enters a network namespace in which no interface may come to stay.
+
+    One of the tests' own, as interfaces of the host come and go as others like, other demos among
+    them. Nobody but root can make one, namespace or interface.
+    """
+    if os.geteuid() != 0:
+        yield ()
+        return
+    nsenter = shutil.which("nsenter")
+    assert nsenter is not None
+    with Namespace() as namespace:
+        before = namespace.inside(socket.if_nameindex)
+        yield (nsenter, f"--target={namespace.pid}", "--net")
+        assert namespace.inside(socket.if_nameindex) == before
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interfaces_stay: tuple[str, ...]
+) -> Iterator[Place]:
+    """A place whose temporary files go to an empty directory, which must stay empty.
+
+    Its current directory is of somebody who would have the demo run other programs.
     """
     # Not tmp_path itself: with the demo's own names below it, its socket paths would be too long.
     scratch = tmp_path / "t"
     scratch.mkdir()
     traps = Traps(tmp_path / "elsewhere")
     monkeypatch.chdir(traps.directory)
-    before = interfaces()
     path = traps.first(os.environ["PATH"])
-    yield os.environ | {"TMPDIR": str(scratch), "COLUMNS": "120", "PATH": path}
+    yield Place(
+        os.environ | {"TMPDIR": str(scratch), "COLUMNS": "120", "PATH": path}, interfaces_stay
+    )
     assert traps.sprung() == []
     assert list(scratch.iterdir()) == []
-    assert interfaces() <= before
     assert processes_that_mention(scratch) == []
-
-
-def interfaces() -> set[tuple[int, str]]:
-    """Those that a demo could have made; others of this host come and go as they like."""
-    return {each for each in socket.if_nameindex() if each[1].startswith("vswitch")}
 
 
 def processes_that_mention(path: Path) -> list[str]:
@@ -57,17 +94,6 @@ def processes_that_mention(path: Path) -> list[str]:
     return found
 
 
-def run_demo(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [VSWITCH, "demo", *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-
-
 def matrix(output: str) -> dict[str, list[str]]:
     """Row -> cells of the ping matrix in what the demo printed."""
     rows = re.findall(r"^│ (\S+)\s+10\.77\.\d+\.\d+ +│(.*)│$", output, re.MULTILINE)
@@ -75,8 +101,8 @@ def matrix(output: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["qemu", "software"])
-def test_every_pair_answers(environment: dict[str, str], kind: str) -> None:
-    done = run_demo(environment, "--guests", kind)
+def test_every_pair_answers(place: Place, kind: str) -> None:
+    done = place.demo("--guests", kind)
     assert done.returncode == 0, done.stdout + done.stderr
     pings = matrix(done.stdout)
     # Only root can make a TAP interface.
@@ -93,12 +119,10 @@ def test_every_pair_answers(environment: dict[str, str], kind: str) -> None:
     assert f"all {pairs} pings were answered" in done.stdout
 
 
-def test_software_guests_where_qemu_and_apt_are_missing(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_software_guests_where_qemu_and_apt_are_missing(place: Place, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    done = run_demo(environment | {"PATH": str(programs)})
+    done = place.demo(path=programs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no QEMU guests: missing: qemu-system-x86_64, busybox" in done.stdout
     assert "hint: " in done.stdout
@@ -110,22 +134,21 @@ def test_software_guests_where_qemu_and_apt_are_missing(
     assert "all 6 pings were answered" in done.stdout
 
 
-def test_qemu_guests_asked_for_and_missing_is_an_error(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    done = run_demo(environment | {"PATH": str(tmp_path)}, "--guests", "qemu")
+def test_qemu_guests_asked_for_and_missing_is_an_error(place: Place, tmp_path: Path) -> None:
+    done = place.demo("--guests", "qemu", path=tmp_path)
     assert done.returncode == 1
     assert "missing: qemu-system-x86_64" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_demo_leaves_nothing_behind(
-    environment: dict[str, str], tmp_path: Path, number: signal.Signals
+    place: Place, tmp_path: Path, number: signal.Signals
 ) -> None:
     log = tmp_path / "demo.log"
     # A job in the background of a shell ignores it, and so would what it starts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    demo = process.start([str(VSWITCH), "demo", "--guests", "qemu"], log=log, env=environment)
+    command = [*place.enter, str(VSWITCH), "demo", "--guests", "qemu"]
+    demo = process.start(command, log=log, env=place.environment)
     try:
         wait_until("guests boot", lambda: b"waiting for vm1 to boot" in log.read_bytes())
         assert any("qemu-system" in line for line in processes_that_mention(tmp_path / "t"))
