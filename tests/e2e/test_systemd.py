@@ -67,7 +67,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [
             str(HERE / "boot.sh"), str(work), sysconfig.get_path("purelib"), str(ROOT / "vswitch"),
-            str(ROOT / "config" / "vswitch.service"), str(configuration), str(HERE / "driver.py"),
+            str(configuration), str(HERE / "driver.py"),
         ],
         capture_output=True,
         text=True,

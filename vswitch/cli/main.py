@@ -11,6 +11,9 @@ from vswitch._version import __version__
 from vswitch.cli.common import LazyCommand, LazyGroup, completion_script, run_program
 from vswitch.config.keys import LogLevel
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+"""In a checkout a link to config/."""
+
 _LEVELS = click.Choice(get_args(LogLevel))
 
 
@@ -80,6 +83,15 @@ def start(config_path: Path | None, check: bool, control: str | None, log_level:
     if config_path is None:
         return run(settings)
     return run(settings, config_path.absolute(), read)
+
+
+@cli.command()
+def examples() -> None:
+    """Print the directory of commented configurations and a unit for systemd.
+
+    To start from: cp "$(vswitch examples)/user.toml" .
+    """
+    click.echo(EXAMPLES)
 
 
 @cli.command()

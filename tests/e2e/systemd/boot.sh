@@ -2,13 +2,13 @@
 # Boot systemd as the first process of new namespaces, over a copy-on-write view of this machine, with
 # vswitch and its unit installed as config/vswitch.service says. As root:
 #
-#   boot.sh WORK SITE_PACKAGES PACKAGE UNIT CONFIGURATION DRIVER
+#   boot.sh WORK SITE_PACKAGES PACKAGE CONFIGURATION DRIVER
 #
 # WORK is a directory; WORK/out is /out inside, for what DRIVER has to say, a Python program that systemd
 # runs when it is up. SITE_PACKAGES has what PACKAGE, the vswitch package, needs. Nothing outside WORK
 # changes.
 set -e
-work=$1 site=$2 package=$3 unit=$4 configuration=$5 driver=$6
+work=$1 site=$2 package=$3 configuration=$4 driver=$5
 
 if [ -z "$INSIDE" ]; then
 	group=$(findmnt -n -o TARGET -t cgroup2 | head -1)/vswitch-test-$$
@@ -52,7 +52,7 @@ mount --bind "$work/out" "$root/out"
 for one in "$site"/*; do
 	case $one in *.pth | */__editable__* | */vswitch) ;; *) cp -r "$one" "$root"/opt/vswitch/lib/python3*/site-packages/ ;; esac
 done
-cp -r "$package" "$root"/opt/vswitch/lib/python3*/site-packages/
+cp -rL "$package" "$root"/opt/vswitch/lib/python3*/site-packages/
 for program in vswitch:main vswitchctl:ctl; do
 	printf '#!/opt/vswitch/bin/python3\nfrom vswitch.cli.%s import main\nraise SystemExit(main())\n' \
 		"${program#*:}" >"$root/opt/vswitch/bin/${program%:*}"
@@ -72,7 +72,7 @@ for one in /lib/systemd/system/{sysinit,local-fs,sockets,timers,paths}.target.wa
 	*) ln -sf /dev/null "$units/$(basename "$one")" ;;
 	esac
 done
-install -m 644 "$unit" "$units/vswitch.service"
+install -m 644 "$root$(chroot "$root" /opt/vswitch/bin/vswitch examples)/vswitch.service" "$units/"
 printf '[Unit]\nDefaultDependencies=no\nRequires=driver.service\n' >"$units/driver.target"
 printf '[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\n%s\n%s\n%s\n' \
 	'ExecStart=/opt/vswitch/bin/python3 /opt/driver.py' \

@@ -38,7 +38,7 @@ from vswitch.lab.qemu.stations import (
 )
 from vswitch.lab.qemu.switch_process import SwitchProcess
 
-CONFIG = Path(__file__).with_name("demo.toml")
+CONFIG = Path(__file__).parents[2] / "examples" / "demo.toml"
 GuestKind = Literal["auto", "qemu", "software"]
 
 
@@ -54,7 +54,7 @@ GuestKind = Literal["auto", "qemu", "software"]
 def demo(guests: GuestKind, keep: bool) -> int:
     """Boot three guests on a switch and let them ping each other.
 
-    Starts `vswitch start` with config/demo.toml, boots three QEMU guests, joins this host through a
+    Starts `vswitch start` with demo.toml, boots three QEMU guests, joins this host through a
     TAP interface where rights allow, pings between all of them, and shows what the switch saw. As
     root it installs through apt what is missing for that. Exit code 0: every pair answered.
     """
@@ -170,7 +170,7 @@ class Demo:
                 plan = self._plan(with_uplink=False)
                 switch = self._start_switch(plan)
         with switch:
-            self._say(f"vswitch start --config config/{CONFIG.name} runs as process {switch.pid}")
+            self._say(f"vswitch start --config {plan.config} runs as process {switch.pid}")
             if obstacle is not None:
                 self._say(f"no TAP uplink, so this host takes no part: {obstacle}")
             yield switch, plan
