@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.testbed import Testbed, pings_until_answered, wait_until
 from tests.e2e.transfer import Transfer
-from vswitch.lab.errors import GuestError
+from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu.guest import Guest
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
@@ -158,5 +158,5 @@ def test_memory_is_plugged_into_a_running_guest(testbed: Testbed) -> None:
 def memory_kib(guest: Guest, online: str) -> int:
     try:
         return int(guest.check(f"({online}) 2>/dev/null; grep MemTotal /proc/meminfo").split()[1])
-    except GuestError:
+    except MachineError:
         return 0

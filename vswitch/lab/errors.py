@@ -11,7 +11,7 @@ class LabError(VswitchError):
     code = "lab"
 
 
-class GuestError(LabError):
-    """A QEMU guest did not do what it was asked; the message carries the end of its logs."""
+class MachineError(LabError):
+    """A virtual machine did not do what it was asked; the message carries the end of its logs."""
 
-    code = "guest"
+    code = "machine"

@@ -11,7 +11,7 @@ from typing import IO
 
 import pytest
 
-from vswitch.lab.errors import GuestError
+from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu.process import Deadline
 from vswitch.lab.qemu.qmp import Qmp
 from vswitch.lab.qemu.shell import CommandResult, GuestShell
@@ -88,12 +88,12 @@ def test_next_boot_is_told_from_the_last(other_end: OtherEnd) -> None:
 
 def test_guest_that_ends_is_an_error(other_end: OtherEnd) -> None:
     other_end.play(lambda line: line.readline())
-    with pytest.raises(GuestError, match="QEMU ended before"):
+    with pytest.raises(MachineError, match="QEMU ended before"):
         GuestShell(other_end.near).run("true", 5)
 
 
 def test_guest_that_says_nothing_is_an_error(other_end: OtherEnd) -> None:
-    with pytest.raises(GuestError, match=r"did not send its ready line in 0\.05 s"):
+    with pytest.raises(MachineError, match=r"did not send its ready line in 0\.05 s"):
         GuestShell(other_end.near).wait_ready(None, Deadline(0.05))
 
 
@@ -123,5 +123,5 @@ def test_monitor_command_and_event(other_end: OtherEnd) -> None:
 
 def test_monitor_error_is_quoted(other_end: OtherEnd) -> None:
     other_end.play(qemu([{"error": {"class": "X", "desc": "no such device"}}], []))
-    with pytest.raises(GuestError, match="device_del failed: no such device"):
+    with pytest.raises(MachineError, match="device_del failed: no such device"):
         Qmp(other_end.near).command("device_del", id="x")

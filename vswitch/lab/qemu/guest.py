@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-from vswitch.lab.errors import GuestError
+from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu import process
 from vswitch.lab.qemu.accel import Accelerator, accelerator, qemu_version
 from vswitch.lab.qemu.image import GuestImage
@@ -91,7 +91,7 @@ class Guest:
     """A running guest. A context manager: leaving it stops QEMU, whatever happened inside.
 
     Start it from a thread that lives as long as the guest shall (see `process`). The console and
-    what QEMU says are kept in `log_dir`, and the end of both is part of every GuestError.
+    what QEMU says are kept in `log_dir`, and the end of both is part of every MachineError.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Guest:
     def start(self) -> Self:
         """Start QEMU and return at once; `wait_up` waits for the guest."""
         if self.running:
-            raise GuestError(f"guest {self.name} is running already")
+            raise MachineError(f"guest {self.name} is running already")
         accel = self._accel or accelerator(self._image)
         shell, shell_peer = socket.socketpair()
         qmp, qmp_peer = socket.socketpair()
@@ -150,14 +150,14 @@ class Guest:
     def pid(self) -> int:
         """Process id of QEMU."""
         if self._process is None:
-            raise GuestError(f"guest {self.name} was never started")
+            raise MachineError(f"guest {self.name} was never started")
         return self._process.pid
 
     @property
     def qmp(self) -> Qmp:
         """QEMU's monitor. It answers only once QEMU has met its vhost-user peer."""
         if self._qmp is None:
-            raise GuestError(f"guest {self.name} is not running")
+            raise MachineError(f"guest {self.name} is not running")
         return self._qmp
 
     def wait_up(self, timeout_s: float = BOOT_TIMEOUT_S) -> Self:
@@ -172,10 +172,10 @@ class Guest:
             return self._channel().run(script, timeout_s)
 
     def check(self, script: str, timeout_s: float = PATIENCE_S) -> str:
-        """Like `run`, but raises GuestError unless the script exits with 0; returns the output."""
+        """Like `run`, but MachineError unless the script exits with 0; returns the output."""
         result = self.run(script, timeout_s)
         if result.exit_code:
-            raise GuestError(
+            raise MachineError(
                 f"guest {self.name}: {script!r} exited with {result.exit_code}:\n{result.output}"
             )
         return result.output
@@ -225,7 +225,7 @@ class Guest:
         `through` is a Unix socket for the two to meet. Afterwards `target` is the guest; this QEMU
         is still there, with the guest's last state, and does nothing. With `before_its_memory` it
         is a postcopy migration: the guest runs over there at once, and until this function returns
-        its memory comes so slowly that it is not all there. GuestError if it was nevertheless.
+        its memory comes so slowly that it is not all there. MachineError if it was nevertheless.
         """
         deadline = Deadline(timeout_s)
         speed: dict[str, Any] = {"max-bandwidth": 1 << 30}
@@ -252,7 +252,7 @@ class Guest:
                     if status == "completed":
                         break
                     if status in {"failed", "cancelled", "postcopy-paused"}:
-                        raise GuestError(f"guest {self.name}: the migration {status}")
+                        raise MachineError(f"guest {self.name}: the migration {status}")
                     if qemu is self.qmp and before_its_memory is not None:
                         if status == "active":
                             qemu.command("migrate-start-postcopy", deadline.left())
@@ -260,7 +260,7 @@ class Guest:
                             before_its_memory()
                             answer = qemu.command("query-migrate", deadline.left())
                             if answer["status"] != status:
-                                raise GuestError(f"guest {self.name}: its memory was there first")
+                                raise MachineError(f"guest {self.name}: its memory was there first")
                             before_its_memory = None
                             rest = {"max-postcopy-bandwidth": 1 << 30}
                             qemu.command("migrate-set-parameters", deadline.left(), **rest)
@@ -326,7 +326,7 @@ class Guest:
 
     def _channel(self) -> GuestShell:
         if self._shell is None:
-            raise GuestError(f"guest {self.name} is not running")
+            raise MachineError(f"guest {self.name} is not running")
         return self._shell
 
     def _hang_up(self) -> None:
@@ -339,8 +339,8 @@ class Guest:
     def _with_logs(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except GuestError as error:
-            raise GuestError(
+        except MachineError as error:
+            raise MachineError(
                 f"guest {self.name}, {doing}: {error.message}\n{self.logs()}", hint=error.hint
             ) from None
 

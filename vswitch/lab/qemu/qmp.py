@@ -7,7 +7,7 @@ import select
 import socket
 from typing import Any
 
-from vswitch.lab.errors import GuestError
+from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu.process import Deadline
 
 
@@ -22,7 +22,7 @@ class Qmp:
         """Every event so far, oldest first, as QEMU sent it."""
 
     def command(self, name: str, timeout_s: float = 10.0, **arguments: Any) -> Any:
-        """Run one command and return its `return` value; raises GuestError on error or timeout."""
+        """Run one command and return its `return` value; MachineError on error or timeout."""
         deadline = Deadline(timeout_s)
         if not self._negotiated:
             while "QMP" not in self._message(deadline, "the QMP greeting"):
@@ -50,13 +50,13 @@ class Qmp:
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
-            raise GuestError(f"QMP command {name}: QEMU is gone ({error})") from None
+            raise MachineError(f"QMP command {name}: QEMU is gone ({error})") from None
         while True:
             message = self._message(deadline, f"the answer to {name}")
             if "return" in message:
                 return message["return"]
             if "error" in message:
-                raise GuestError(f"QMP command {name} failed: {message['error'].get('desc')}")
+                raise MachineError(f"QMP command {name} failed: {message['error'].get('desc')}")
             self._collect(message)
 
     def _collect(self, message: dict[str, Any]) -> None:
@@ -66,13 +66,13 @@ class Qmp:
     def _message(self, deadline: Deadline, awaited: str) -> dict[str, Any]:
         while b"\n" not in self._buffer:
             if not select.select([self._socket], [], [], deadline.left())[0]:
-                raise GuestError(f"QEMU did not send {awaited} within {deadline.timeout_s:g} s")
+                raise MachineError(f"QEMU did not send {awaited} within {deadline.timeout_s:g} s")
             try:
                 data = self._socket.recv(65536)
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise GuestError(f"QEMU went away before it sent {awaited}")
+                raise MachineError(f"QEMU went away before it sent {awaited}")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)

@@ -9,7 +9,7 @@ import socket
 import threading
 from typing import NamedTuple
 
-from vswitch.lab.errors import GuestError
+from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu.process import Deadline
 
 MAX_SCRIPT_LEN = 32 * 1024
@@ -65,7 +65,7 @@ class GuestShell:
         try:
             self._socket.sendall(data)
         except OSError as error:
-            raise GuestError(f"the guest's serial line is gone ({error})") from None
+            raise MachineError(f"the guest's serial line is gone ({error})") from None
 
     def _line(self, deadline: Deadline, awaited: str) -> str:
         while b"\n" not in self._buffer:
@@ -84,11 +84,11 @@ class GuestShell:
 
     def _receive(self, deadline: Deadline, awaited: str) -> None:
         if not select.select([self._socket], [], [], deadline.left())[0]:
-            raise GuestError(f"the guest did not send {awaited} in {deadline.timeout_s:g} s")
+            raise MachineError(f"the guest did not send {awaited} in {deadline.timeout_s:g} s")
         try:
             data = self._socket.recv(65536)
         except ConnectionResetError:
             data = b""
         if not data:
-            raise GuestError(f"QEMU ended before the guest sent {awaited}")
+            raise MachineError(f"QEMU ended before the guest sent {awaited}")
         self._buffer += data

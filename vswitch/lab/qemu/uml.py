@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from vswitch.lab import programs, requirements
-from vswitch.lab.errors import GuestError, LabError
+from vswitch.lab.errors import LabError, MachineError
 from vswitch.lab.qemu import initrd, process
 from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage
@@ -47,7 +47,7 @@ class UmlGuest(Guest):
 
     def start(self) -> Self:
         if self.running:
-            raise GuestError(f"guest {self.name} is running already")
+            raise MachineError(f"guest {self.name} is running already")
         shell, peer = socket.socketpair()
         self._shell = GuestShell(shell)
         one = self.settings
