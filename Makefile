@@ -24,7 +24,7 @@ help:
 	@echo 'make roots     as root: both of these in fresh roots of Debian 13, Ubuntu 24.04 and 26.04;'
 	@echo '               ARGS="debian-13 --commands demo" for less, ARGS=--help for more'
 	@echo 'make repeat    TESTS=file TIMES=50: run some tests that often; STRESS=2: beside stress-ng --cpu 2'
-	@echo 'make check     ruff, mypy, and which package may import which'
+	@echo 'make check     ruff, mypy, the stubs, names nobody uses, and which package may import which'
 	@echo 'make bench     measure this switch beside others, with tables and a plot'
 	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
 	@echo '               CASE=file runs a case that it wrote again'
@@ -78,7 +78,11 @@ check: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/project/test_imports.py
+	@# What Cython adds to every module is in no stub, and its classes are all laid out in C.
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
+		--ignore-disjoint-bases $(subst /,.,$(basename $(filter %.pyx,$(SOURCES))))
+	$(BIN)/cython-lint --no-pycodestyle --max-line-length 120 vswitch
+	$(BIN)/python -m pytest -q tests/unit/project/test_imports.py tests/unit/project/test_cython_names.py
 
 bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Self
 
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port, Ring
@@ -22,14 +22,14 @@ class Worker:
 
 class Engine:
     report_macs: bool
-    def __init__(
-        self,
+    def __new__(
+        cls,
         workers: int = 1,
         fdb_size: int = 65536,
         idle_ns: int | None = 50_000,
         aio: bool = True,
         uring: bool = True,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def fdb(self) -> Fdb: ...
     @property

@@ -505,12 +505,12 @@ cdef class Engine:
     def wait(self, ticket, uint64_t patience_ns=20_000):
         """Like `passed`, but look again for a short while, without the GIL."""
         cdef uint64_t until = vs_now_ns() + patience_ns
-        cdef int i
+        cdef int _i
         while not self.passed(ticket):
             if vs_now_ns() > until:
                 return False
             with nogil:
-                for i in range(50):
+                for _i in range(50):
                     vs_pause()
         return True
 
@@ -582,9 +582,9 @@ cdef class Engine:
         `arm_events` to be woken again.
         """
         cdef Worker worker
-        cdef int i
+        cdef int _i
         found = []
-        for i in range(<int>self.shared.n_workers):
+        for _i in range(<int>self.shared.n_workers):
             if <uint32_t>len(found) == most:
                 break
             # Another worker is first each time: none waits for what others never stop telling.

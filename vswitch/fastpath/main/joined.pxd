@@ -1,4 +1,3 @@
-from libc.stdint cimport uint64_t
 
 from vswitch.fastpath.main.mapping cimport Memory, SharedFile
 from vswitch.fastpath.shared.types cimport MemTable

@@ -1,8 +1,9 @@
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self, type_check_only
 
 SLOTS: int
 
+@type_check_only
 class KnownFile(Protocol):
     @property
     def size(self) -> int: ...
@@ -39,4 +40,4 @@ class Memory:
     def close(self) -> None: ...
 
 class DirtyLog(SharedFile):
-    def __init__(self, fd: int, size: int, offset: int, kept: KnownFile | None = None) -> None: ...
+    def __new__(cls, fd: int, size: int, offset: int, kept: KnownFile | None = None) -> Self: ...

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 from vswitch.fastpath.main.iotlb import IotlbTables
 from vswitch.fastpath.main.journal import Journal
@@ -11,7 +11,7 @@ class RingError(ValueError): ...
 
 class Ring:
     enabled: bool
-    def __init__(self, port: Port, index: int) -> None: ...
+    def __new__(cls, port: Port, index: int) -> Self: ...
     def start(
         self,
         memory: Memory,

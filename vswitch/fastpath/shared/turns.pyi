@@ -1,11 +1,13 @@
 import asyncio
-from typing import TypedDict
+from typing import Self, TypedDict, type_check_only
 
+@type_check_only
 class Longest(TypedDict):
     longest_ns: int
     run_delay_ns: int | None
     own_ns: int
 
+@type_check_only
 class Turns(TypedDict):
     last_10_s: Longest
     last_minute: Longest
@@ -18,6 +20,6 @@ class Record:
     def info(self, now_ns: int) -> Turns: ...
 
 class LoopTurns:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def __new__(cls, loop: asyncio.AbstractEventLoop) -> Self: ...
     def close(self) -> None: ...
     def info(self) -> Turns | None: ...

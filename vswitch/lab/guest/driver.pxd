@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from vswitch.lab.guest.mapping cimport Mapping
 from vswitch.lab.guest.vring cimport Desc, Piece, Ring

@@ -21,7 +21,6 @@ from vswitch.lab.guest.ring cimport (
     ring_reap,
 )
 from vswitch.lab.guest.vring cimport (
-    USED_ID_NOT_OUTSTANDING,
     USED_ID_RANGE,
     USED_IDX_RAN_AHEAD,
     USED_NOTHING_OUTSTANDING,

@@ -19,7 +19,7 @@ def scribble(
     Every store is one of 16 bits. Runs without the GIL. IndexError for a place that is no even
     offset in memory, ValueError where there is nothing to choose from.
     """
-    cdef uint64_t i, state = seed | 1
+    cdef uint64_t _i, state = seed | 1
     cdef uint64_t n_places = places.shape[0], n_values = values.shape[0]
     if n_places == 0 or n_values == 0:
         raise ValueError("no places or no values")
@@ -27,7 +27,7 @@ def scribble(
         if place & 1 or place + 2 > memory.shape[0]:
             raise IndexError(f"offset {place} in {memory.shape[0]} bytes")
     with nogil:
-        for i in range(count):
+        for _i in range(count):
             # xorshift64 (Marsaglia, 2003)
             state ^= state << 13
             state ^= state >> 7

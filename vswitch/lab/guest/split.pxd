@@ -140,9 +140,9 @@ cdef inline void split_free(Ring *ring, uint16_t head) noexcept nogil:
     """Give the descriptors of a chain back to the free list."""
     cdef uint16_t last = head
     cdef uint16_t n = ring.chain_size[head]
-    cdef uint16_t i
+    cdef uint16_t _i
     if not ring.in_order:
-        for i in range(1, n):
+        for _i in range(1, n):
             last = ring.next[last]
         ring.next[last] = ring.free_head
         ring.free_head = head

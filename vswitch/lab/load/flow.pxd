@@ -256,7 +256,7 @@ cdef inline void prefetch_received(FlowC *flow) noexcept nogil:
 
 cdef inline int receive_burst(FlowC *flow) noexcept nogil:
     """Take up to BURST frames and post their buffers again. Returns how many, or a broken rule."""
-    cdef uint32_t slot = 0, length = 0, num_buffers, gathered, i
+    cdef uint32_t slot = 0, length = 0, num_buffers, gathered, _i
     cdef int rc, n = 0
     cdef uint8_t[12] header
     cdef Piece *piece
@@ -283,7 +283,7 @@ cdef inline int receive_burst(FlowC *flow) noexcept nogil:
             take(piece, flow.rx_header_len, flow.scratch, length)
         gathered = length
         repost(flow, slot)
-        for i in range(1, num_buffers):
+        for _i in range(1, num_buffers):
             rc = ring_reap(flow.rx, &slot, &length)
             if rc < 0:
                 return rc

@@ -36,7 +36,6 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_iovlen
     struct mmsghdr:
         msghdr msg_hdr
-        unsigned int msg_len
     int sendmmsg(int fd, mmsghdr *msgs, unsigned int n, int flags)
 
 

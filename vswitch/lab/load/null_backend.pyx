@@ -83,7 +83,7 @@ cdef inline void use(Side *side, uint16_t n, uint32_t length) noexcept nogil:
     cdef Ring *ring = &side.ring
     cdef uint64_t *elem  # id and length in one store
     cdef PackedDesc *first
-    cdef uint16_t i, flags
+    cdef uint16_t i, _i, flags
     if not ring.packed:
         for i in range(n):
             elem = <uint64_t *>split_used_elem(ring, <uint16_t>(side.at + i))
@@ -95,7 +95,7 @@ cdef inline void use(Side *side, uint16_t n, uint32_t length) noexcept nogil:
         # Release: pairs with the acquire load in split_more_used.
         guest_store_release_u16(ring.used + 1, side.at)
         return
-    for i in range(n):
+    for _i in range(n):
         first = ring.packed_desc + side.at
         flags = packed_used_bits(side.wrap) | (DESC_F_WRITE if length else 0)
         while ring.packed_desc[side.at].flags & DESC_F_NEXT:
