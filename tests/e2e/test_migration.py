@@ -13,6 +13,9 @@ from tests.e2e.transfer import Transfer
 from vswitch.lab.errors import MachineError
 from vswitch.lab.qemu.guest import Guest
 
+# A pair of guests boots, one moves, and data moves: each wait has a limit of its own.
+pytestmark = pytest.mark.timeout(300)
+
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 
 
