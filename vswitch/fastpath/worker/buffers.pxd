@@ -137,7 +137,8 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     """Deliver one frame into any shape of buffers.
 
     First gathers chains until header and frame fit (one chain only without mergeable buffers), then
-    copies, then gives the chains back; nothing is taken from the ring when it does not work out.
+    copies, then gives the chains back; nothing is taken from the ring when it does not work out. What
+    is added to `work` is the receiver's doing, see `held`; the frame's pieces are not.
     Returns how many chains were used, or -1 - the drop reason.
     """
     cdef uint32_t need = frame.len + ring.hdr_len, left = need, n_segs = 0, chains = 0
@@ -179,7 +180,6 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
             n_segs += got
         left -= room
         chains += 1
-    w.work += frame.nseg
     put_header(hdr, frame, ring.hdr_len, <uint16_t>chains)
     scatter(w.rx_segs, &at, &offset, hdr, ring.hdr_len)
     scatter(w.rx_segs, &at, &offset, frame.seg.ptr, frame.seg.len)

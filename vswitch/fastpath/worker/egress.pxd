@@ -129,6 +129,7 @@ cdef inline void deliver_locked(
                     counters.drops[DROP_BUFFER_PIECES] += n - i - 1
                     break
                 continue
+            w.work += frame.nseg
             if vs_unlikely(over):
                 delivered += 1
                 total += frame.len
