@@ -1,7 +1,7 @@
 """The switch: ports, uplinks, workers and the FDB put together.
 
 Everything here runs on the event loop's thread. What workers may see changes only through
-`Engine.publish`; `_settle` is the wait for them that belongs to it.
+`dataplane.handover`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vswitch.config.settings import (
     find_clashes,
 )
 from vswitch.dataplane import addresses
+from vswitch.dataplane.handover import HandOver
 from vswitch.dataplane.placement import Placement
 from vswitch.dataplane.threads import WorkerThreads
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
@@ -58,7 +59,6 @@ Subscriber = Callable[[Event], None]
 
 _T = TypeVar("_T")
 
-_SETTLE_STEP_S = 0.0002
 _PORT_WEIGHT = 8
 """What a port takes on a page, in elements; each ring and region takes one more."""
 _EVENTS_A_TURN = 64
@@ -75,6 +75,7 @@ class Switch:
         self._relay = relay
         self._switch_settings = switch
         self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        self._handover = HandOver(self._engine)
         self._say_how_to_notify()
         if (reason := unavailable()) is not None:
             log.warning("postcopy migration is not offered: %s", reason)
@@ -128,6 +129,7 @@ class Switch:
         self._threads.stop()
         for port in list(self._ports.values()):
             await self._remove(port)
+        self._handover.collect()
         self._loop.remove_reader(self._engine.event_fd)
         self._loop.remove_reader(self._lost_fd)
 
@@ -186,7 +188,7 @@ class Switch:
                 self._engine,
                 self._new_fast_port(settings.name),
                 self._relay,
-                self._settle,
+                self._handover,
                 self._placement.choose,
                 lambda event, reason: self._emit(cast(EventName, event), settings.name, reason),
             )
@@ -235,7 +237,7 @@ class Switch:
                 tap.close()
                 raise
             self._enter(port)
-            await self._settle()
+            await self._handover.settle()
             log.info("uplink %s: %s", settings.name, port.state)
             if self._engine.uring_error:
                 log.info(
@@ -326,9 +328,9 @@ class Switch:
             if not moves:
                 return 0
             # Between the two nobody polls them: a ring has one worker at a time.
-            await self._settle()
+            await self._handover.settle()
             moved = sum(self._engine.finish_move(ring, to) for ring, to in moves)
-            await self._settle()
+            await self._handover.settle()
             log.info("moved %d queues between workers", moved)
             return moved
 
@@ -470,6 +472,7 @@ class Switch:
         if self._switch_settings.mac_aging_s and len(fdb) and not self._aging:
             self._aging = True
             self._age(0)
+        self._handover.collect()
         if not self._looking:
             self._looking = True
             self._look(iter(list(self._ports.values())))
@@ -522,12 +525,6 @@ class Switch:
             "raise fs.aio-max-nr",
             os.strerror(error),
         )
-
-    async def _settle(self) -> None:
-        """Publish what has changed and return when no worker uses anything older."""
-        ticket = self._engine.publish()
-        while not self._engine.wait(ticket):  # noqa: ASYNC110 - workers set no events
-            await asyncio.sleep(_SETTLE_STEP_S)
 
     def _find(self, name: str) -> AnyPort:
         try:
@@ -599,7 +596,7 @@ class Switch:
         # Both flush the FDB, which has little of the port any more: that takes turns.
         await addresses.flush(self._engine.fdb, fast.id, statics=True)
         self._engine.remove_port(fast)
-        await self._settle()
+        await self._handover.settle()
         await addresses.flush(self._engine.fdb, fast.id, statics=True)
         self._engine.forget(fast)
         self._placement.forget(fast)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from tests.fuzz.bed import FILE_LEN, LOG_LEN, LOG_OFFSET, PAGE, PLACES, Bed, RingSetup, Violation
 from tests.fuzz.mappings import EVERYWHERE, LAST, Mappings, Range, merged, minus
+from tests.support.handover import AtOnce
 from vswitch.config.settings import PortSettings
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.ports import offloads
@@ -71,7 +72,7 @@ class IommuBed(Bed):
     def _begin(self, *, deaf: bool) -> None:
         """A frontend that connects."""
         self.vhost = VhostPort(
-            self._settings, self.engine, self.hostile, cast("Relay", None), self._settled,
+            self._settings, self.engine, self.hostile, cast("Relay", None), AtOnce(self.engine),
             lambda _: 0, lambda *_: None,
         )  # fmt: skip
         # Of a backend, a port behind an IOMMU uses no more than this.
@@ -97,9 +98,6 @@ class IommuBed(Bed):
             self.map[low:high] = COVERED[low:high]
         done(self.vhost.set_memory(self._regions, [self.fd] * len(PLACES)))
         self.vhost.use_iotlb(True)
-
-    async def _settled(self) -> None:
-        self.settle()
 
     def _ask(self, iova: int, access: int, answered: Callable[[int], None]) -> bool:
         self._is_no_cover(iova)

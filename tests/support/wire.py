@@ -20,6 +20,7 @@ from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
 from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup, TranslationPending
+from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.endpoint import Listener
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
@@ -154,9 +155,10 @@ class RecordingDatapath:
     async def enable_ring(self, index: int, enabled: bool) -> None:
         self._note("enable", index, enabled)
 
-    async def set_call(self, index: int, fd: int) -> None:
+    def set_call(self, index: int, fd: int, old: int) -> None:
         if fd >= 0:
             os.fstat(fd)
+        close_fd(old)
         self._note("set_call", index)
 
     def signal(self, fd: int) -> None:

@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from vswitch import ethertypes
 from vswitch.bounds import MTU_MAX
 from vswitch.config.settings import PortSettings
+from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.journal import Journal
 from vswitch.fastpath.main.port import MAX_VRINGS, Port, Ring, RingError
@@ -26,7 +28,7 @@ from vswitch.ports.parking import LOOKS, Parking
 from vswitch.ports.postcopy import PortPostcopy
 from vswitch.relay.wire import Kind
 from vswitch.vhost_user.datapath import DatapathError, RingSetup, TranslationPending
-from vswitch.vhost_user.descriptors import found_of
+from vswitch.vhost_user.descriptors import close_fd, found_of
 from vswitch.vhost_user.protocol import Feature, MemRegion
 
 ETH_OVERHEAD = 14 + 4
@@ -48,10 +50,10 @@ class PortDatapath(PortMemory):
         settings: PortSettings,
         engine: Engine,
         port: Port,
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
         place: Callable[[Ring], int],
     ) -> None:
-        super().__init__(settings, engine, port, settle)
+        super().__init__(settings, engine, port, handover)
         self._place = place
         self._enabled: dict[int, bool] = {}
         self._kicks: dict[int, int] = {}
@@ -116,7 +118,7 @@ class PortDatapath(PortMemory):
         self._forgive()
         self._engine.attach(ring, setup.kick_fd, self._place(ring))
         self._parking.started(index, setup.kick_fd)
-        await self._settle()
+        await self._handover.settle()
         if translation is not None and translation is self._translation:
             if isinstance(translation, PortIotlb):
                 translation.started(index, setup, place)
@@ -162,7 +164,7 @@ class PortDatapath(PortMemory):
             ring.unpublish()
             self._engine.detach(ring)
             self._forget_kicks(ring.index)
-        await self._settle()
+        await self._handover.settle()
         bases = [ring.mark_stopped() for ring in rings]
         for at, setup in enumerate(unstarted.values()):
             if setup is not None:
@@ -215,7 +217,7 @@ class PortDatapath(PortMemory):
         if enabled:
             self._wake(ring)
         ring.enabled = enabled and not self.fast.link_down
-        await self._settle()
+        await self._handover.settle()
         if not enabled and self._translation is None and self._parking.can_park(ring):
             await self._park(ring)
 
@@ -225,11 +227,11 @@ class PortDatapath(PortMemory):
             if not ring.started or self._parking.holds(ring.index):
                 return
             self._parking.suspend(ring)
-            await self._settle()
+            await self._handover.settle()
             if not self._parking.has_more(ring):
                 return
             self._parking.release(ring.index)
-            await self._settle()
+            await self._handover.settle()
 
     def _unpark(self, index: int) -> None:
         """The driver of a ring that is disabled kicks."""
@@ -239,7 +241,7 @@ class PortDatapath(PortMemory):
             self._parking.ignore(index)
             self._fail(str(exc))
             return
-        self._engine.publish()
+        self._handover.publish()
 
     def _wake(self, ring: Ring) -> None:
         """Have a parked ring run when the engine is published next. Raises DatapathError."""
@@ -260,9 +262,10 @@ class PortDatapath(PortMemory):
         if self._memory_lost:
             ring.unpublish()
 
-    async def set_call(self, index: int, fd: int) -> None:
+    def set_call(self, index: int, fd: int, old: int) -> None:
         self.fast.rings[index].set_call(fd)
-        await self._settle()
+        self._handover.retire(partial(close_fd, old))
+        self._handover.publish()
 
     def signal(self, fd: int) -> None:
         self._engine.signal(fd)
@@ -308,7 +311,9 @@ class PortDatapath(PortMemory):
         return unavailable() is None
 
     async def advise_postcopy(self) -> int:
-        postcopy = PortPostcopy(self.fast, self._engine, self._settle, self._start_late, self._fail)
+        postcopy = PortPostcopy(
+            self.fast, self._engine, self._handover, self._start_late, self._fail
+        )
         uffd = await postcopy.advise()
         self._postcopy = postcopy
         return uffd
@@ -367,7 +372,7 @@ class PortDatapath(PortMemory):
                 self._engine,
                 self._memory,
                 lambda: self._backend,
-                self._settle,
+                self._handover,
                 self._restart_ring,
                 self._ring_lost,
             )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Literal
 
 from vswitch.api import MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane import addresses
+from vswitch.dataplane.handover import HandOver
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.port import Port, Ring
@@ -33,8 +34,8 @@ Notify = Callable[[str, str | None], None]
 class VhostPort(PortDatapath):
     """One `[[port]]`.
 
-    Its socket is `relay`'s. `settle` publishes the engine's state and returns when no worker uses
-    an older one, `place` names the worker for a ring, `notify` hears of the port's events.
+    Its socket is `relay`'s. `place` names the worker for a ring, `notify` hears of the port's
+    events.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class VhostPort(PortDatapath):
         engine: Engine,
         port: Port,
         relay: Relay,
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
         place: Callable[[Ring], int],
         notify: Notify,
     ) -> None:
-        super().__init__(settings, engine, port, settle, place)
+        super().__init__(settings, engine, port, handover, place)
         self._notify = notify
         self._endpoint: Endpoint
         if settings.mode == "server":
@@ -196,7 +197,7 @@ class VhostPort(PortDatapath):
         self.fast.link_down = not up
         for index, ring in self.fast.rings.items():
             ring.enabled = self._enabled.get(index, False) and up
-        await self._settle()
+        await self._handover.settle()
         if not up:
             # Its addresses are nobody's now: what is for them is flooded to the others.
             await addresses.flush(self._engine.fdb, self.fast.id)

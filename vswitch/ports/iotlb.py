@@ -8,10 +8,11 @@ guest posts to receive into are asked for before a frame comes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
 from vswitch.fastpath.main.joined import why_apart
@@ -59,11 +60,11 @@ class PortIotlb(PortTranslation):
         engine: Engine,
         memory: Memory,
         frontend: Callable[[], Frontend | None],
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
         restart: Callable[[int, RingSetup], bool],
         fail: Callable[[int, str | None], None],
     ) -> None:
-        super().__init__(port, engine, settle, Iotlb(memory))
+        super().__init__(port, engine, handover, Iotlb(memory))
         self._frontend = frontend
         self._restart = restart
         self._fail = fail
@@ -174,7 +175,6 @@ class PortIotlb(PortTranslation):
         if not self._setups:
             self._iotlb.clear()
             self._asked.clear()
-            self._old.clear()
             # An answer that is on its way is one to questions of earlier.
             self._generation += 1
 
@@ -210,7 +210,7 @@ class PortIotlb(PortTranslation):
             except TranslationPending:
                 here = False
             if here and index not in self._suspended:
-                self._port.rings[index].use_memory(memory)
+                self._handover.retire(self._port.rings[index].use_memory(memory))
             else:
                 self._suspend(index)
         await self._hand_over()

@@ -7,10 +7,11 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane.departing import forget_pages
+from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import SLOTS, DirtyLog, Memory, SharedFile
 from vswitch.fastpath.main.port import Port
@@ -35,30 +36,25 @@ log = logging.getLogger("vswitch.port")
 
 
 class PortMemory(abc.ABC):
-    """What of `vhost_user.datapath.Datapath` is about memory.
-
-    `settle` publishes the engine's state and returns when no worker uses an older one.
-    """
+    """What of `vhost_user.datapath.Datapath` is about memory."""
 
     def __init__(
         self,
         settings: PortSettings,
         engine: Engine,
         port: Port,
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
     ) -> None:
         self.settings = settings
         self.fast = port
         self._engine = engine
-        self._settle = settle
+        self._handover = handover
         self._backend: Backend | None = None
         self._memory: Memory | None = None
         self._memory_lost = False
-        self._old_memory: list[Memory] = []
         self._iotlb: PortIotlb | None = None
         self._postcopy: PortPostcopy | None = None
         self._dirty_log: DirtyLog | None = None
-        self._old_logs: list[DirtyLog | None] = []
         self._logs: dict[int, RingLog | None] = {}
         self._file_ids: list[tuple[int, int]] = []
         self._unmapped = Unmapped()
@@ -95,11 +91,9 @@ class PortMemory(abc.ABC):
             self._memory.close()
             self._memory = None
         self._memory_lost = False
-        self._old_memory.clear()
         self._file_ids = []
         self._unmapped.clear()
         self._sharing_looked_for = False
-        self._old_logs.clear()
         if not regions and self._dirty_log is not None:
             leaving.append(self._dirty_log)
             self._dirty_log = None
@@ -154,10 +148,7 @@ class PortMemory(abc.ABC):
 
     async def _replace_memory(self, memory: Memory, file_ids: list[tuple[int, int]]) -> None:
         """Go on with another memory; what only the old one had is unmapped."""
-        if self._memory is not None:
-            # Kept here: workers use it until they are told, whatever happens to this coroutine.
-            self._old_memory.append(self._memory)
-        self._memory = memory
+        old, self._memory = self._memory, memory  # each ring retires it when it lets it go
         # Rings that lie elsewhere now start again in the midst of this.
         self._file_ids = file_ids
         if self._postcopy is not None and self._postcopy.listening:
@@ -167,10 +158,10 @@ class PortMemory(abc.ABC):
         elif self._translation is None:
             for ring in self.fast.rings.values():
                 if ring.started:
-                    ring.use_memory(memory)
-            await self._settle()
-        await forget_pages(part for old in self._old_memory for part in old.parts(memory))
-        self._old_memory.clear()
+                    self._handover.retire(ring.use_memory(memory))
+            await self._handover.settle()
+        if old is not None:
+            await forget_pages(old.parts(memory))
 
     async def set_log(self, fd: int, area: LogArea) -> None:
         if area.size > LOG_LEN_MAX:
@@ -192,10 +183,9 @@ class PortMemory(abc.ABC):
             await forget_pages([old])
 
     async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
-        # Kept, as old memory is, until no worker writes there any more.
-        self._old_logs += [self._set_ring_log(index, log_) for index, log_ in logs.items()]
-        await self._settle()
-        self._old_logs.clear()
+        for index, log_ in logs.items():
+            self._handover.retire(self._set_ring_log(index, log_))
+        await self._handover.settle()
 
     def _set_ring_log(self, index: int, log_: RingLog | None) -> DirtyLog | None:
         """Tell a ring what to log; returns the log it had."""
@@ -219,7 +209,7 @@ class PortMemory(abc.ABC):
         for ring in self.fast.rings.values():
             ring.unpublish()
             self._engine.detach(ring)
-        self._engine.publish()
+        self._handover.publish()
         self._fail("the frontend truncated its memory file: the guest's memory is gone")
         if self._backend is not None:
             for index in self.fast.rings:

@@ -10,9 +10,10 @@ it, gets the page from the other machine and lets the process go on, which says 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
 from vswitch.fastpath.main.mapping import Memory, page_size, tells_pages
@@ -87,11 +88,11 @@ class PortPostcopy(PortTranslation):
         self,
         port: Port,
         engine: Engine,
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
         start_ring: Callable[[int, RingSetup], None],
         fail: Callable[[str], None],
     ) -> None:
-        super().__init__(port, engine, settle, Iotlb(Memory([], []), physical=True))
+        super().__init__(port, engine, handover, Iotlb(Memory([], []), physical=True))
         self.listening = False
         """Between POSTCOPY_LISTEN and the end."""
         self._start_ring = start_ring
@@ -190,7 +191,7 @@ class PortPostcopy(PortTranslation):
         self._iotlb.use_memory(memory)
         self._iotlb.clear()
         for index in self._setups:
-            self._port.rings[index].use_memory(memory)
+            self._handover.retire(self._port.rings[index].use_memory(memory))
         await self._hand_over()
         try:
             for area in gone:

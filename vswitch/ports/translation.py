@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
+from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ENTRIES, Iotlb, IotlbTables
 from vswitch.fastpath.main.mapping import Memory
@@ -21,16 +20,15 @@ class PortTranslation:
         self,
         port: Port,
         engine: Engine,
-        settle: Callable[[], Awaitable[None]],
+        handover: HandOver,
         iotlb: Iotlb,
     ) -> None:
         self._iotlb = iotlb
         self._port = port
         self._engine = engine
-        self._settle = settle
+        self._handover = handover
         self._setups: dict[int, RingSetup] = {}
         """Rings that run, with the addresses that the frontend gave."""
-        self._old: list[tuple[int, list[IotlbTables]]] = []
         self._lost = False
 
     @property
@@ -51,32 +49,25 @@ class PortTranslation:
 
     def _show(self, resumed: bool) -> None:
         """Show workers what the tables have now; `resumed`: and which rings run."""
-        old = self._give_tables()
-        if old or resumed:
-            # Nobody waits for the workers: they may use the old ones for a moment, which are kept.
-            # Publishing also wakes those that sleep.
-            ticket = self._engine.publish()
-            passed = self._engine.passed
-            self._old = [(since, kept) for since, kept in self._old if not passed(since)]
-            self._old.append((ticket, old))
+        if self._give_tables() or resumed:
+            # Nobody waits for the workers. Publishing also wakes those that sleep.
+            self._handover.publish()
 
     async def _hand_over(self) -> None:
         """Return when no worker uses what the tables had before."""
-        old = self._give_tables()
-        await self._settle()
-        old.clear()
-        self._old.clear()
+        self._give_tables()
+        await self._handover.settle()
 
-    def _give_tables(self) -> list[IotlbTables]:
-        """Have all rings translate by the present tables; those that they used before."""
+    def _give_tables(self) -> bool:
+        """Have all rings translate by the present tables; whether one had others."""
         tables = self._iotlb.tables()
-        old = []
+        changed = False
         for index in self._setups:
             ring = self._port.rings[index]
             if ring.started and ring.iotlb is not tables:
-                old.append(ring.iotlb)
-                ring.use_iotlb(tables)
-        return old
+                self._handover.retire(ring.use_iotlb(tables))
+                changed = True
+        return changed
 
     def _served(self, index: int | None) -> list[Ring]:
         """All rings that run, or that one if it does."""

@@ -163,8 +163,12 @@ class Datapath(Protocol):
         """Let a running virtqueue carry frames, or have it discard them."""
         ...
 
-    async def set_call(self, index: int, fd: int) -> None:
-        """Notify the driver of a running virtqueue through another descriptor from now on."""
+    def set_call(self, index: int, fd: int, old: int) -> None:
+        """Notify the driver of a running virtqueue through another descriptor from now on.
+
+        `old` is the one so far, or -1. It is the datapath's now, which closes it when nobody
+        signals through it any more: its number may belong to another file then.
+        """
         ...
 
     def signal(self, fd: int) -> None:

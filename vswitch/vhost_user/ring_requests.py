@@ -101,13 +101,11 @@ class RingRequests(Device):
         vring = self._check_vring_fd("SET_VRING_CALL", message)
         vring.stop_relaying()
         vring.callable = True
-        # Kept until no worker signals through it, whatever happens to this coroutine: its number
-        # may belong to another file once it is closed.
-        vring.old_call_fds.append(vring.call_fd)
-        vring.call_fd = _take_fd(message)
+        old, vring.call_fd = vring.call_fd, _take_fd(message)
         if vring.started:
-            await self._datapath.set_call(vring.index, vring.call_fd)
-        vring.close_old_calls()
+            self._datapath.set_call(vring.index, vring.call_fd, old)
+        else:
+            close_fd(old)
         # What was signalled through the old descriptor may not have been seen.
         self._signal(vring.call_fd)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vswitch.relay.wire import Kind
 from vswitch.vhost_user.datapath import RingLog, RingSetup, ring_areas
@@ -36,8 +36,6 @@ class Vring:
     """SET_VRING_KICK has come, with a descriptor or without."""
     kick_fd: int = -1
     call_fd: int = -1
-    old_call_fds: list[int] = field(default_factory=list)
-    """Replaced by SET_VRING_CALL while a worker may still use them."""
     relayed: bool = False
     """`call_fd` is our own eventfd: calls are passed on as messages."""
     callable: bool = False
@@ -102,14 +100,8 @@ class Vring:
             asyncio.get_running_loop().remove_reader(self.call_fd)
             self.relayed = False
 
-    def close_old_calls(self) -> None:
-        """No worker uses a call descriptor from before."""
-        while self.old_call_fds:
-            close_fd(self.old_call_fds.pop())
-
     def close(self) -> None:
         self.stop_relaying()
-        self.close_old_calls()
         self.kickable = self.callable = False
         self.kick_fd = close_fd(self.kick_fd)
         self.call_fd = close_fd(self.call_fd)

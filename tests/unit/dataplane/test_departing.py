@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.handover import AtOnce
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane.departing import AT_ONCE_LEN, Part, forget_pages
 from vswitch.fastpath.main.engine import Engine
@@ -147,12 +148,8 @@ def test_a_port_has_its_memory_and_logs_taken_apart(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(port_memory, "forget_pages", forget)
     engine = Engine()
-
-    async def settle() -> None:
-        assert engine.wait(engine.publish(), 1_000_000_000)
-
     settings = PortSettings(name="p", socket=Path("/nowhere"))
-    port = Ported(settings, engine, engine.add_port("p"), settle)
+    port = Ported(settings, engine, engine.add_port("p"), AtOnce(engine))
     fd = os.memfd_create(NAME)
 
     async def run() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.handover import AtOnce
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.fastpath.main.mapping import Memory
@@ -53,7 +54,7 @@ class Bench:
         self.settled: list[list[bool]] = []
         """Whether each ring had the newest tables when workers were waited for."""
         self.iotlb = PortIotlb(
-            self.port, self.engine, self.memory, lambda: self, self.settle,
+            self.port, self.engine, self.memory, lambda: self, AtOnce(self.engine, self.settling),
             lambda index, _: pytest.fail(f"ring {index} is somewhere else"),
             self.failures.__setitem__,
         )  # fmt: skip
@@ -66,9 +67,8 @@ class Bench:
         self.asked[iova, access] += 1
         return True
 
-    async def settle(self) -> None:
+    def settling(self) -> None:
         self.settled.append([ring.iotlb is self.iotlb.tables for ring in self.port.rings.values()])
-        assert self.engine.wait(self.engine.publish(), 60_000_000_000)
 
     def _offer(self, index: int) -> None:
         at, write = index * OWN, 2 if index == RECEIVE else 0

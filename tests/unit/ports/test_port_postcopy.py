@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from tests.support.handover import AtOnce
 from tests.support.wire import open_fds
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import Memory
@@ -72,7 +73,7 @@ class Bench:
         self.process = Process()
         self.failures: list[str] = []
         self.postcopy = PortPostcopy(
-            self.port, self.engine, self.settle, self.start, self.failures.append
+            self.port, self.engine, AtOnce(self.engine), self.start, self.failures.append
         )
         self.postcopy._process = self.process  # type: ignore[assignment]
         self.postcopy.listening = True
@@ -90,9 +91,6 @@ class Bench:
         await self.postcopy.close()
         self.map.close()
         os.close(self.fd)
-
-    async def settle(self) -> None:
-        self.engine.publish()
 
     def setup(self, index: int) -> RingSetup:
         own = UVA + index * OWN

@@ -26,6 +26,7 @@ from vswitch.fastpath.main.engine import Engine
 from vswitch.vhost_user import connection, protocol
 from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.datapath import RingSetup
+from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.pace import PIECE_S
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
@@ -670,30 +671,15 @@ def test_cancelling_releases_everything() -> None:
     with_peer(test)
 
 
-@pytest.mark.parametrize("request_", [Request.SET_VRING_KICK, Request.SET_VRING_CALL])
-def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None:
-    """As when the port is deleted while workers are waited for; `with_peer` counts descriptors.
-
-    The old call descriptor is open until the ring has stopped: a worker may signal through it.
-    """
+def test_cancelling_in_the_middle_of_a_new_descriptor() -> None:
+    """As when the port is deleted while workers are waited for; `with_peer` counts descriptors."""
 
     class Stalling(RecordingDatapath):
         async def stop_rings(self, indices: list[int]) -> list[int]:
-            await self._stall()
-            return await super().stop_rings(indices)
-
-        async def set_call(self, index: int, fd: int) -> None:  # noqa: ARG002
-            self.old_call_fd = self.running[index].call_fd
-            await self._stall()
-
-        async def _stall(self) -> None:
-            if self.old_call_fd >= 0:
-                os.fstat(self.old_call_fd)
             if not stalled.is_set() and armed:
                 stalled.set()
                 await asyncio.get_running_loop().create_future()
-
-        old_call_fd = -1
+            return await super().stop_rings(indices)
 
     armed = False
     stalled = asyncio.Event()
@@ -703,13 +689,42 @@ def test_cancelling_in_the_middle_of_a_new_descriptor(request_: Request) -> None
         await running(peer)
         armed = True
         with Eventfd() as fd:
-            await peer.send(request_, u64(0), [fd])
+            await peer.send(Request.SET_VRING_KICK, u64(0), [fd])
         await stalled.wait()
         peer.task.cancel()
         await asyncio.wait([peer.task])
         assert peer.task.cancelled()
 
     with_peer(test, Stalling())
+
+
+def test_the_old_call_descriptor_is_the_datapaths_while_the_ring_runs() -> None:
+    """A worker may signal through it: who waits for workers closes it, and nobody else."""
+
+    class Keeping(RecordingDatapath):
+        def set_call(self, index: int, fd: int, old: int) -> None:
+            if kept is None:
+                super().set_call(index, fd, old)
+            else:
+                kept.append((fd, old))
+
+    async def test(peer: Peer) -> None:
+        nonlocal kept
+        await running(peer)
+        kept = []
+        for _ in range(2):
+            with Eventfd() as fd:
+                await peer.send(Request.SET_VRING_CALL, u64(0), [fd])
+        await peer.ask(Request.GET_FEATURES)
+        (second, first), (third, between) = kept
+        assert between == second
+        for fd in (first, second, third):
+            os.fstat(fd)
+        for fd in (first, second):
+            close_fd(fd)
+
+    kept: list[tuple[int, int]] | None = None
+    with_peer(test, Keeping())
 
 
 def test_eventfds_keep_their_flags() -> None:

@@ -11,12 +11,17 @@ cdef class Worker:
     cdef _check(self, uint32_t most)
 
 
+cdef class Shown:
+    cdef View *view            # freed with this object
+
+
 cdef class Engine:
     cdef Shared *shared
     cdef readonly Fdb fdb
     cdef readonly list workers
     cdef readonly dict ports   # by number
-    cdef list retired          # (ticket, view as an address, per-worker epochs or None)
+    cdef list retired          # (ticket, per-worker epochs or None, what goes then)
+    cdef list leaving          # goes with the next publish
     cdef vs_notifier notifier  # the main thread's
     cdef readonly int aio_error  # errno, where the kernel gives no AIO
     cdef bint uring

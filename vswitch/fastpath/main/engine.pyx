@@ -250,6 +250,13 @@ cdef class Worker:
         return found
 
 
+cdef class Shown:
+    """A view that was replaced, and that workers may be using."""
+
+    def __dealloc__(self):
+        free(self.view)
+
+
 cdef class Engine:
     """Ports, workers and the FDB.
 
@@ -277,6 +284,7 @@ cdef class Engine:
         self.workers = []
         self.ports = {}
         self.retired = []
+        self.leaving = []
         self.injected = []
         for number in range(workers):
             worker = Worker(number, aio)
@@ -290,8 +298,6 @@ cdef class Engine:
     def __dealloc__(self):
         vs_notifier_close(&self.notifier)
         if self.shared != NULL:
-            for _, view, _ in self.retired or ():
-                free(<void *><uintptr_t>view)
             for item in self.injected or ():
                 free(<void *><uintptr_t>item)
             free(self.shared.view)
@@ -465,8 +471,9 @@ cdef class Engine:
     def publish(self):
         """Show the workers the present ports and rings; returns a ticket for `passed`."""
         cdef View *view = self._build()
-        cdef void *old = self.shared.view
+        cdef Shown old = Shown()
         cdef Worker worker
+        old.view = <View *>self.shared.view
         vs_store_release_ptr(&self.shared.view, view)
         # Full fence: the new view is visible before the workers' states are read. Pairs with the
         # fences in worker_loop and sleep_until_event.
@@ -480,14 +487,23 @@ cdef class Engine:
                 # It may have to wait for other rings, or in another way, than when it fell asleep.
                 eventfd_write(worker.c.wake_fd, 1)
         self.tickets += 1
-        self.retired.append((self.tickets, <uintptr_t>old, epochs))
+        self.retired.append((self.tickets, epochs, [*self.leaving, old]))
+        self.leaving = []
         return self.tickets
+
+    def retire(self, thing):
+        """Keep an object that was just taken out of use; see `dataplane.handover.HandOver.retire`."""
+        self.leaving.append(thing)
+
+    def collect(self):
+        """Let go what no worker can be using."""
+        self.passed(self.tickets)
 
     def passed(self, ticket):
         """True once no worker can be using anything from before the publish of that ticket."""
         cdef Worker worker
         while self.retired:
-            number, view, epochs = self.retired[0]
+            number, epochs, leaving = self.retired[0]
             for index, epoch in enumerate(epochs):
                 if epoch is None:
                     continue
@@ -498,8 +514,10 @@ cdef class Engine:
                 ):
                     return ticket < number
                 epochs[index] = None
-            free(<void *><uintptr_t>view)
             del self.retired[0]
+            for thing in leaving:
+                if callable(thing):
+                    thing()
         return True
 
     def wait(self, ticket, uint64_t patience_ns=20_000):

@@ -278,16 +278,17 @@ cdef class Ring:
     def use_memory(self, Memory memory):
         """Translate buffers by another memory from now on, in which the ring lies where it lay.
 
-        The old one may be in use until quiescence. Raises RingError if the ring itself is elsewhere
-        or nowhere in it, or has stopped; nothing has changed then.
+        Returns the old one, which may be in use until quiescence. Raises RingError if the ring itself
+        is elsewhere or nowhere in it, or has stopped; nothing has changed then.
         """
-        if self.memory is None:
+        cdef Memory old = self.memory
+        if old is None:
             raise RingError("the ring has stopped")
         for part in self.areas:
             for uva, length in part:
                 if (
                     uva_to_host(memory.table, uva, length)
-                    != uva_to_host(self.memory.table, uva, length)
+                    != uva_to_host(old.table, uva, length)
                 ):
                     raise RingError(f"the memory of the running ring at {uva:#x} would go")
         # Release: the table before the pointer to it; workers load the pointer once a translation.
@@ -297,15 +298,19 @@ cdef class Ring:
         if self.place is None:
             vs_store_release_ptr(<void **>&self.c.own_mem, memory.table)
         self.memory = memory
+        return old
 
     def use_iotlb(self, IotlbTables iotlb not None):
         """Translate buffers by other tables of the same IOTLB from now on.
 
-        The old ones may be in use until quiescence. A ring that waits looks into the new ones.
+        Returns the old ones, which may be in use until quiescence. A ring that waits looks into the
+        new ones.
         """
+        old = self.iotlb
         # Release: as in use_memory.
         vs_store_release_ptr(<void **>&self.c.mem, iotlb.for_ring(not self.is_transmitq))
         self.iotlb = iotlb
+        return old
 
     def untranslated(self, int most, int ahead):
         """The I/O virtual addresses among the offered buffers that the IOTLB lacks, at most `most`.
