@@ -27,8 +27,11 @@ DEADLINE_S = 30.0
 BECOME = f"""
 import os, sys, uvloop, vswitch.config.read, vswitch.config.write, vswitch.daemon.process
 import vswitch.switch
-import concurrent.futures.thread, vswitch.control.client
-from vswitch.cli import ctl, main, tables
+import concurrent.futures.thread, importlib, json, pkgutil, unicodedata, vswitch.control.client
+import vswitch.cli
+from vswitch.cli import ctl, main
+for module in pkgutil.iter_modules(vswitch.cli.__path__, "vswitch.cli."):
+    importlib.import_module(module.name)
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid({UID}, {UID}, {UID})

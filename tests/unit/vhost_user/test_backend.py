@@ -701,6 +701,8 @@ def test_cancelling_in_the_middle_of_a_new_descriptor() -> None:
 def test_the_old_call_descriptor_is_the_datapaths_while_the_ring_runs() -> None:
     """A worker may signal through it: who waits for workers closes it, and nobody else."""
 
+    kept: list[tuple[int, int]] | None = None
+
     class Keeping(RecordingDatapath):
         def set_call(self, index: int, fd: int, old: int) -> None:
             if kept is None:
@@ -723,7 +725,6 @@ def test_the_old_call_descriptor_is_the_datapaths_while_the_ring_runs() -> None:
         for fd in (first, second):
             close_fd(fd)
 
-    kept: list[tuple[int, int]] | None = None
     with_peer(test, Keeping())
 
 
