@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find vswitch -name '*.pyx' -o -name '*.pxd' -o -name '*.h') $(wildcard vswitch/relay/*.c)
+SOURCES := $(shell find vswitch tests benchmarks -name '*.pyx' -o -name '*.pxd' -o -name '*.h') $(wildcard vswitch/relay/*.c)
 
 # The first interpreter that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -81,7 +81,7 @@ check: $(VENV)/.built
 	@# What Cython adds to every module is in no stub, and its classes are all laid out in C.
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
 		--ignore-disjoint-bases $(subst /,.,$(basename $(filter %.pyx,$(SOURCES))))
-	$(BIN)/cython-lint --no-pycodestyle --max-line-length 120 vswitch
+	$(BIN)/cython-lint --no-pycodestyle --max-line-length 120 vswitch tests benchmarks
 	$(BIN)/python -m pytest -q tests/unit/project/test_imports.py tests/unit/project/test_cython_names.py
 
 bench: setup
@@ -116,10 +116,11 @@ $(VENV)/.installed: | required
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES) | required
 	@echo 'building the Cython extensions and installing vswitch into $(VENV) (about a minute)'
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@$(BIN)/python setup.py -q build_tools
 	@touch $@
 
 clean:
 	rm -f vswitch/relay/vswitch-relay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find vswitch \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	find vswitch tests benchmarks \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
 	for source in $(filter %.pyx,$(SOURCES)); do rm -f "$${source%.pyx}.c" "$${source%.pyx}.html"; done

@@ -45,6 +45,8 @@ DIRECTIVES = {
 HEADERS = {
     "vswitch.fastpath": Path("vswitch/fastpath/sys"),
     "vswitch.lab": Path("vswitch/lab/guest"),
+    "benchmarks": Path("vswitch/lab/guest"),
+    "tests": Path("vswitch/lab/guest"),
 }
 """Where the C headers of a package's extensions are."""
 
@@ -73,15 +75,20 @@ EXTENSIONS = [
     extension("vswitch.fastpath.shared.turns"),
     extension("vswitch.fastpath.shared.words"),
     extension("vswitch.lab.guest.driver"),
-    extension("vswitch.lab.load.host_load"),
     extension("vswitch.lab.load.latency"),
-    extension("vswitch.lab.load.ceilings"),
     extension("vswitch.lab.load.load"),
     extension("vswitch.lab.guest.mapping"),
-    extension("vswitch.lab.load.null_backend"),
-    extension("vswitch.lab.guest.probe"),
-    extension("vswitch.lab.guest.scribble"),
 ]
+
+TOOLS = [
+    extension("benchmarks.native.ceilings"),
+    extension("benchmarks.native.host_load"),
+    extension("benchmarks.native.null_backend"),
+    extension("benchmarks.native.probe"),
+    extension("tests.native.bitmaps"),
+    extension("tests.native.scribble"),
+]
+"""What tests and benchmarks have for themselves: `build_tools` builds it, and no wheel has it."""
 
 if METADATA.isdisjoint(sys.argv):
     # Else the compiler's log would have to be read for it, after a minute.
@@ -127,4 +134,16 @@ class BuildExtensionsAndRelay(build_ext):
         return [*super().get_outputs(), str(self.relay_path())]
 
 
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtensionsAndRelay})
+class BuildTools(build_ext):
+    """The extensions of tests and benchmarks, each beside its source."""
+
+    def finalize_options(self) -> None:
+        self.distribution.ext_modules = cythonize(TOOLS, compiler_directives=DIRECTIVES, quiet=True)
+        super().finalize_options()
+        self.inplace = True
+
+
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildExtensionsAndRelay, "build_tools": BuildTools},
+)

@@ -13,9 +13,9 @@ from benchmarks.guests import (
     TSO_RX_QUEUE_SIZE,
     frames_under_way,
 )
+from benchmarks.native.ceilings import copies, wakeups
 from benchmarks.samples import Kind, Reading
 from vswitch.lab.guest.shapes import MAX_HEADER_LEN
-from vswitch.lab.load.ceilings import copies, wakeups
 
 
 @dataclass(frozen=True, slots=True)

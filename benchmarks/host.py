@@ -19,10 +19,10 @@ from benchmarks.guests import (
     tso_frame,
 )
 from benchmarks.interfaces import interface_up, ip, remove_interface
+from benchmarks.native.host_load import from_host
 from benchmarks.ovs import OvsDpdk
 from benchmarks.samples import Case, Reading
 from vswitch.lab.guest.packets import BROADCAST, parse_mac
-from vswitch.lab.load.host_load import from_host
 from vswitch.lab.load.load import Flow, Load
 from vswitch.lab.qemu.process import Deadline
 

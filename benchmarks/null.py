@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.guests import MACS, QUEUE_SIZE, RX_BUF_LEN, ethernet, frames_under_way, guest
+from benchmarks.native.null_backend import NullBackend
 from benchmarks.samples import Case
 from benchmarks.switches import Switch
 from vswitch._version import __version__
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.load.load import Flow, Load
-from vswitch.lab.load.null_backend import NullBackend
 
 
 class Rhythm(NamedTuple):

@@ -20,6 +20,7 @@ from benchmarks.errors import BenchmarkError, MissingError
 from benchmarks.generators import Generator
 from benchmarks.host import OvsAfPacket, OvsTap
 from benchmarks.machine import Cpus, CpuWait, choose_cpus, describe, hugepages, running_on
+from benchmarks.native.probe import round_trip_ns
 from benchmarks.null import NullSwitch
 from benchmarks.ovs import OvsDpdk
 from benchmarks.samples import UNITS, Case, Kind, Place, Sample, Setup, enough
@@ -34,7 +35,6 @@ from benchmarks.switches import (
 from vswitch.errors import VswitchError
 from vswitch.lab.errors import LabError
 from vswitch.lab.guest.errors import GuestError
-from vswitch.lab.guest.probe import round_trip_ns
 
 SWITCHES: dict[str, type[Switch]] = {
     one.name: one

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conformance.dirtylog import PAGE_LEN, DirtyLog
 from tests.conformance.scattering import scatter
 from tests.support.frames import frame, frames, mac
 from tests.support.running import Wire, teach, translated
 from vswitch.lab.guest import DEFAULT_FEATURES, Region
-from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.guest import AnyQueue
 from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature

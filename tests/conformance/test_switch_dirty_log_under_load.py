@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.conformance.dirtylog import PAGE_LEN, DirtyLog
 from tests.support.frames import frames, mac
 from tests.support.ippackets import Packet
 from tests.support.running import DEADLINE_S, Wire, loading, teach, used_on
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
-from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.lab.load.load import Flow, Load

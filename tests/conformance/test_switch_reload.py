@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.dirtylog import PAGE_LEN, DirtyLog
 from tests.support.formats import FORMATS
 from tests.support.frames import frames, mac
 from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.lab.guest.dirty_log import PAGE_LEN, DirtyLog
 from vswitch.lab.guest.errors import BackendRefusedError
 from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
 from vswitch.vhost_user.protocol import (

@@ -9,7 +9,7 @@ from typing import Any
 from tests.fuzz.iommu import IommuBed
 from tests.fuzz.mappings import Range
 from tests.fuzz.races import RacingBed
-from vswitch.lab.guest.scribble import scribble
+from tests.native.scribble import scribble
 
 
 class RacingIommuBed(RacingBed, IommuBed):

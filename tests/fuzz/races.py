@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.fuzz import ringcases
 from tests.fuzz.bed import Bed, Violation
-from vswitch.lab.guest.scribble import scribble
+from tests.native.scribble import scribble
 
 DEADLINE_S = 60.0
 STORES = 3000

@@ -38,6 +38,10 @@ from benchmarks.machine import (
     resident_bytes,
     running_on,
 )
+from benchmarks.native.ceilings import copies, wakeups
+from benchmarks.native.host_load import from_host
+from benchmarks.native.null_backend import NullBackend
+from benchmarks.native.probe import round_trip_ns
 from benchmarks.null import EAGER, RHYTHMS, NullSwitch
 from benchmarks.ovs import OvsDpdk
 from benchmarks.runner import SWITCHES, TITLES, Results, Runner, Settings
@@ -55,13 +59,9 @@ from benchmarks.samples import (
 )
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.packets import checksum
-from vswitch.lab.guest.probe import round_trip_ns
 from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
-from vswitch.lab.load.ceilings import copies, wakeups
-from vswitch.lab.load.host_load import from_host
 from vswitch.lab.load.latency import MAX_FRAMES, latencies
 from vswitch.lab.load.load import Flow, Load
-from vswitch.lab.load.null_backend import NullBackend
 
 CASE = Case("rate", "software", 64)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.native.scribble import scribble
 from vswitch.fastpath.main.mapping import DirtyLog, Memory
-from vswitch.lab.guest.scribble import scribble
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20

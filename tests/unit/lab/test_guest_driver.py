@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.native.null_backend import NullBackend
 from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
 from vswitch.lab.guest.memory import GuestMemory, plain_layout, scattered_layout
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawRing
 from vswitch.lab.guest.shapes import cut
 from vswitch.lab.load.load import Flow, Load
-from vswitch.lab.load.null_backend import NullBackend
 from vswitch.vhost_user.protocol import Feature
 
 A = "52:54:00:00:00:01"

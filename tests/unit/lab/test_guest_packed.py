@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from benchmarks.native.null_backend import NullBackend
 from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
 from vswitch.lab.guest.driver import TransmitQueue
 from vswitch.lab.guest.queues import GuestQueue
@@ -23,7 +24,6 @@ from vswitch.lab.guest.raw import (
     RawPackedRing,
 )
 from vswitch.lab.load.load import Flow, Load
-from vswitch.lab.load.null_backend import NullBackend
 from vswitch.vhost_user.protocol import Feature
 
 A = "52:54:00:00:00:01"

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted(
     path
-    for folder in ("vswitch", "tests")
+    for folder in ("vswitch", "tests", "benchmarks")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".pyx", ".pxd"}
 )

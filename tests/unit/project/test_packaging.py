@@ -18,6 +18,14 @@ EXAMPLES = Path("vswitch/examples")
 """A link to config/, so that packages have what is in there."""
 MADE_BY_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|vswitch\.egg-info/.*")
 
+# What is compiled for a package, said by setup.py itself; nothing is.
+PRINT_EXTENSIONS = """
+import runpy, setuptools, sys
+setuptools.setup = lambda ext_modules, **_: print(*[each.name for each in ext_modules])
+sys.argv = ["setup.py", "egg_info"]
+runpy.run_path("setup.py")
+"""
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,6 +89,21 @@ def test_the_package_has_its_examples_and_its_unit(tree: Path, tmp_path: Path) -
     assert {path.name: path.read_text() for path in installed.iterdir()} == config
     assert "vswitch.service" in config
     assert not installed.is_symlink()
+
+
+def test_a_package_has_nothing_of_tests_and_benchmarks(tree: Path, tmp_path: Path) -> None:
+    """Their Cython modules were built in this tree, too."""
+    assert list(tree.glob("tests/native/scribble.*.so"))
+    assert list(tree.glob("benchmarks/native/probe.*.so"))
+    setup(tree, "build_py", "--build-lib", str(tmp_path), "install_lib", "--skip-build",
+          "--build-dir", str(tmp_path), "--install-dir", str(tmp_path / "installed"))  # fmt: skip
+    assert [path.name for path in (tmp_path / "installed").iterdir()] == ["vswitch"]
+    said = subprocess.run(
+        [sys.executable, "-c", PRINT_EXTENSIONS], cwd=tree, capture_output=True, text=True,
+        check=True,
+    ).stdout.split()  # fmt: skip
+    assert "vswitch.fastpath.main.engine" in said
+    assert [name for name in said if not name.startswith("vswitch.")] == []
 
 
 def test_examples_are_found(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@ from typing import Self
 
 from typing_extensions import Buffer
 
-def fetch_and_clear(bitmap: Buffer) -> list[int]: ...
-
 class Mapping:
     lowest_gpa: int
     span_len: int

@@ -30,33 +30,7 @@ cdef extern from "sys/mman.h" nogil:
 cdef extern from "barriers.h" nogil:
     uint16_t guest_load_acquire_u16(const uint16_t *p)
     void guest_store_release_u16(uint16_t *p, uint16_t value)
-    uint64_t guest_exchange_u64(uint64_t *p, uint64_t value)
-    int guest_lowest_bit(uint64_t word)
     void guest_fence_full()
-
-
-def fetch_and_clear(bitmap not None):
-    """The bits that are set in a writable buffer that others set bits in meanwhile, and clear them.
-
-    Word by word in one step each, as a hypervisor reads a log of written pages: no bit is lost, and
-    what was written before it was set can be read afterwards. The buffer's length is a multiple of
-    8 bytes and its address, too.
-    """
-    cdef uint8_t[::1] view = bitmap
-    cdef uint64_t *words = <uint64_t *>&view[0]
-    cdef uint64_t word
-    cdef Py_ssize_t at
-    if view.shape[0] % 8 or <uint64_t>words % 8:
-        raise ValueError("a bitmap is made of words of 8 bytes")
-    found = []
-    for at in range(view.shape[0] // 8):
-        if words[at] == 0:
-            continue
-        word = guest_exchange_u64(&words[at], 0)
-        while word:
-            found.append(64 * at + guest_lowest_bit(word))
-            word &= word - 1
-    return found
 
 
 cdef class Mapping:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 
+from tests.native.bitmaps import fetch_and_clear
 from vswitch.lab.guest.guest import SoftwareGuest
-from vswitch.lab.guest.mapping import fetch_and_clear
 from vswitch.vhost_user.protocol import VRING_F_LOG, Feature
 
 PAGE_LEN = 4096

@@ -63,7 +63,7 @@ def from_host(Flow flow not None, int fd, bytes frame not None, double seconds, 
     piece.iov_base = PyBytes_AS_STRING(frame)
     piece.iov_len = PyBytes_GET_SIZE(frame)
     memset(messages, 0, sizeof(messages))
-    for i in range(BATCH):
+    for i in range(<uint32_t>BATCH):
         messages[i].msg_hdr.msg_iov = &piece
         messages[i].msg_hdr.msg_iovlen = 1
     flow._begin(0)

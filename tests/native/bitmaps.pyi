@@ -1,0 +1,3 @@
+from typing_extensions import Buffer
+
+def fetch_and_clear(bitmap: Buffer) -> list[int]: ...
