@@ -161,27 +161,8 @@ async def _run(
     lines: log.CalmHandler,
     outlet: Outlet,
 ) -> int:
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    seen: list[int] = []
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, _on_signal, number, seen, stopping, outlet)
-    loop.add_signal_handler(signal.SIGHUP, _on_hangup)
-
-    # First of all, because a second switch with the same configuration must fail before it
-    # touches anything else.
-    listener = _open_control_socket(settings, control_path)
-    relay: Relay | None = None
-    try:
-        relay = await Relay.start()
-        switch = await create(settings, relay, control_path)
-    except BaseException:
-        unlink_if_ours(listener.path, listener)
-        listener.close()
-        if relay is not None:
-            await relay.close()
-        raise
-
+    stopping = _stop_on_signals(outlet)
+    listener, relay, switch = await _open(settings, control_path, create)
     turns: LoopTurns | None = None
     control = ControlServer(
         switch,
@@ -201,40 +182,82 @@ async def _run(
         gc.freeze()
         _say_ready(switch, listener.path, outlet)
         # From here on it serves others; what it took to set up is of no interest.
-        turns = _measure_turns(loop)
-        heartbeat = Heartbeat(
-            Supervisor(),
-            switch.stuck_workers,
-            lambda: _summary(switch),
-            also=lines.tell_left_out,
-        )
-        stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
-        ends: list[asyncio.Future[Any]] = [switch.failed, relay.ended]
-        await asyncio.wait([stopped, *ends], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        heartbeat.stop()
-        failure = next((end.exception() for end in ends if end.done()), None)
+        turns = _measure_turns(asyncio.get_running_loop())
+        failure = await _until_the_end(switch, relay, stopping, lines)
     finally:
         _log.info("stopping")
         if turns is not None:
             turns.close()
-        # The switch first: `stop` promises its caller that all is closed when the control
-        # connection is.
-        try:
-            await switch.close()
-        except VswitchError as exc:
-            # Dead in part is dead: whoever supervises the process is to see that it is gone.
-            _log.critical("%s: ending at once", exc.message)
-            outlet.finish(FINISH_PATIENCE_S)
-            os._exit(1)
-        finally:
-            await control.close()
-            await relay.close()
+        await _close(switch, control, relay, outlet)
     if failure is not None:
         _log.error("the switch failed and was stopped: %s", failure, exc_info=failure)
         return 1
     _log.info("stopped")
     return 0
+
+
+def _stop_on_signals(outlet: Outlet) -> asyncio.Event:
+    """The event that the first of them sets; the second one ends the process."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    seen: list[int] = []
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, _on_signal, number, seen, stopping, outlet)
+    loop.add_signal_handler(signal.SIGHUP, _on_hangup)
+    return stopping
+
+
+async def _open(
+    settings: Settings, control_path: Path, create: Create
+) -> tuple[ListeningSocket, Relay, RunningSwitch]:
+    # First of all, because a second switch with the same configuration must fail before it
+    # touches anything else.
+    listener = _open_control_socket(settings, control_path)
+    relay: Relay | None = None
+    try:
+        relay = await Relay.start()
+        return listener, relay, await create(settings, relay, control_path)
+    except BaseException:
+        unlink_if_ours(listener.path, listener)
+        listener.close()
+        if relay is not None:
+            await relay.close()
+        raise
+
+
+async def _until_the_end(
+    switch: RunningSwitch, relay: Relay, stopping: asyncio.Event, lines: log.CalmHandler
+) -> BaseException | None:
+    """Wait until the switch is to stop, or cannot go on: then what ended it is returned."""
+    heartbeat = Heartbeat(
+        Supervisor(),
+        switch.stuck_workers,
+        lambda: _summary(switch),
+        also=lines.tell_left_out,
+    )
+    stopped: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
+    ends: list[asyncio.Future[Any]] = [switch.failed, relay.ended]
+    await asyncio.wait([stopped, *ends], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    heartbeat.stop()
+    return next((end.exception() for end in ends if end.done()), None)
+
+
+async def _close(
+    switch: RunningSwitch, control: ControlServer, relay: Relay, outlet: Outlet
+) -> None:
+    # The switch first: `stop` promises its caller that all is closed when the control
+    # connection is.
+    try:
+        await switch.close()
+    except VswitchError as exc:
+        # Dead in part is dead: whoever supervises the process is to see that it is gone.
+        _log.critical("%s: ending at once", exc.message)
+        outlet.finish(FINISH_PATIENCE_S)
+        os._exit(1)
+    finally:
+        await control.close()
+        await relay.close()
 
 
 def _measure_turns(loop: asyncio.AbstractEventLoop) -> LoopTurns | None:
