@@ -38,6 +38,7 @@ from vswitch.control.client import Client
 from vswitch.errors import VswitchError
 from vswitch.lab import programs
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import BROADCAST
 from vswitch.lab.load.load import Flow, Load
 from vswitch.lab.qemu.process import sigterm_unwinds
@@ -173,7 +174,7 @@ def _connect(n: int, socket: Path, options: dict[str, Any]) -> SoftwareGuest:
         "indirect": False,
         "polling": True,
     }
-    guest = SoftwareGuest(f"52:54:00:00:00:{n + 1:02x}", **(common | options))
+    guest = SoftwareGuest(f"52:54:00:00:00:{n + 1:02x}", **by_subject(**common | options))
     guest.connect(socket)
     guest.send([ethernet(BROADCAST, guest.mac, OTHER_LEN)])
     guest.drain()

@@ -6,7 +6,7 @@ import struct
 
 from benchmarks.samples import Case
 from vswitch import ethertypes
-from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest import DEFAULT_FEATURES, BufferOptions, SoftwareGuest, Wanted
 from vswitch.lab.guest.packets import checksum
 from vswitch.lab.guest.shapes import MAX_HEADER_LEN
 from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
@@ -42,13 +42,14 @@ def guest(mac: str, case: Case, max_frame_len: int) -> SoftwareGuest:
         needed |= _TSO_FEATURES
     return SoftwareGuest(
         mac,
-        queue_size=TSO_QUEUE_SIZE if tso else QUEUE_SIZE,
-        rx_queue_size=TSO_RX_QUEUE_SIZE if tso else QUEUE_SIZE,
-        features=DEFAULT_FEATURES | needed,
-        required_features=needed,
-        indirect=False,
-        max_frame_len=TSO_FRAME_LEN if tso else max_frame_len,
-        rx_buf_len=TSO_BUF_LEN if tso else RX_BUF_LEN,
+        wanted=Wanted(features=DEFAULT_FEATURES | needed, required_features=needed),
+        buffers=BufferOptions(
+            queue_size=TSO_QUEUE_SIZE if tso else QUEUE_SIZE,
+            rx_queue_size=TSO_RX_QUEUE_SIZE if tso else QUEUE_SIZE,
+            indirect=False,
+            max_frame_len=TSO_FRAME_LEN if tso else max_frame_len,
+            rx_buf_len=TSO_BUF_LEN if tso else RX_BUF_LEN,
+        ),
         strict=False,
         polling=True,
     )

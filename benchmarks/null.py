@@ -53,7 +53,7 @@ class NullSwitch(Switch):
 
     def connect(self, guests: Sequence[SoftwareGuest]) -> None:
         for each in guests:
-            each.build_offline(each.wanted_features)
+            each.build_offline(each.wanted.features)
         self._guests = guests
         self.resume()
 

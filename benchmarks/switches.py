@@ -17,7 +17,7 @@ from benchmarks.machine import running_on
 from benchmarks.samples import Case, Kind, Setup
 from benchmarks.testpmd import Testpmd
 from vswitch._version import __version__
-from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest import BufferOptions, SoftwareGuest
 from vswitch.lab.qemu.switch_process import SwitchProcess
 
 
@@ -160,8 +160,9 @@ class CrowdedVswitch(Vswitch):
 
     def start(self) -> None:
         super().start()
+        few = BufferOptions(queue_size=64)
         for i in range(self._IDLE):
-            guest = SoftwareGuest(f"52:54:00:00:01:{i:02x}", queue_size=64, polling=True)
+            guest = SoftwareGuest(f"52:54:00:00:01:{i:02x}", buffers=few, polling=True)
             self._idle.append(guest)
             guest.connect(self.folder / f"idle{i}.sock")
 

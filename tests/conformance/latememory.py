@@ -22,8 +22,8 @@ from typing import Any
 from tests.support.running import posted
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
-from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
 from vswitch.lab.guest.memory import PAGE_LEN, Region
+from vswitch.lab.guest.options import DEFAULT_PROTOCOL_FEATURES, by_subject
 from vswitch.ports import fault_helper
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, ProtocolFeature, Request
@@ -214,7 +214,7 @@ class LateGuest(SoftwareGuest):
 
     def __init__(self, *args: Any, slots: bool = False, **options: Any) -> None:
         options.setdefault("protocol_features", PAGEFAULT)
-        super().__init__(*args, **options)
+        super().__init__(*args, **by_subject(**options))
         self.other_side = OtherSide(self)
         self.slots = slots
         self.unsent: list[bytes] = []

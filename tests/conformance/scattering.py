@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vswitch.lab.guest import SoftwareGuest
-from vswitch.lab.guest.guest import AnyQueue
 from vswitch.lab.guest.memory import PAGE_LEN
+from vswitch.lab.guest.net_driver import AnyQueue
 from vswitch.vhost_user.datapath import ring_areas
 
 

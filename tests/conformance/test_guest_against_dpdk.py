@@ -18,6 +18,7 @@ from tests.support.formats import ALL_COMBINATIONS, FORMATS, name_of
 from tests.support.frames import frames, mac
 from tests.support.testpmd import Testpmd
 from vswitch.lab.guest import DEFAULT_FEATURES, BackendClosedError, SoftwareGuest
+from vswitch.lab.guest.options import Wanted, by_subject
 from vswitch.lab.load.load import Flow, Load
 from vswitch.vhost_user.protocol import Feature
 
@@ -53,14 +54,8 @@ def exchange(a: SoftwareGuest, b: SoftwareGuest, lengths: list[int], rounds: int
 @pytest.mark.parametrize("features", ALL_COMBINATIONS, ids=name_of)
 def test_feature_matrix(backend: tuple[Path, Path], features: Feature) -> None:
     wanted = features | BASE
-    with (
-        SoftwareGuest(
-            A, features=wanted, required_features=wanted, rx_guard_len=8, strict=False
-        ) as a,
-        SoftwareGuest(
-            B, features=wanted, required_features=wanted, rx_guard_len=8, strict=False
-        ) as b,
-    ):
+    options = by_subject(features=wanted, required_features=wanted, rx_guard_len=8, strict=False)
+    with SoftwareGuest(A, **options) as a, SoftwareGuest(B, **options) as b:
         a.connect(backend[0])
         b.connect(backend[1])
         assert a.features == b.features == wanted
@@ -93,8 +88,8 @@ def test_shapes_of_chains_and_memory(
         "indirect": indirect, "strict": False,
     }  # fmt: skip
     with (
-        SoftwareGuest(A, tx_cuts=tx_cuts, slot_offset=3, **options) as a,
-        SoftwareGuest(B, rx_cuts=rx_cuts, rx_guard_len=5, **options) as b,
+        SoftwareGuest(A, **by_subject(tx_cuts=tx_cuts, slot_offset=3, **options)) as a,
+        SoftwareGuest(B, **by_subject(rx_cuts=rx_cuts, rx_guard_len=5, **options)) as b,
     ):
         a.connect(backend[0])
         b.connect(backend[1])
@@ -106,10 +101,8 @@ def test_shapes_of_chains_and_memory(
 def test_jumbo_frames(backend: tuple[Path, Path], mergeable: bool, format: str) -> None:
     features = DEFAULT_FEATURES | FORMATS[format]
     features &= ~Feature(0) if mergeable else ~Feature.MRG_RXBUF
-    with (
-        SoftwareGuest(A, features=features, max_frame_len=9018, strict=False) as a,
-        SoftwareGuest(B, features=features, max_frame_len=9018, strict=False) as b,
-    ):
+    options = by_subject(features=features, max_frame_len=9018, strict=False)
+    with SoftwareGuest(A, **options) as a, SoftwareGuest(B, **options) as b:
         a.connect(backend[0])
         b.connect(backend[1])
         exchange(a, b, [60, 2036, 2037, 4084, 4085, 8999, 9018] * 2)
@@ -122,8 +115,8 @@ def test_indices_wrap(backend: tuple[Path, Path], event_idx: bool, format: str) 
     features &= ~Feature(0) if event_idx else ~Feature.RING_EVENT_IDX
     options: dict[str, Any] = {"features": features, "queue_size": 64, "strict": False}
     with (
-        SoftwareGuest(A, first_idx=65500, **options) as a,
-        SoftwareGuest(B, first_idx=65471, **options) as b,
+        SoftwareGuest(A, **by_subject(first_idx=65500, **options)) as a,
+        SoftwareGuest(B, **by_subject(first_idx=65471, **options)) as b,
     ):
         a.connect(backend[0])
         b.connect(backend[1])
@@ -142,8 +135,8 @@ def test_packed_rings_of_any_size(backend: tuple[Path, Path], size: int, in_orde
         "indirect": False, "tx_cuts": (0, 50), "strict": False,
     }  # fmt: skip
     with (
-        SoftwareGuest(A, first_idx=size - 1, **options) as a,
-        SoftwareGuest(B, first_idx=2 * size - 20, rx_guard_len=8, **options) as b,
+        SoftwareGuest(A, **by_subject(first_idx=size - 1, **options)) as a,
+        SoftwareGuest(B, **by_subject(first_idx=2 * size - 20, rx_guard_len=8, **options)) as b,
     ):
         a.connect(backend[0])
         b.connect(backend[1])
@@ -171,8 +164,8 @@ def test_several_queue_pairs(backend: tuple[Path, Path]) -> None:
 def test_verified_load(backend: tuple[Path, Path], format: str) -> None:
     features = DEFAULT_FEATURES | FORMATS[format]
     with (
-        SoftwareGuest(A, features=features, polling=True, strict=False) as a,
-        SoftwareGuest(B, features=features, polling=True, strict=False) as b,
+        SoftwareGuest(A, wanted=Wanted(features=features), polling=True, strict=False) as a,
+        SoftwareGuest(B, wanted=Wanted(features=features), polling=True, strict=False) as b,
     ):
         a.connect(backend[0])
         b.connect(backend[1])
@@ -212,8 +205,8 @@ def test_backend_in_client_mode(run_dir: Path, format: str) -> None:
     paths = run_dir / "c.sock", run_dir / "d.sock"
     features = DEFAULT_FEATURES | FORMATS[format]
     with (
-        SoftwareGuest(A, features=features, strict=False) as a,
-        SoftwareGuest(B, features=features, strict=False) as b,
+        SoftwareGuest(A, wanted=Wanted(features=features), strict=False) as a,
+        SoftwareGuest(B, wanted=Wanted(features=features), strict=False) as b,
     ):
         a.listen(paths[0])
         b.listen(paths[1])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.frames import BROADCAST, frame, frames, mac
 from tests.support.running import Wire, exchanging, silent, teach
-from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest import DEFAULT_FEATURES, BufferOptions, SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
 from vswitch.lab.guest.memory import Region
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawDesc
@@ -352,7 +352,7 @@ class TwoFaced(SoftwareGuest):
 
     def connect_again(self, path: Path) -> Frontend:
         second = Frontend.connect(path, 5.0)
-        second.negotiate(self.wanted_features, self.wanted_protocol_features, required=0)
+        second.negotiate(self.wanted.features, self.wanted.protocol_features, required=0)
         first, self._frontend = self._frontend, second
         try:
             self.start_rings()
@@ -363,7 +363,7 @@ class TwoFaced(SoftwareGuest):
 
 def test_two_ports_with_one_memory(wire: Wire) -> None:
     """Both ports take from one transmitq and fill one receiveq: the confusion is that guest's."""
-    a = wire.enter(TwoFaced(A, queue_size=SIZE, regions=MEMORY))
+    a = wire.enter(TwoFaced(A, buffers=BufferOptions(queue_size=SIZE), regions=MEMORY))
     a.connect(wire.port("a"))
     b, c, d = wire.guest("b", 2), wire.guest("c", 3), wire.guest("d", 4)
     teach(a, b, c, d)

@@ -16,7 +16,7 @@ from tests.support.running import Wire, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.errors import BackendRefusedError
 from vswitch.lab.guest.frontend import Frontend
-from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
+from vswitch.lab.guest.options import DEFAULT_PROTOCOL_FEATURES
 from vswitch.ports.diagnosis import IN_VAIN, SPACING_S
 from vswitch.vhost_user.protocol import Feature, MemRegion, ProtocolFeature, Request
 

@@ -12,7 +12,7 @@ from tests.conformance.scattering import scatter
 from tests.support.frames import frame, frames, mac
 from tests.support.running import Wire, teach, translated
 from vswitch.lab.guest import DEFAULT_FEATURES, Region
-from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.net_driver import AnyQueue
 from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import Feature
 
@@ -259,7 +259,7 @@ def test_a_buffer_across_regions_is_marked_on_both_sides(wire: Wire) -> None:
     log = DirtyLog(b)
     try:
         b.stop_rings()
-        b._build()
+        b.build_rings()
         b.start_rings()
         raw = b.receiveqs[0].raw
         # The rings are fresh: everything that was posted is taken first, then the odd one.

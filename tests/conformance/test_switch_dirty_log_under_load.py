@@ -14,7 +14,8 @@ from tests.support.frames import frames, mac
 from tests.support.ippackets import Packet
 from tests.support.running import DEADLINE_S, Wire, loading, teach, used_on
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
-from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
+from vswitch.lab.guest.net_driver import AnyQueue
+from vswitch.lab.guest.options import DEFAULT_PROTOCOL_FEATURES
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.lab.load.load import Flow, Load
 from vswitch.ports import offloads

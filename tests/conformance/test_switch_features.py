@@ -9,7 +9,7 @@ from tests.support.frames import frames, mac
 from tests.support.running import Wire, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.frontend import Frontend
-from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES
+from vswitch.lab.guest.options import DEFAULT_PROTOCOL_FEATURES, Wanted
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature
 
 A, B = mac(1), mac(2)
@@ -72,9 +72,11 @@ def test_access_platform_is_passed_on(wire: Wire, frontend: str, name: str) -> N
     """Addresses of a protected guest are guest-physical, a channel to ask for others or not."""
     guest = SoftwareGuest(
         A,
-        features=DEFAULT_FEATURES | Feature.ACCESS_PLATFORM | FORMATS[name],
-        required_features=Feature.ACCESS_PLATFORM,
-        protocol_features=DEFAULT_PROTOCOL_FEATURES | ProtocolFeature.BACKEND_REQ,
+        wanted=Wanted(
+            features=DEFAULT_FEATURES | Feature.ACCESS_PLATFORM | FORMATS[name],
+            required_features=Feature.ACCESS_PLATFORM,
+            protocol_features=DEFAULT_PROTOCOL_FEATURES | ProtocolFeature.BACKEND_REQ,
+        ),
     )
     a = wire.enter(guest)
     a.connect(wire.port("a", frontend=frontend))

@@ -12,6 +12,7 @@ from tests.support.frames import BROADCAST, frame, mac
 from tests.support.ippackets import ACK, CWR, FIN, PSH, QINQ, TCP, UDP, VLAN, Packet, fold
 from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest, VnetHeader, vnet
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
@@ -216,7 +217,7 @@ def test_sender_without_a_feature(wire: Wire, kind: str, lacks: Feature) -> None
 )  # fmt: skip
 def test_switchable_per_port(wire: Wire, setting: bool | list[str], offered: Feature) -> None:
     a = guest(wire, "a", 1)
-    b = wire.enter(SoftwareGuest(B, features=DEFAULT_FEATURES | ALL, **LARGE))
+    b = wire.enter(SoftwareGuest(B, **by_subject(features=DEFAULT_FEATURES | ALL, **LARGE)))
     b.connect(wire.port("b", offloads=setting))
     assert b.frontend.offered_features & ALL == offered
     assert Feature.CTRL_GUEST_OFFLOADS not in b.frontend.offered_features

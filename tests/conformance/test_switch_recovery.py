@@ -21,6 +21,7 @@ from tests.support.formats import FORMATS
 from tests.support.frames import frames, mac
 from tests.support.running import RunningSwitch, posted
 from vswitch.lab.guest import DEFAULT_FEATURES, Region, SoftwareGuest
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import format_mac
 from vswitch.lab.load.load import Flow, FlowResult, Load
 from vswitch.vhost_user.protocol import Feature
@@ -53,10 +54,8 @@ class Pair:
         self.guests = [
             SoftwareGuest(
                 mac(100 + 2 * n + i),
-                features=features,
-                required_features=features,
                 polling=True,
-                **options,
+                **by_subject(features=features, required_features=features, **options),
             )
             for i in (0, 1)
         ]

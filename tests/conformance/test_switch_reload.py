@@ -21,7 +21,8 @@ from tests.support.frames import frames, mac
 from tests.support.running import Wire, silent, teach
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.errors import BackendRefusedError
-from vswitch.lab.guest.guest import DEFAULT_PROTOCOL_FEATURES, AnyQueue
+from vswitch.lab.guest.net_driver import AnyQueue
+from vswitch.lab.guest.options import DEFAULT_PROTOCOL_FEATURES, Wanted
 from vswitch.vhost_user.protocol import (
     HEADER,
     VRING_F_LOG,
@@ -96,7 +97,7 @@ def test_a_driver_is_reloaded(wire: Wire, name: str) -> None:
         crosses(a, b, tag)
         disable(a)
         a.frontend.set_features(a.features)
-        a._build()
+        a.build_rings()
         set_up(a, order)
     crosses(a, b, len(ORDERS))
     well(wire)
@@ -136,7 +137,7 @@ def test_another_driver_takes_other_rings(wire: Wire, formats: tuple[str, str]) 
     disable(a)
     a.features = a.features & ~first | second
     a.frontend.set_features(a.features)
-    a._build()
+    a.build_rings()
     set_up(a, ORDERS[0])
     crosses(a, b, 2)
     well(wire)
@@ -167,7 +168,7 @@ def test_nobody_touches_the_memory_of_a_driver_that_is_gone(wire: Wire, name: st
             assert a.memory.read(gpa, 64) == b"\x5a" * 64
     assert (wire.info("a")["state"], wire.info("a")["error"]) == ("connected", None)
     a.frontend.set_features(a.features)
-    a._build()
+    a.build_rings()
     set_up(a, ORDERS[0])
     crosses(a, b, 2)
     well(wire)
@@ -198,8 +199,10 @@ def test_with_what_is_in_flight(wire: Wire, name: str) -> None:
     """The notes that the frontend keeps are of the rings before."""
     a = SoftwareGuest(
         A,
-        features=DEFAULT_FEATURES | FORMATS[name],
-        protocol_features=DEFAULT_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD,
+        wanted=Wanted(
+            features=DEFAULT_FEATURES | FORMATS[name],
+            protocol_features=DEFAULT_PROTOCOL_FEATURES | ProtocolFeature.INFLIGHT_SHMFD,
+        ),
     )
     wire.enter(a)
     a.connect(wire.port("a"))
@@ -215,7 +218,7 @@ def test_with_what_is_in_flight(wire: Wire, name: str) -> None:
         crosses(a, b, tag)
         disable(a)
         frontend.set_features(a.features)
-        a._build()
+        a.build_rings()
         set_up(a, order)
     os.close(fds[0])
     crosses(a, b, 99)
@@ -240,7 +243,7 @@ def test_with_a_dirty_log(wire: Wire, name: str) -> None:
     crosses(a, b, 1)
     disable(a)
     a.frontend.set_features(a.features | Feature.LOG_ALL)
-    a._build()
+    a.build_rings()
     log.fetch()
     set_up(a, ORDERS[0])
     for queue in a.queues():
@@ -263,7 +266,7 @@ def test_memory_that_the_old_rings_are_not_in(wire: Wire) -> None:
     regions, fds = a.memory.table()
     shifted = [region._replace(uva=region.uva + (1 << 40)) for region in regions]
     a.frontend.set_mem_table(shifted, fds)
-    a._build()
+    a.build_rings()
     for queue in a.queues():
         addr = a.vring_addr(queue)
         moved = {
@@ -292,7 +295,7 @@ def test_a_ring_that_lies_nowhere_is_refused_when_it_is_enabled(wire: Wire) -> N
     queue.kick()
     wire.wait_state("a", "fault")
     assert "outside the guest memory" in (wire.info("a")["error"] or "")
-    a._build()
+    a.build_rings()
     set_up(a, ORDERS[0])
     crosses(a, b, 1)
     assert (wire.info("a")["state"], wire.info("a")["error"]) == ("ready", None)

@@ -18,7 +18,7 @@ from tests.conformance.scattering import scatter
 from tests.support.frames import BROADCAST, frame, mac
 from tests.support.running import RunningSwitch, Wire, teach, translated
 from vswitch.lab.guest import Region, SoftwareGuest
-from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.net_driver import AnyQueue
 from vswitch.lab.guest.raw import RawDesc
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.protocol import MemRegion, Request

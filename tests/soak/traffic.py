@@ -11,6 +11,7 @@ from typing import Any
 
 from vswitch import ethertypes
 from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import format_mac
 
 ETHERTYPE = ethertypes.wire(ethertypes.EXPERIMENT)
@@ -48,7 +49,9 @@ class Station:
     def __init__(self, number: int, life: int, rng: Random, **options: Any) -> None:
         self.number, self.life = number, life
         self.name = f"s{number}"
-        self.guest = SoftwareGuest(format_mac(mac_of(number)), polling=True, **options)
+        self.guest = SoftwareGuest(
+            format_mac(mac_of(number)), polling=True, **by_subject(**options)
+        )
         self.rng = rng
         self.numbers: dict[int, int] = {}
         self.heard: dict[tuple[int, int], int] = {}

@@ -11,6 +11,7 @@ from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import Memory
 from vswitch.fastpath.main.port import Port, Ring
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.options import by_subject
 from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
 
@@ -40,7 +41,8 @@ class Rig:
     def guest(self, n: int, features: int = ALL, **options: Any) -> tuple[SoftwareGuest, Port]:
         """A guest with these features besides those of every guest."""
         options = {"max_frame_len": 65553, "queue_size": 64, **options}
-        guest = self._stack.enter_context(SoftwareGuest(f"52:54:00:00:00:{n:02x}", **options))
+        mac = f"52:54:00:00:00:{n:02x}"
+        guest = self._stack.enter_context(SoftwareGuest(mac, **by_subject(**options)))
         guest.build_offline(DEFAULT_FEATURES | features)
         port = self.engine.add_port(f"vm{n}")
         regions, fds = guest.memory.table()

@@ -18,7 +18,8 @@ from tests.support.frames import BROADCAST, frame, frames, mac
 from vswitch.api import PortInfo, PortStats
 from vswitch.control.client import Client
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
-from vswitch.lab.guest.guest import AnyQueue
+from vswitch.lab.guest.net_driver import AnyQueue
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import format_mac
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_LEN, RawDesc
 from vswitch.lab.load.load import SEQUENCE_LEN, Flow, FlowResult, Load
@@ -147,9 +148,9 @@ class Wire:
         self, name: str, n: int, ip: str | None = None, *, mode: str = "server",
         mtu_of_port: int | None = None, **options: Any,
     ) -> SoftwareGuest:  # fmt: skip
-        """The n-th guest, connected to a port of its own. `options` as for SoftwareGuest."""
+        """The n-th guest, connected to a port of its own. `options` as for by_subject()."""
         options["features"] = options.get("features", DEFAULT_FEATURES) | self.extra_features
-        guest = self._stack.enter_context(SoftwareGuest(mac(n), ip, **options))
+        guest = self._stack.enter_context(SoftwareGuest(mac(n), ip, **by_subject(**options)))
         queues = options.get("queues", 1)
         if mode == "server":
             guest.connect(self.port(name, mtu=mtu_of_port, queues=queues))

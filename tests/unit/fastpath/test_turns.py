@@ -91,7 +91,7 @@ def test_turns_of_a_tap() -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """Frames from one guest to another; options of both as for SoftwareGuest."""
+    """Frames from one guest to another; options of both as for by_subject()."""
 
     length: int = 60
     header: bytes = bytes(12)

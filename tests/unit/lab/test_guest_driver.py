@@ -6,12 +6,14 @@ import itertools
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from benchmarks.native.null_backend import NullBackend
 from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
 from vswitch.lab.guest.memory import GuestMemory, plain_layout, scattered_layout
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.packets import parse_mac
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, RawRing
 from vswitch.lab.guest.shapes import cut
@@ -22,9 +24,9 @@ A = "52:54:00:00:00:01"
 B = "52:54:00:00:00:02"
 
 
-def offline(**options: object) -> SoftwareGuest:
-    features = int(options.pop("features", DEFAULT_FEATURES))  # type: ignore[call-overload]
-    guest = SoftwareGuest(A, **{"queue_size": 8, "indirect": False, **options})  # type: ignore[arg-type]
+def offline(**options: Any) -> SoftwareGuest:
+    features = options.pop("features", DEFAULT_FEATURES)
+    guest = SoftwareGuest(A, **by_subject(**{"queue_size": 8, "indirect": False, **options}))
     guest.build_offline(features)
     return guest
 

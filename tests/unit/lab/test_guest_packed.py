@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 import threading
+from typing import Any
 
 import pytest
 
 from benchmarks.native.null_backend import NullBackend
 from vswitch.lab.guest import DEFAULT_FEATURES, DeviceError, GuestError, SoftwareGuest
 from vswitch.lab.guest.driver import TransmitQueue
+from vswitch.lab.guest.options import by_subject
 from vswitch.lab.guest.queues import GuestQueue
 from vswitch.lab.guest.raw import (
     DESC_F_INDIRECT,
@@ -31,9 +33,9 @@ PACKED = DEFAULT_FEATURES | Feature.RING_PACKED
 WRAP = 0x8000
 
 
-def offline(**options: object) -> SoftwareGuest:
-    features = int(options.pop("features", PACKED))  # type: ignore[call-overload]
-    guest = SoftwareGuest(A, **{"queue_size": 8, "indirect": False, **options})  # type: ignore[arg-type]
+def offline(**options: Any) -> SoftwareGuest:
+    features = options.pop("features", PACKED)
+    guest = SoftwareGuest(A, **by_subject(**{"queue_size": 8, "indirect": False, **options}))
     guest.build_offline(features)
     return guest
 

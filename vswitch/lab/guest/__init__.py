@@ -12,12 +12,10 @@ from vswitch.lab.guest.errors import (
     GuestError,
 )
 from vswitch.lab.guest.frontend import Frontend, Listener
-from vswitch.lab.guest.guest import (
-    DEFAULT_FEATURES,
-    DEFAULT_PROTOCOL_FEATURES,
-    SoftwareGuest,
-)
+from vswitch.lab.guest.guest import SoftwareGuest
 from vswitch.lab.guest.memory import GuestMemory, Region, plain_layout, scattered_layout
+from vswitch.lab.guest.options import DEFAULT_FEATURES, DEFAULT_PROTOCOL_FEATURES, Wanted
+from vswitch.lab.guest.shapes import BufferOptions
 from vswitch.lab.guest.vnet import VnetHeader
 
 __all__ = [
@@ -26,6 +24,7 @@ __all__ = [
     "BackendClosedError",
     "BackendRefusedError",
     "BackendTimeoutError",
+    "BufferOptions",
     "DeviceError",
     "Frontend",
     "GuestError",
@@ -34,6 +33,7 @@ __all__ = [
     "Region",
     "SoftwareGuest",
     "VnetHeader",
+    "Wanted",
     "plain_layout",
     "scattered_layout",
 ]

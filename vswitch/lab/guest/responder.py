@@ -9,13 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
 
 from vswitch.lab.guest.errors import BackendClosedError, BackendTimeoutError, GuestError
+from vswitch.lab.guest.net_driver import NetDriver
 from vswitch.lab.guest.stack import NetStack
-
-if TYPE_CHECKING:
-    from vswitch.lab.guest.guest import SoftwareGuest
 
 _RETRY_S = 0.5
 """After this time without an answer a request is sent once more."""
@@ -25,10 +22,16 @@ _idents = itertools.count(1)
 
 
 class Responder:
-    """Receives all frames of a guest in a thread and answers those that its stack knows."""
+    """Receives all frames of a guest in a thread and answers those that its stack knows.
 
-    def __init__(self, guest: SoftwareGuest, *, reconnect: bool) -> None:
-        self._guest = guest
+    `reconnect` gets a backend back that went away, in so many seconds.
+    """
+
+    def __init__(
+        self, driver: NetDriver, stack: NetStack, reconnect: Callable[[float], None] | None
+    ) -> None:
+        self._driver = driver
+        self._stack = stack
         self._reconnect = reconnect
         self._heard = threading.Condition()
         self._inbox: deque[bytes] = deque(maxlen=_INBOX_SIZE)
@@ -36,7 +39,7 @@ class Responder:
         self._stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(
-            target=self._run, name=f"responder {guest.name}", daemon=True
+            target=self._run, name=f"responder {driver.name}", daemon=True
         )
         self._thread.start()
 
@@ -46,7 +49,7 @@ class Responder:
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
         os.close(self._wake_fd)
-        self._guest.requeue(self._inbox)
+        self._driver.requeue(self._inbox)
         if self._error is not None:
             raise self._error
 
@@ -75,32 +78,32 @@ class Responder:
                 try:
                     self._serve()
                 except BackendClosedError:
-                    if not self._reconnect:
+                    if self._reconnect is None:
                         raise
-                    self._regain()
+                    self._regain(self._reconnect)
         except BaseException as error:
             with self._heard:
                 self._error = error
                 self._heard.notify_all()
 
     def _serve(self) -> None:
-        guest = self._guest
+        driver = self._driver
         while not self._stopping:
             deadline = time.monotonic() + _RETRY_S
-            if not guest.wait_used(guest.receiveqs, deadline, self._wake_fd):
+            if not driver.wait_used(driver.receiveqs, deadline, self._wake_fd):
                 continue
-            for frame in guest.poll_frames(64):
+            for frame in driver.poll_frames(64):
                 with self._heard:
-                    taken, replies = guest.stack.handle(frame)
+                    taken, replies = self._stack.handle(frame)
                     if not taken:
                         self._inbox.append(frame)
                     self._heard.notify_all()
-                guest.send(replies)
+                driver.send(replies)
 
-    def _regain(self) -> None:
+    def _regain(self, reconnect: Callable[[float], None]) -> None:
         while not self._stopping:
             try:
-                self._guest.reconnect(_RETRY_S)
+                reconnect(_RETRY_S)
             except (BackendTimeoutError, BackendClosedError):
                 continue
             return

@@ -71,20 +71,31 @@ def stride(length: int, shape: QueueShape) -> int:
     return round_up(length + shape.guard_len + shape.offset, 64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferOptions:
-    """What a guest's buffers are to look like, whatever will be negotiated; see SoftwareGuest."""
+    """What a guest's rings and buffers are to look like, whatever will be negotiated."""
 
-    tx_size: int
-    rx_size: int
-    max_frame_len: int
-    tx_cuts: tuple[int, ...]
-    rx_cuts: tuple[int, ...]
-    rx_buf_len: int | None
-    indirect: bool
-    rx_guard_len: int
-    slot_offset: int
-    first_idx: int
+    queue_size: int = 256
+    """Entries of each ring, 2 to 32768; a power of two in split rings."""
+    rx_queue_size: int | None = None
+    """Entries of receiveqs, where they are others."""
+    max_frame_len: int = 1518
+    """Longest frame to send, and to receive without mergeable buffers, in bytes."""
+    tx_cuts: tuple[int, ...] = ()
+    """Where to cut buffers into descriptors, see cut(). Legacy layout (neither VERSION_1 nor
+    ANY_LAYOUT) cuts after the header where the standard demands it."""
+    rx_cuts: tuple[int, ...] = ()
+    rx_buf_len: int | None = None
+    """Bytes of one receive buffer, header included. Default: 2048 with mergeable buffers, else as
+    max_frame_len requires."""
+    indirect: bool = True
+    """Use indirect descriptors when they are negotiated."""
+    rx_guard_len: int = 0
+    """See QueueShape: a guard makes every write past the reported length an error."""
+    slot_offset: int = 0
+    """See QueueShape."""
+    first_idx: int = 0
+    """Where the free-running indices of fresh rings begin, 0 to 65535; see VirtQueue."""
 
     def shape(self, features: int, *, transmit: bool) -> QueueShape:
         """The queue's buffers under these features."""
@@ -97,7 +108,7 @@ class BufferOptions:
         if not transmit:
             buf_len = self.rx_buf_len or (2048 if mergeable else buf_len)
         return QueueShape(
-            size=self.tx_size if transmit else self.rx_size,
+            size=self.queue_size if transmit else self.rx_queue_size or self.queue_size,
             buf_len=buf_len,
             cuts=cuts,
             indirect=self.indirect and bool(features & Feature.RING_INDIRECT_DESC),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from vswitch import ethertypes
 from vswitch.lab.guest.errors import BackendTimeoutError, GuestError
-from vswitch.lab.guest.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.guest import SoftwareGuest
+from vswitch.lab.guest.options import DEFAULT_FEATURES, Wanted
 from vswitch.lab.guest.packets import BROADCAST
+from vswitch.lab.guest.shapes import BufferOptions
 from vswitch.lab.load.latency import latencies
 from vswitch.lab.load.load import Flow, FlowResult, Load
 from vswitch.vhost_user.protocol import Feature
@@ -97,12 +99,13 @@ def _guest(mac: str, options: Options) -> SoftwareGuest:
     needed = Feature.RING_PACKED if options.packed else Feature(0)
     return SoftwareGuest(
         mac,
-        queue_size=options.queue_size,
-        features=DEFAULT_FEATURES | needed,
-        required_features=needed,
-        indirect=False,
-        max_frame_len=options.frame_len,
-        rx_buf_len=_RX_BUF_LEN,
+        wanted=Wanted(features=DEFAULT_FEATURES | needed, required_features=needed),
+        buffers=BufferOptions(
+            queue_size=options.queue_size,
+            indirect=False,
+            max_frame_len=options.frame_len,
+            rx_buf_len=_RX_BUF_LEN,
+        ),
         strict=False,
         polling=True,
     )
