@@ -11,8 +11,8 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
