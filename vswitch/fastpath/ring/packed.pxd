@@ -92,9 +92,14 @@ cdef inline int walk_packed(
     RingC *ring, uint32_t index, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
 ) noexcept nogil:
     """Leaves the buffer id and the number of ring entries in `walk_id` and `walk_count`."""
-    cdef VringDesc desc = first[0]
+    cdef VringDesc desc
     cdef uint32_t n_segs = 0, count = 1, i, entries
     cdef uint64_t table_gpa
+    # Field by field, as it was written a moment ago: a load of it all would wait for these stores.
+    desc.addr = first.addr
+    desc.len = first.len
+    desc.next = first.next
+    desc.flags = first.flags
     while not desc.flags & VRING_DESC_F_INDIRECT:
         if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
             ring_fault(ring, FAULT_DIRECTION, desc.flags, index)
