@@ -161,6 +161,10 @@ class PortDatapath(PortMemory):
         unstarted = {index: self._parking.held(index) for index in indices}
         for ring in rings:
             self._parking.release(ring.index)
+            # Nor may it go on when what it waits for comes in the midst of this.
+            for translation in (self._iotlb, self._postcopy):
+                if translation is not None:
+                    translation.stopping(ring.index)
             ring.unpublish()
             self._engine.detach(ring)
             self._forget_kicks(ring.index)

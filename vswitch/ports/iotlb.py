@@ -165,6 +165,10 @@ class PortIotlb(PortTranslation):
         self._changed()
         self.scan(index)
 
+    def stopping(self, index: int) -> None:
+        """A ring is about to stop: it does not go on, whatever is translated now."""
+        self._suspended.discard(index)
+
     def stopped(self, index: int) -> None:
         """A ring has stopped. After the last one frontends tell no more: all is forgotten."""
         self._setups.pop(index, None)

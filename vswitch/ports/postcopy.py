@@ -75,6 +75,8 @@ class _Waiting:
     """What is not: guest addresses, by those of the process."""
     asked: bool = False
     """All of that was asked for."""
+    stopping: bool = False
+    """It is to stop before it ever ran."""
 
 
 class PortPostcopy(PortTranslation):
@@ -235,6 +237,11 @@ class PortPostcopy(PortTranslation):
             self._setups[index] = setup
         self._look()
 
+    def stopping(self, index: int) -> None:
+        """A ring is about to stop: it does not start, whatever comes now."""
+        if index in self._waiting:
+            self._waiting[index].stopping = True
+
     def stopped(self, index: int, base: int) -> int:
         """A ring has stopped at `base`; where it is to go on, which it may never have reached."""
         self._setups.pop(index, None)
@@ -245,6 +252,8 @@ class PortPostcopy(PortTranslation):
         """Start those whose own memory is there now; whether there were any."""
         resumed = False
         for index, waiting in list(self._waiting.items()):
+            if waiting.stopping:
+                continue
             if waiting.missing:
                 if not waiting.asked and len(self._asked) < ASKED_MAX:
                     areas = [(self._area(gpa=gpa), gpa) for gpa in waiting.missing.values()]
