@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from tests.support.notes import Notes
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.mapping import Memory
+from vswitch.fastpath.main.mapping import DirtyLog, Memory
 from vswitch.fastpath.main.port import Port, Ring
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.options import by_subject
@@ -38,13 +39,37 @@ class Rig:
         stack.callback(thread.join)
         stack.callback(worker.stop)
 
-    def guest(self, n: int, features: int = ALL, **options: Any) -> tuple[SoftwareGuest, Port]:
-        """A guest with these features besides those of every guest."""
+    def guest(
+        self,
+        n: int,
+        features: int = ALL,
+        *,
+        notes: Notes | None = None,
+        log: DirtyLog | None = None,
+        **options: Any,
+    ) -> tuple[SoftwareGuest, Port]:
+        """A guest with these features besides those of every guest; the rest is as for `plug`."""
         options = {"max_frame_len": 65553, "queue_size": 64, **options}
         mac = f"52:54:00:00:00:{n:02x}"
         guest = self._stack.enter_context(SoftwareGuest(mac, **by_subject(**options)))
         guest.build_offline(DEFAULT_FEATURES | features)
+        return guest, self.plug(guest, n, notes, log)
+
+    def plug(
+        self,
+        guest: SoftwareGuest,
+        n: int,
+        notes: Notes | None = None,
+        log: DirtyLog | None = None,
+    ) -> Port:
+        """A port with the rings of a guest as they are.
+
+        They are known again by their `notes`, and what is written into the guest is marked in
+        `log`.
+        """
         port = self.engine.add_port(f"vm{n}")
+        if notes is not None:
+            port.use_journal(notes.journal)
         regions, fds = guest.memory.table()
         memory = Memory(regions, fds)
         for queue in guest.queues():
@@ -52,6 +77,8 @@ class Rig:
             ring.enabled = True
             ring.set_call(queue.call_fd)
             addr = guest.vring_addr(queue)
+            if log is not None:
+                ring.set_log(log, queue.layout.used_gpa)
             ring.start(
                 memory,
                 queue.layout.size,
@@ -68,11 +95,12 @@ class Rig:
                 offloads=(offloads.asked_for if ring.is_transmitq else offloads.taken)(
                     guest.features
                 ),
+                identity=0 if notes is None else n,
             )
             self.engine.attach(ring, queue.kick_fd)
             self._keep += [memory, ring]
         self.settle()
-        return guest, port
+        return port
 
     def settle(self) -> None:
         ticket = self.engine.publish()
