@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from vswitch.fastpath.main.fdb import GONE_A_TURN, SLOTS_A_TURN, Fdb, key_mac, mac_key
 
 LIMIT = 64
-keys = st.integers(1, 100).map(lambda n: mac_key(f"52:54:00:00:00:{n:02x}", n % 3))
-ports = st.integers(0, 5)
+# So few that most steps are about one that is there already, often at another port.
+keys = st.integers(1, 12).map(lambda n: mac_key(f"52:54:00:00:00:{n:02x}", n % 3))
+ports = st.integers(0, 3)
 
 
 class FdbAgainstModel(RuleBasedStateMachine):
@@ -24,14 +25,19 @@ class FdbAgainstModel(RuleBasedStateMachine):
         self.fdb = Fdb(LIMIT)
         self.model: dict[int, tuple[int, bool, int]] = {}
         self.tick = self.fdb.tick
-        self.most = dict.fromkeys(range(6), LIMIT)
+        self.most = dict.fromkeys(range(4), LIMIT)
 
     def dynamic(self, port: int) -> int:
         return sum(at == port and not static for at, static, _ in self.model.values())
 
-    @rule(key=keys, port=ports)
-    def learn(self, key: int, port: int) -> None:
-        learned = self.fdb.learn(key, port)
+    # Many at a time, for most of the other rules take some away.
+    @rule(seen=st.lists(st.tuples(keys, ports, st.booleans()), min_size=4, max_size=24))
+    def learn(self, seen: list[tuple[int, int, bool]]) -> None:
+        for key, port, late in seen:
+            self.learn_one(key, port, late)
+
+    def learn_one(self, key: int, port: int, late: bool) -> None:
+        learned = (self.fdb.learn_late if late else self.fdb.learn)(key, port)
         old = self.model.get(key)
         if self.dynamic(port) >= self.most[port] and (
             old is None or (not old[1] and old[0] != port)
@@ -43,7 +49,7 @@ class FdbAgainstModel(RuleBasedStateMachine):
         if old is None or not old[1]:
             self.model[key] = (port, False, self.tick)
 
-    @rule(port=ports, most=st.integers(1, 8))
+    @rule(port=ports, most=st.integers(1, 4))
     def limit(self, port: int, most: int) -> None:
         self.fdb.limit(port, most)
         self.most[port] = most
@@ -125,6 +131,25 @@ def test_no_more_than_the_limit() -> None:
         fdb.learn(mac(n), 1)
     assert len(fdb) <= 16
     assert fdb.full == 100 - len(fdb)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_a_full_port_keeps_what_it_has_and_gets_no_more(late: bool) -> None:
+    """Nor from another port, whatever was looked at before the table was locked."""
+    fdb = Fdb(16)
+    learn = fdb.learn_late if late else fdb.learn
+    fdb.learn(mac(1), 1)
+    fdb.learn(mac(2), 2)
+    fdb.limit(1, 1)
+    fdb.tick += 5
+    assert not learn(mac(2), 1)
+    assert not learn(mac(3), 1)
+    assert learn(mac(1), 1), "its own stays, and is seen"
+    assert sorted(fdb.entries()) == [(mac(1), 1, False, 0), (mac(2), 2, False, 5)]
+    assert (fdb.learned(1), fdb.learned(2)) == (1, 1)
+    assert learn(mac(1), 2), "what goes elsewhere leaves room"
+    assert learn(mac(3), 1)
+    assert (fdb.learned(1), fdb.learned(2)) == (1, 2)
 
 
 def test_a_static_entry_replaces_and_is_not_moved() -> None:

@@ -197,6 +197,20 @@ cdef class Fdb:
         result = fdb_learn(self.c, _key(key), _port(port), vs_load32(&self.c.tick), &old)
         return result != FDB_NO_ROOM and result != FDB_PORT_FULL
 
+    def learn_late(self, uint64_t key, uint16_t port):
+        """The same where another worker has learned, or main changed, something after the first look.
+
+        For tests: two workers meet there for some nanoseconds.
+        """
+        cdef int32_t old = -1
+        cdef FdbResult result
+        key = _key(key)
+        port = _port(port)
+        self._lock()
+        result = fdb_insert(self.c, key, port, False, vs_load32(&self.c.tick), &old)
+        vs_unlock(&self.c.lock)
+        return result != FDB_NO_ROOM and result != FDB_PORT_FULL
+
     def find(self, uint64_t key):
         """The port number of a key and whether the entry is static, or None."""
         cdef FdbEntryC *entry
