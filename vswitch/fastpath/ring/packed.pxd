@@ -8,7 +8,14 @@ calls, whatever format a ring has, is in dispatch.pxd, and described there.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vswitch.fastpath.ring.notes cimport note_batch
-from vswitch.fastpath.shared.chain cimport add_segment, check_indirect, locate_buffer, read_indirect, ring_fault
+from vswitch.fastpath.shared.chain cimport (
+    add_segment,
+    check_indirect,
+    copy_desc,
+    locate_buffer,
+    read_indirect,
+    ring_fault,
+)
 from vswitch.fastpath.shared.dirty cimport log_packed, log_used
 from vswitch.fastpath.shared.types cimport (
     BURST,
@@ -95,11 +102,7 @@ cdef inline int walk_packed(
     cdef VringDesc desc
     cdef uint32_t n_segs = 0, count = 1, i, entries
     cdef uint64_t table_gpa
-    # Field by field, as it was written a moment ago: a load of it all would wait for these stores.
-    desc.addr = first.addr
-    desc.len = first.len
-    desc.next = first.next
-    desc.flags = first.flags
+    copy_desc(&desc, first)
     while not desc.flags & VRING_DESC_F_INDIRECT:
         if vs_unlikely((desc.flags & VRING_DESC_F_WRITE) != want_write):
             ring_fault(ring, FAULT_DIRECTION, desc.flags, index)

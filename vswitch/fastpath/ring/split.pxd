@@ -9,6 +9,7 @@ from vswitch.fastpath.ring.notes cimport note_taken
 from vswitch.fastpath.shared.chain cimport (
     add_segment,
     check_indirect,
+    copy_desc,
     locate_buffer,
     read_desc,
     read_indirect,
@@ -89,10 +90,11 @@ cdef inline int next_split(
 cdef inline int walk_split(
     RingC *ring, uint32_t index, const VringDesc *first, uint16_t want_write, Seg *segs, uint32_t limit
 ) noexcept nogil:
-    cdef VringDesc desc = first[0]
+    cdef VringDesc desc
     cdef uint32_t n_segs = 0, table_size = ring.size, walked = 0
     cdef uint64_t table_gpa = 0
     cdef bint indirect = False
+    copy_desc(&desc, first)
     while True:
         walked += 1
         ring.walked += 1

@@ -99,6 +99,14 @@ cdef inline void read_desc(VringDesc *out, const VringDesc *desc) noexcept nogil
     out.next = <uint16_t>(tail >> 48)
 
 
+cdef inline void copy_desc(VringDesc *to, const VringDesc *desc) noexcept nogil:
+    """Field by field, as it was written a moment ago: a load of it all would wait for those stores."""
+    to.addr = desc.addr
+    to.len = desc.len
+    to.flags = desc.flags
+    to.next = desc.next
+
+
 cdef inline int add_segment(
     RingC *ring, const VringDesc *desc, Seg *segs, uint32_t *n_segs, uint32_t limit
 ) noexcept nogil:
