@@ -15,7 +15,7 @@ SECONDS ?= 60
 TIMES ?= 50
 MINUTES ?= 10
 
-.PHONY: help setup required notice demo test test-all repeat roots check bench fuzz soak model format clean
+.PHONY: help setup required notice demo test test-all repeat roots check bench fuzz soak mutants model format clean
 
 help:
 	@echo 'make demo      boot three QEMU guests on one switch and let them ping each other'
@@ -29,6 +29,8 @@ help:
 	@echo 'make fuzz      SECONDS=60: random guests, frontends and clients against a sanitizers build;'
 	@echo '               CASE=file runs a case that it wrote again'
 	@echo 'make soak      MINUTES=10: everything that happens in months, and every frame accounted for'
+	@echo 'make mutants   change the fast path in 120 places, one at a time, and see which tests notice;'
+	@echo '               ARGS="--count 10 --only fdb" for less, ARGS=--help for more'
 	@echo 'make model     check the hand-over between threads with spin'
 	@echo 'make setup     virtual environment, Cython extensions, system packages for the tests'
 	@echo 'make format    let ruff format the code'
@@ -38,7 +40,7 @@ setup: $(VENV)/.built
 
 # All that is missing, at once and before anything is built. The demo has other guests without QEMU.
 NEEDS := build
-setup test test-all repeat bench fuzz soak model: NEEDS := build test
+setup test test-all repeat bench fuzz soak mutants model: NEEDS := build test
 demo: NEEDS := --without demo build
 
 required:
@@ -99,6 +101,9 @@ $(SANITIZED)/.built: $(VENV)/.built
 
 soak: setup
 	@$(BIN)/python -m tests.soak.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+mutants: setup
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 model: setup
 	@$(BIN)/python -m pytest -q tests/model $(ARGS)

@@ -1,0 +1,1 @@
+"""Mutants of the fast path, and which tests kill them: `make mutants`."""
