@@ -32,6 +32,8 @@ import vswitch.cli
 from vswitch.cli import ctl, main
 for module in pkgutil.iter_modules(vswitch.cli.__path__, "vswitch.cli."):
     importlib.import_module(module.name)
+from vswitch.relay.process import hold_program
+hold_program()
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid({UID}, {UID}, {UID})

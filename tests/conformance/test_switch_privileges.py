@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from tests.support.frames import mac
 from tests.support.running import DEADLINE_S, RunningSwitch, Wire, teach
 from vswitch.errors import SocketError, UplinkError
+from vswitch.relay import process
 
 pytestmark = pytest.mark.root("becomes another user")
 
@@ -24,6 +26,7 @@ TAP = f"vsp{os.getpid()}"[:15]
 # Becomes another user as a login would, after everything is imported that this user may not read.
 AS_NOBODY = (
     "import os, sys, uvloop, vswitch.config.read, vswitch.daemon.process, vswitch.switch\n"
+    "from vswitch.relay.process import hold_program; hold_program()\n"
     "from vswitch.cli.main import main\n"
     f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY})\n"
     f"os.setresuid({NOBODY}, {NOBODY}, {NOBODY})\n"
@@ -203,6 +206,35 @@ def test_root_becomes_the_user_and_keeps_nothing(start_switch: Start, directory:
     switch.client.stop()
     switch.process.wait(10)
     assert sorted(path.name for path in directory.iterdir()) == ["control.sock.rings", "ports.toml"]
+
+
+def test_the_relay_lies_where_its_user_cannot_look(start_switch: Start, tmp_path: Path) -> None:
+    """As all of the package does in a clone in root's home."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    program = shutil.copy(process.PROGRAM, hidden)
+    switch = start_switch(
+        user="nobody",
+        command=(
+            sys.executable,
+            "-c",
+            "from pathlib import Path\n"
+            "from vswitch.relay import process\n"
+            f"process.PROGRAM = Path({str(program)!r})\n"
+            "from vswitch.cli.main import main; main()",
+        ),
+    )
+    [relay] = (
+        Path(f"/proc/{switch.process.pid}/task/{switch.process.pid}/children").read_text().split()
+    )
+    assert Path(f"/proc/{relay}/exe").readlink() == Path(program)
+    assert Path(f"/proc/{relay}/comm").read_text() == "vswitch-relay\n"
+    assert str(program) not in {os.readlink(fd) for fd in Path(f"/proc/{relay}/fd").iterdir()}
+    wire = Wire(switch)
+    try:
+        teach(wire.guest("a", 1), wire.guest("b", 2))
+    finally:
+        wire.close()
 
 
 def test_a_tap_keeps_one_capability_and_the_workers_none(start_switch: Start) -> None:

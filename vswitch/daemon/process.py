@@ -25,7 +25,7 @@ from vswitch.daemon.supervisor import Supervisor
 from vswitch.errors import SocketError, VswitchError
 from vswitch.host import privileges
 from vswitch.host.unixsocket import InUseError, ListeningSocket, listen, unlink_if_ours
-from vswitch.relay.process import Relay
+from vswitch.relay.process import Relay, hold_program
 
 if TYPE_CHECKING:
     from vswitch.fastpath.shared.turns import LoopTurns
@@ -135,6 +135,7 @@ def _become_the_user(settings: Settings) -> Path:
         # What is imported later, while it can still be read: root's home may hold all of it.
         for name in _IMPORTED_LATER:
             importlib.import_module(name)
+        hold_program()
         privileges.become(who)
     return control
 

@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import signal
@@ -30,6 +31,28 @@ _STUCK = (
     "the relay waits for a file descriptor that the frontend sent (a file on a file system that "
     "does not answer, such as FUSE or NFS?)"
 )
+
+
+@functools.cache
+def hold_program() -> int:
+    """Open the relay's program for every later start; returns the descriptor.
+
+    Before this process becomes another user: the package may lie where only root can look, as in
+    root's home. Raises VswitchError.
+    """
+    try:
+        return os.open(PROGRAM, os.O_PATH | os.O_CLOEXEC)
+    except OSError as exc:
+        raise _cannot_start(exc) from exc
+
+
+def _cannot_start(exc: OSError) -> VswitchError:
+    return VswitchError(
+        f"cannot start {PROGRAM}: {exc.strerror}",
+        hint="it belongs to the package: install it again, where programs may be run"
+        if not isinstance(exc, FileNotFoundError)
+        else "it is built with the package: pip install . (or -e .), with a C compiler",
+    )
 
 
 class Source(Protocol):
@@ -59,25 +82,22 @@ class Relay:
         self._sources: dict[int, Source] = {}
         self._links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
         self._later: deque[tuple[bytes, int]] = deque()
+        program = hold_program()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         ours.setblocking(False)
         try:
             self._process = subprocess.Popen(
-                [PROGRAM, str(theirs.fileno())],
+                [PROGRAM, str(theirs.fileno()), str(program)],
+                executable=f"/proc/self/fd/{program}",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # whose reader would wait for it, should it be stuck
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), program],
             )
         except OSError as exc:
             ours.close()
-            raise VswitchError(
-                f"cannot start {PROGRAM}: {exc.strerror}",
-                hint="it belongs to the package: install it again, where programs may be run"
-                if not isinstance(exc, FileNotFoundError)
-                else "it is built with the package: pip install . (or -e .), with a C compiler",
-            ) from exc
+            raise _cannot_start(exc) from exc
         finally:
             theirs.close()
         self._process_fd = os.pidfd_open(self._process.pid)

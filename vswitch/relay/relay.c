@@ -305,11 +305,14 @@ int main(int argc, char **argv)
     static struct pollfd *fds;
     static size_t room;
 
-    if (argc != 2) {
+    if (argc != 3) {
         fprintf(stderr, "vswitch-relay is a part of vswitch, which starts it\n");
         return 2;
     }
     control_fd = atoi(argv[1]);
+    /* Started by a descriptor of the program, whose number became the name. */
+    close(atoi(argv[2]));
+    prctl(PR_SET_NAME, "vswitch-relay");
     wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     int switch_fd = (int)syscall(SYS_pidfd_open, getppid(), 0); /* -1 before Linux 5.3 */
     top_fd = control_fd > wake_fd ? control_fd : wake_fd;
