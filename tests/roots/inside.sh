@@ -17,7 +17,7 @@ if [ -z "$INSIDE" ]; then
 	mount -t tmpfs -o mode=755 tmpfs "$root/run"
 	mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 	mkdir "$root"/dev/{net,pts,shm}
-	for device in null zero full random urandom tty net/tun kvm userfaultfd; do
+	for device in null zero full random urandom tty net/tun kvm userfaultfd fuse; do
 		[ -e "/dev/$device" ] || continue
 		touch "$root/dev/$device"
 		mount --bind "/dev/$device" "$root/dev/$device"
