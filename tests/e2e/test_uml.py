@@ -12,13 +12,15 @@ import pytest
 
 from tests.e2e.testbed import NETWORK, Testbed, wait_until
 from tests.e2e.transfer import Transfer
+from tests.support.distribution import why_missing
 from vswitch.lab.programs import find
 from vswitch.lab.qemu.guest import GuestSettings
 from vswitch.lab.qemu.image import GuestImage
 from vswitch.lab.qemu.uml import UML, UmlGuest, build_image
+from vswitch.lab.requirements import is_ubuntu
 
 pytestmark = pytest.mark.skipif(
-    find(UML) is None, reason="User Mode Linux is not installed, and Ubuntu has no package of it"
+    find(UML) is None, reason=why_missing("User Mode Linux", packaged=not is_ubuntu())
 )
 TRANSFER_LEN = 20_000_000
 

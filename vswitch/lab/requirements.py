@@ -75,7 +75,7 @@ BUILD = (
 """For the virtual environment and the Cython extensions."""
 
 
-def _is_ubuntu() -> bool:
+def is_ubuntu() -> bool:
     try:
         return "ubuntu" in Path("/etc/os-release").read_text().lower()
     except OSError:
@@ -84,12 +84,12 @@ def _is_ubuntu() -> bool:
 
 def _can_read_modules() -> bool:
     """Ubuntu compresses kernel modules with zstd; Debian does not."""
-    return not _is_ubuntu() or programs.find("zstd") is not None
+    return not is_ubuntu() or programs.find("zstd") is not None
 
 
 def _has_uml() -> bool:
     """Ubuntu has no package of User Mode Linux; its tests are skipped there."""
-    return _is_ubuntu() or programs.find("linux.uml") is not None
+    return is_ubuntu() or programs.find("linux.uml") is not None
 
 
 DEMO = (
