@@ -78,11 +78,7 @@ class IommuBed(Bed):
         # Of a backend, a port behind an IOMMU uses no more than this.
         self.vhost._backend = cast(
             "Backend",
-            SimpleNamespace(
-                ask_translation=self._ask,
-                signal_error=lambda _: None,
-                connection=SimpleNamespace(peer_pid=None),
-            ),
+            SimpleNamespace(ask_translation=self._ask, signal_error=lambda _: None, peer_pid=None),
         )
         self._deaf = deaf
         self.questions: list[tuple[int, int, Callable[[int], None]]] = []
@@ -96,8 +92,8 @@ class IommuBed(Bed):
         """What really lies under the cover."""
         for low, high in EVERYWHERE:
             self.map[low:high] = COVERED[low:high]
-        done(self.vhost.set_memory(self._regions, [self.fd] * len(PLACES)))
-        self.vhost.use_iotlb(True)
+        done(self.vhost.datapath.set_memory(self._regions, [self.fd] * len(PLACES)))
+        self.vhost.datapath.use_iotlb(True)
 
     def _ask(self, iova: int, access: int, answered: Callable[[int], None]) -> bool:
         self._is_no_cover(iova)
@@ -243,7 +239,7 @@ class IommuBed(Bed):
             self._running[index] = setup
             with self._watched():
                 try:
-                    done(self.vhost.start_ring(index, setup))
+                    done(self.vhost.datapath.start_ring(index, setup))
                 except TranslationPending:
                     self._waiting[index] = setup
                     del self._running[index]
@@ -257,10 +253,10 @@ class IommuBed(Bed):
 
     def halt(self, index: int) -> None:
         if self._waiting.pop(index, None) is not None:
-            self.vhost.forget_ring(index)
+            self.vhost.datapath.forget_ring(index)
         elif index in self._running:
             with self._watched(at_once=True):
-                done(self.vhost.stop_rings([index]))
+                done(self.vhost.datapath.stop_rings([index]))
             del self._running[index]
         else:
             return
@@ -272,18 +268,19 @@ class IommuBed(Bed):
     def log(self, used_gpa: int | None) -> None:
         self.reached["logged"] += 1
         with self._watched():
-            done(self.vhost.set_log(self.log_fd, LogArea(LOG_LEN, LOG_OFFSET)))
-            done(self.vhost.log_rings({index: RingLog(used_gpa) for index in self._running}))
+            done(self.vhost.datapath.set_log(self.log_fd, LogArea(LOG_LEN, LOG_OFFSET)))
+            logs: dict[int, RingLog | None] = {index: RingLog(used_gpa) for index in self._running}
+            done(self.vhost.datapath.log_rings(logs))
 
     def unplug(self, which: int) -> None:
         """Take a region away, or give it again."""
         place, region = PLACES[which], self._regions[which]
         if place in self._mapped.places:
             with self._watched(self._mapped.unplugged(place), at_once=True):
-                done(self.vhost.remove_memory(region))
+                done(self.vhost.datapath.remove_memory(region))
         else:
             with self._watched():
-                done(self.vhost.add_memory(region, self.fd))
+                done(self.vhost.datapath.add_memory(region, self.fd))
             self._mapped.places.append(place)
         self.reached["unplugged"] += 1
 
@@ -294,7 +291,7 @@ class IommuBed(Bed):
         after = self._mapped.updated(iova, size, uva, access)
         with self._watched(after):
             try:
-                self.vhost.iotlb_update(iova, size, uva, access)
+                self.vhost.datapath.iotlb_update(iova, size, uva, access)
             except DatapathError as error:
                 if after is not None:
                     raise Violation(f"refused what could be done: {error}") from error
@@ -314,13 +311,13 @@ class IommuBed(Bed):
         rows = [(at, at + size - 1, place.file_offset + to, access) for at, to in updates]
         with self._watched(Mappings(self._mapped.rows + rows, self._mapped.places)):
             for at, to in updates:
-                self.vhost.iotlb_update(at, size, place.uva + to, access)
+                self.vhost.datapath.iotlb_update(at, size, place.uva + to, access)
         self._start_waiting()
         self.reached["flooded"] += 1
 
     def invalidate(self, iova: int, size: int) -> None:
         with self._watched(self._mapped.invalidated(iova, size), at_once=True):
-            done(self.vhost.iotlb_invalidate(iova, size))
+            done(self.vhost.datapath.iotlb_invalidate(iova, size))
         last = min(iova + size - 1, LAST) if size else LAST
         for index, setup in self._running.items():
             hit = any(at <= last and at + length > iova for at, length in setup.areas())
@@ -389,7 +386,7 @@ class IommuBed(Bed):
         self._scattered = case.get("scattered", False)
         self._begin(deaf=case.get("deaf", False))
         super().run(case)
-        done(self.vhost.set_memory([], []))
+        done(self.vhost.datapath.set_memory([], []))
 
     def _run(self, case: dict[str, Any]) -> None:
         super()._run(case)

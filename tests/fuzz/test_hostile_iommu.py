@@ -15,6 +15,7 @@ from tests.fuzz.iommuraces import RacingIommuBed
 from tests.fuzz.mappings import Mappings, merged, minus
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.ports.iotlb import PortIotlb
+from vswitch.ports.ring import GuestRing
 
 CASES = 600
 RACES = 40
@@ -71,7 +72,7 @@ def test_an_invalidation_that_does_nothing_is_noticed(
 def test_an_invalidation_that_forgets_buffers_only_is_noticed(
     bed: IommuBed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PortIotlb, "_suspend", lambda *_: None)
+    monkeypatch.setattr(GuestRing, "suspend", lambda *_: None)
     with pytest.raises(Violation, match="runs where nothing is mapped any more"):
         run_until_noticed(bed)
 

@@ -11,7 +11,7 @@ import time
 
 from vswitch.config.settings import PortSettings
 from vswitch.ports import socket_rights
-from vswitch.vhost_user.backend import Backend
+from vswitch.vhost_user.frontend import Frontend
 from vswitch.vhost_user.protocol import Feature, Request
 
 IN_VAIN = 3
@@ -27,8 +27,8 @@ SILENCE_S = 1.0
 _HINTS = {
     Request.NET_SET_MTU.name: "give the guest a smaller MTU (QEMU: host_mtu=), or the port a "
     "larger `mtu`",
-    Request.SET_MEM_TABLE.name: "look at the guest's memory backend",
-    Request.ADD_MEM_REG.name: "look at the guest's memory backend",
+    Request.SET_MEM_TABLE.name: "look at the guest's memory frontend",
+    Request.ADD_MEM_REG.name: "look at the guest's memory frontend",
 }
 _BIG_ENDIAN = (
     "a guest with virtio before 1.0 on a machine of the other byte order cannot be served "
@@ -43,7 +43,7 @@ class PortDiagnosis:
 
     def __init__(self, settings: PortSettings) -> None:
         self._settings = settings
-        self._backend: Backend | None = None
+        self._frontend: Frontend | None = None
         self._in_vain = 0
         self._since = 0.0
         self._left: str | None = None
@@ -74,8 +74,8 @@ class PortDiagnosis:
         """How long to let the next frontend wait, in seconds."""
         return max(0.0, self._since + SPACING_S - time.monotonic()) if self.is_pattern else 0.0
 
-    def connected(self, backend: Backend) -> None:
-        self._backend = backend
+    def connected(self, frontend: Frontend) -> None:
+        self._frontend = frontend
         self._rights = None
         self._since = time.monotonic()
 
@@ -86,11 +86,11 @@ class PortDiagnosis:
 
     def disconnected(self, error: str | None) -> None:
         """It went away, with this error of the protocol or without."""
-        backend, self._backend = self._backend, None
-        if backend is None or backend.has_run:
+        frontend, self._frontend = self._frontend, None
+        if frontend is None or frontend.has_run:
             return
-        self._left = self._refused(backend)
-        if self._left is None and error is None and _only_looked(backend):
+        self._left = self._refused(frontend)
+        if self._left is None and error is None and _only_looked(frontend):
             self._in_vain += 1
             self._left = self._why_it_left()
 
@@ -104,8 +104,8 @@ class PortDiagnosis:
             "which a reboot of the guest is not enough"
         )
 
-    def _refused(self, backend: Backend) -> str | None:
-        for name, why in backend.refused.items():
+    def _refused(self, frontend: Frontend) -> str | None:
+        for name, why in frontend.refused.items():
             hint = _HINTS.get(name)
             return f"the frontend was refused {name}: {why}" + (f"; {hint}" if hint else "")
         return None
@@ -113,33 +113,33 @@ class PortDiagnosis:
     @property
     def reason(self) -> str | None:
         """Why the port does not forward, or what is worth knowing if it does; None: nothing."""
-        backend = self._backend
-        if backend is None:
+        frontend = self._frontend
+        if frontend is None:
             return self._left
-        refused = self._refused(backend)
+        refused = self._refused(frontend)
         if refused is not None:
             return refused
-        if backend.has_run:
+        if frontend.has_run:
             return None
-        if self._is_big_endian(backend):
+        if self._is_big_endian(frontend):
             return f"the frontend began to set up rings and did not go on: {_BIG_ENDIAN}"
         return self._left
 
-    def _is_big_endian(self, backend: Backend) -> bool:
+    def _is_big_endian(self, frontend: Frontend) -> bool:
         """QEMU says where a ring is only after its byte order, which it cannot say here."""
         return (
-            backend.silent_s >= SILENCE_S
-            and Request.SET_FEATURES in backend.asked
-            and Feature.VERSION_1 not in backend.features
-            and Request.SET_VRING_BASE in backend.asked
-            and not any(vring.placed for vring in backend.vrings.values())
+            frontend.silent_s >= SILENCE_S
+            and Request.SET_FEATURES in frontend.asked
+            and Feature.VERSION_1 not in frontend.features
+            and Request.SET_VRING_BASE in frontend.asked
+            and not frontend.has_placed
         )
 
     def of_fault(self, size: int, text: str) -> str:
         """What a ring's fault, an index that is too large, may mean; "" if nothing."""
-        backend = self._backend
+        frontend = self._frontend
         found = re.search(r"\d+", text)
-        if backend is None or found is None or Feature.VERSION_1 in backend.features:
+        if frontend is None or found is None or Feature.VERSION_1 in frontend.features:
             return ""
         value = int(found[0])
         swapped = (value & 0xFF) << 8 | value >> 8
@@ -155,14 +155,14 @@ class PortDiagnosis:
     def check(self) -> None:
         """Once a second: say in the log what is new. A refusal was said when it was made."""
         reason = self.reason
-        if reason is None or (self._backend is not None and self._backend.refused):
+        if reason is None or (self._frontend is not None and self._frontend.refused):
             return
-        if reason != self._logged and (self.is_pattern or self._backend is not None):
+        if reason != self._logged and (self.is_pattern or self._frontend is not None):
             log.warning("port %s: %s", self._settings.name, reason)
             self._logged = reason
 
 
-def _only_looked(backend: Backend) -> bool:
+def _only_looked(frontend: Frontend) -> bool:
     """Whether a frontend asked what the port offers and took nothing of it."""
-    asked = backend.asked
+    asked = frontend.asked
     return Request.GET_PROTOCOL_FEATURES in asked and Request.SET_FEATURES not in asked

@@ -18,7 +18,8 @@ from vswitch.fastpath.main.port import Port, Ring
 from vswitch.ports import features, limits
 from vswitch.ports.datapath import PortDatapath
 from vswitch.ports.diagnosis import PortDiagnosis
-from vswitch.ports.iotlb import PortIotlb
+from vswitch.ports.health import Notify, PortHealth
+from vswitch.ports.ring import GuestRing
 from vswitch.relay.process import Relay
 from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
@@ -27,14 +28,11 @@ from vswitch.vhost_user.protocol import Feature, ProtocolFeature
 
 log = logging.getLogger("vswitch.port")
 
-Notify = Callable[[str, str | None], None]
-"""Called with an event's name and, for faults and disconnects, the reason."""
 
+class VhostPort:
+    """One `[[port]]`: has a socket, a datapath with its guest's memory and rings, and a health.
 
-class VhostPort(PortDatapath):
-    """One `[[port]]`.
-
-    Its socket is `relay`'s. `place` names the worker for a ring, `notify` hears of the port's
+    Its socket is `relay`'s. `choose` names the worker for a ring, `notify` hears of the port's
     events.
     """
 
@@ -45,11 +43,20 @@ class VhostPort(PortDatapath):
         port: Port,
         relay: Relay,
         handover: HandOver,
-        place: Callable[[Ring], int],
+        choose: Callable[[Ring], int],
         notify: Notify,
     ) -> None:
-        super().__init__(settings, engine, port, handover, place)
+        self.fast = port
+        self._engine = engine
         self._notify = notify
+        self._backend: Backend | None = None
+        self._diagnosis = PortDiagnosis(settings)
+        self._health = PortHealth(settings.name, notify)
+        self.datapath = PortDatapath(
+            settings, engine, port, handover, choose, self._health, lambda: self._backend,
+            self._diagnosis.of_fault, self._rings_changed,
+        )  # fmt: skip
+        self._rings = self.datapath.rings
         self._endpoint: Endpoint
         if settings.mode == "server":
             self._endpoint = Listener(
@@ -65,10 +72,20 @@ class VhostPort(PortDatapath):
         self._connects = 0
         self._connected_at: float | None = None
         self._was_ready = False
-        self._last_error: str | None = None
         self._problem_logged: str | None = None
-        self._diagnosis = PortDiagnosis(settings)
         limits.apply(settings, port, engine.fdb)
+
+    @property
+    def settings(self) -> PortSettings:
+        return self.datapath.settings
+
+    @settings.setter
+    def settings(self, settings: PortSettings) -> None:
+        self.datapath.settings = settings
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
 
     # Life
 
@@ -91,11 +108,7 @@ class VhostPort(PortDatapath):
 
         And find rings that are at fault although their worker's event was lost.
         """
-        for index, ring in self.fast.rings.items():
-            if ring.started and ring.fault is not None:
-                self.ring_fault(index)
-        if self._translation is not None:
-            self._translation.check()
+        self._rings.check()
         if self._backend is None:
             self._endpoint.check()
             problem = self._endpoint.problem
@@ -123,18 +136,17 @@ class VhostPort(PortDatapath):
         backend = Backend(
             self.name,
             connection,
-            self,
+            self.datapath,
             self._rings_changed,
             withheld=features.withheld(self.settings),
             counts_virtqueues=self.settings.frontend in features.COUNT_VIRTQUEUES,
             translates=self.settings.frontend not in features.TRANSLATE_NOTHING,
         )
-        journal = self.fast.journal
         self._backend = backend
         self._connects += 1
         self._connected_at = time.time()
-        self._fault = self._last_error = self._warning = None
-        self._limit_mtu(None)
+        self._health.connected()
+        self.datapath.connected()
         self._diagnosis.connected(backend)
         log.log(
             self._diagnosis.level,
@@ -148,7 +160,7 @@ class VhostPort(PortDatapath):
         try:
             await backend.run()
         except ProtocolError as exc:
-            reason = self._last_error = exc.message
+            reason = self._health.last_error = exc.message
             log.error("port %s: frontend disconnected: %s", self.name, exc.message)
         except asyncio.CancelledError:
             reason = "closed by the switch"
@@ -160,13 +172,10 @@ class VhostPort(PortDatapath):
             self._backend = None
             self._connected_at = None
             self._was_ready = False
-            self._warning = None
-            self._faulted.clear()
-            self._astray.clear()
-            self.fast.rings.clear()
-            self._use_journal(journal)
+            self._health.disconnected()
+            self.datapath.disconnected()
             await addresses.flush(self._engine.fdb, self.fast.id)
-            self._diagnosis.disconnected(self._last_error)
+            self._diagnosis.disconnected(self._health.last_error)
             log.log(self._diagnosis.level, "port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)
 
@@ -195,9 +204,7 @@ class VhostPort(PortDatapath):
         flooded to the others, and what is for its static ones is dropped.
         """
         self.fast.link_down = not up
-        for index, ring in self.fast.rings.items():
-            ring.enabled = self._enabled.get(index, False) and up
-        await self._handover.settle()
+        await self._rings.set_link(up)
         if not up:
             # Its addresses are nobody's now: what is for them is flooded to the others.
             await addresses.flush(self._engine.fdb, self.fast.id)
@@ -205,19 +212,23 @@ class VhostPort(PortDatapath):
 
     # State
 
-    def _hint(self, size: int, text: str) -> str:
-        return self._diagnosis.of_fault(size, text)
+    def ring_fault(self, index: int) -> None:
+        """A worker stopped a ring for what its driver did; the port is at fault until a reset."""
+        self._rings.look_for_fault(index)
 
-    def _fail(self, reason: str) -> None:
-        self._fault = reason
-        log.error("port %s: fault: %s", self.name, reason)
-        self._notify("port-fault", reason)
+    def iotlb_missed(self, index: int) -> None:
+        """A worker stopped at a buffer whose address is not translated."""
+        self._rings.missed(index)
+
+    def check_memory(self) -> None:
+        """Some guest's memory was taken away; see whether it was this one's."""
+        self._rings.check_memory()
 
     @property
     def state(self) -> PortState:
         if self._backend is None:
             return self._endpoint.waiting_state
-        if self._fault is not None:
+        if self._health.fault is not None:
             return "fault"
         return "ready" if self._is_ready() else "connected"
 
@@ -245,23 +256,28 @@ class VhostPort(PortDatapath):
             connects=self._connects,
             connected_since=self._connected_at,
             error=self._error(),
-            warning=self._warning or self._postcopy_note() or self._note(),
+            warning=self._health.warning or self._postcopy_note() or self._note(),
             macs=self._engine.fdb.learned(self.fast.id),
             max_macs=limits.max_macs(self.settings, self._engine.fdb),
             storm=limits.storm_info(self.settings),
             limits=limits.told(self.settings),
             memory=self._memory_info(),
-            rings=[self._ring_info(i, ring) for i, ring in sorted(self.fast.rings.items())],
+            rings=[
+                _ring_info(ring)
+                for _, ring in sorted(self._rings.by_index.items())
+                if ring.setup is not None
+            ],
         )
 
     def _postcopy_note(self) -> str | None:
-        if self._postcopy is None or not self._postcopy.listening:
+        postcopy = self._rings.postcopy
+        if postcopy is None or not postcopy.listening:
             return None
-        if isinstance(self._translation, PortIotlb):
+        if self._rings.iotlb is not None:
             return "the guest is in postcopy migration: behind an IOMMU its rings wait for the end"
         return (
             "the guest is in postcopy migration: "
-            f"{self._postcopy.waited_for} pages of its memory are waited for"
+            f"{postcopy.waited_for} pages of its memory are waited for"
         )
 
     def _note(self) -> str | None:
@@ -272,31 +288,16 @@ class VhostPort(PortDatapath):
 
     def _error(self) -> str | None:
         if self._backend is None:
-            return self._endpoint.problem or self._last_error or self._diagnosis.reason
-        if self._fault is None and not self._is_ready():
+            return self._endpoint.problem or self._health.last_error or self._diagnosis.reason
+        if self._health.fault is None and not self._is_ready():
             return self._diagnosis.reason
-        return self._fault
+        return self._health.fault
 
     def _memory_info(self) -> list[MemoryRegion]:
-        if self._memory is None:
-            return []
         return [
             MemoryRegion(gpa=gpa, size=size, uva=uva, mmap_offset=offset)
-            for gpa, size, uva, offset in self._memory.regions
+            for gpa, size, uva, offset in self.datapath.memory.mapped.regions
         ]
-
-    def _ring_info(self, index: int, ring: Ring) -> RingInfo:
-        fault = ring.fault if ring.started else None
-        return RingInfo(
-            index=index,
-            type="transmitq" if ring.is_transmitq else "receiveq",
-            size=ring.size,
-            started=ring.started or self._parking.holds(index),
-            enabled=ring.enabled,
-            avail_idx=ring.base & 0xFFFF,
-            used_idx=ring.used_idx,
-            fault=fault[1] if fault else None,
-        )
 
     def _is_ready(self) -> bool:
         return any(ring.started and ring.enabled for ring in self.fast.rings.values())
@@ -309,3 +310,18 @@ class VhostPort(PortDatapath):
             log.info("port %s: ready", self.name)
             self._notify("port-ready", None)
         self._was_ready = ready
+
+
+def _ring_info(ring: GuestRing) -> RingInfo:
+    fast = ring.fast
+    fault = fast.fault if fast.started else None
+    return RingInfo(
+        index=ring.index,
+        type="transmitq" if fast.is_transmitq else "receiveq",
+        size=ring.known_setup.size,
+        started=ring.is_started,
+        enabled=fast.enabled,
+        avail_idx=fast.base & 0xFFFF,
+        used_idx=fast.used_idx,
+        fault=fault[1] if fault else None,
+    )

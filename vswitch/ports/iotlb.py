@@ -8,18 +8,17 @@ guest posts to receive into are asked for before a frame comes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 from vswitch.dataplane.handover import HandOver
-from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
 from vswitch.fastpath.main.joined import why_apart
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Port
+from vswitch.ports.ring import GuestRing, RingState
 from vswitch.ports.translation import PortTranslation
 from vswitch.vhost_user.datapath import DatapathError, Pieces, RingSetup, TranslationPending
+from vswitch.vhost_user.frontend import Frontend
 from vswitch.vhost_user.protocol import Feature
 
 ASKED_MAX = 512
@@ -41,49 +40,36 @@ _PAGE = 4096
 log = logging.getLogger("vswitch.port")
 
 
-class Frontend(Protocol):
-    """How a miss is sent: `vhost_user.iotlb_requests`."""
-
-    def ask_translation(self, iova: int, access: int, answered: Callable[[int], None]) -> bool: ...
-
-
 class PortIotlb(PortTranslation):
     """The IOTLB of one port with its present frontend and memory.
 
-    `restart` starts a ring that lies elsewhere now, from where it stopped, and returns whether it
-    can run there; `fail` hears why a ring cannot run, and None when it can again.
+    `go_on` lets a suspended ring run where it was, or elsewhere from where it stopped, and returns
+    whether it can; `astray` hears why a ring cannot be where its driver says that it is.
     """
 
     def __init__(
         self,
-        port: Port,
-        engine: Engine,
+        rings: Mapping[int, GuestRing],
+        handover: HandOver,
         memory: Memory,
         frontend: Callable[[], Frontend | None],
-        handover: HandOver,
-        restart: Callable[[int, RingSetup], bool],
-        fail: Callable[[int, str | None], None],
+        go_on: Callable[[GuestRing, RingSetup], bool],
+        astray: Callable[[GuestRing, str], None],
     ) -> None:
-        super().__init__(port, engine, handover, Iotlb(memory))
+        super().__init__(rings, handover, Iotlb(memory))
         self._frontend = frontend
-        self._restart = restart
-        self._fail = fail
-        self._places: dict[int, RingSetup] = {}
-        """Rings that run, with the addresses that the frontend's I/O virtual ones stand for."""
-        self._suspended: set[int] = set()
-        self._unfit: dict[int, RingSetup] = {}
-        """Where suspended rings were to go on and could not."""
+        self._go_on = go_on
+        self._astray = astray
         self._asked: set[tuple[int, int]] = set()
         self._in_vain: set[tuple[int, int]] = set()
         """What was refused and no worker needs yet: not asked again at once."""
-        self._complaints: dict[int, str] = {}
         self._generation = 0
         self._more = False
         """Whether there was more to ask for than a batch."""
 
     # Rings
 
-    def place(self, index: int, setup: RingSetup) -> RingSetup:
+    def find(self, ring: GuestRing, setup: RingSetup) -> RingSetup:
         """The same ring with addresses of the frontend's. Raises TranslationPending."""
         packed = Feature.RING_PACKED in setup.features
         missing: list[tuple[int, int]] = []
@@ -94,28 +80,30 @@ class PortIotlb(PortTranslation):
             access = ACCESS_READ | ACCESS_WRITE if written else ACCESS_READ
             found.append(self._locate(address, length, access, missing, problems))
         for iova, access in missing:
-            self._ask(iova, access, index)
+            self._ask(iova, access, ring)
         pieces = () if max(map(len, found)) == 1 else tuple(found)
-        if (count := _scattered(pieces)) and count + self._scattered_others(index) > PIECES_MAX:
+        if (count := _scattered(pieces)) and count + self._scattered_others(ring) > PIECES_MAX:
             problems.append(
                 f"it lies in {count} pieces of memory, with those of the port's other rings more "
                 f"than {PIECES_MAX}; give the guest fewer queues or smaller rings"
             )
         if problems:
             # One of them: to alternate between several would tell of each again and again.
-            self._complain(index, problems[0])
+            self._astray(ring, problems[0])
         if missing or problems:
             raise TranslationPending
         desc, avail, used = found
-        if self._complaints.pop(index, None):
-            self._fail(index, None)
         return replace(
             setup, desc_uva=desc[0][0], avail_uva=avail[0][0], used_uva=used[0][0], pieces=pieces
         )
 
-    def _scattered_others(self, index: int) -> int:
+    def _scattered_others(self, ring: GuestRing) -> int:
         """The pieces of the port's rings but one."""
-        return sum(_scattered(one.pieces) for at, one in self._places.items() if at != index)
+        return sum(
+            _scattered(other.place.pieces)
+            for other in self._served()
+            if other is not ring and other.place is not None
+        )
 
     def _locate(
         self,
@@ -157,26 +145,14 @@ class PortIotlb(PortTranslation):
             )
         return tuple(pieces)
 
-    def started(self, index: int, setup: RingSetup, place: RingSetup) -> None:
-        """A ring runs, and workers know it."""
-        self._setups[index] = setup
-        self._places[index] = place
+    def started(self, ring: GuestRing) -> None:
         self._iotlb.forget_denials()
         self._changed()
-        self.scan(index)
+        self.scan(ring)
 
-    def stopping(self, index: int) -> None:
-        """A ring is about to stop: it does not go on, whatever is translated now."""
-        self._suspended.discard(index)
-
-    def stopped(self, index: int) -> None:
-        """A ring has stopped. After the last one frontends tell no more: all is forgotten."""
-        self._setups.pop(index, None)
-        self._places.pop(index, None)
-        self._suspended.discard(index)
-        self._unfit.pop(index, None)
-        self._complaints.pop(index, None)
-        if not self._setups:
+    def stopped(self) -> None:
+        """Rings have stopped. After the last one frontends tell no more: all is forgotten."""
+        if not self.serves_rings:
             self._iotlb.clear()
             self._asked.clear()
             # An answer that is on its way is one to questions of earlier.
@@ -198,55 +174,44 @@ class PortIotlb(PortTranslation):
     async def invalidate(self, iova: int, size: int) -> None:
         """Forget a range; no worker uses it when this returns."""
         self._iotlb.invalidate(iova, size)
-        for index, setup in self._setups.items():
-            if any(_overlap(area, iova, size) for area in setup.areas()):
-                self._suspend(index)
+        for ring in self._served():
+            if any(_overlap(area, iova, size) for area in ring.known_setup.areas()):
+                ring.suspend()
         await self._hand_over()
         self._changed()
 
     async def use_memory(self, memory: Memory) -> None:
         """Go on with another memory table, in which mappings may lie elsewhere or nowhere."""
         self._iotlb.use_memory(memory)
-        self._unfit.clear()
-        for index, setup in self._setups.items():
+        for ring in self._served():
+            ring.unfit = None
             try:
-                here = self.place(index, setup) == self._places[index]
+                here = self.find(ring, ring.known_setup) == ring.place
             except TranslationPending:
                 here = False
-            if here and index not in self._suspended:
-                self._handover.retire(self._port.rings[index].use_memory(memory))
+            if here and ring.state is not RingState.UNTRANSLATED:
+                self._handover.retire(ring.fast.use_memory(memory))
             else:
-                self._suspend(index)
+                ring.suspend()
         await self._hand_over()
         self._changed()
-
-    def _suspend(self, index: int) -> None:
-        self._suspended.add(index)
-        self._port.rings[index].suspend()
 
     def _resume(self) -> bool:
         """Let those go on whose own memory is translated; whether there were any."""
         resumed = False
-        for index in sorted(self._suspended):
-            ring = self._port.rings[index]
-            if self._lost or ring.fault is not None:
+        for ring in () if self._lost else self._served():
+            if ring.state is not RingState.UNTRANSLATED or ring.fast.fault is not None:
                 continue
-            setup = self._setups[index]
             try:
-                place = self.place(index, setup)
+                place = self.find(ring, ring.known_setup)
             except TranslationPending:
                 continue
-            if place == self._places[index] and ring.memory is self.memory:
-                ring.resume()
-            elif place == self._unfit.get(index):
+            if place == ring.unfit:
                 continue
-            elif self._restart(index, place):
-                self._places[index] = place
+            if self._go_on(ring, place):
+                resumed = True
             else:
-                self._unfit[index] = place
-                continue
-            resumed = True
-            self._suspended.discard(index)
+                ring.unfit = place
         return resumed
 
     def _changed(self) -> None:
@@ -257,17 +222,16 @@ class PortIotlb(PortTranslation):
 
     # What is asked of it
 
-    def scan(self, index: int | None = None) -> None:
-        """Ask for all buffers that rings hold and that are not translated."""
+    def scan(self, ring: GuestRing | None = None) -> None:
         if self._lost:
             return
-        if index is None:
+        if ring is None:
             self._more = False
-        rings = self._served(index)
-        for left, ring in zip(range(len(rings), 0, -1), rings, strict=True):
-            missed = ring.missed
+        rings = [one.fast for one in self._served(ring)]
+        for left, fast in zip(range(len(rings), 0, -1), rings, strict=True):
+            missed = fast.missed
             share = -(-(_BATCH - len(self._asked)) // left)
-            for iova, written in ring.untranslated(ASKED_MAX, self._ahead):
+            for iova, written in fast.untranslated(ASKED_MAX, self._ahead):
                 access = ACCESS_WRITE if written else ACCESS_READ
                 # A worker waits for this one, whoever else does.
                 if iova == missed:
@@ -281,7 +245,6 @@ class PortIotlb(PortTranslation):
                     break
 
     def check(self) -> None:
-        """Once a second: nobody may wait for a question that was never asked."""
         self._in_vain.clear()
         if self._asked:
             # What a worker stopped at is asked for at once, and its event may be lost.
@@ -295,7 +258,7 @@ class PortIotlb(PortTranslation):
         self._generation += 1
         self._changed()
 
-    def _ask(self, iova: int, access: int, ring: int | None = None) -> bool:
+    def _ask(self, iova: int, access: int, ring: GuestRing | None = None) -> bool:
         """Send a miss, if it was not sent yet; `ring` if its own memory is there, not a buffer."""
         question = (iova - iova % _PAGE, access)
         frontend = self._frontend()
@@ -310,8 +273,8 @@ class PortIotlb(PortTranslation):
             if status:
                 if not self._refused(question, None if ring is None else iova):
                     self._in_vain.add(question)
-                if ring is not None and ring not in self._setups:
-                    self._complain(ring, _NOWHERE.format(iova))
+                if ring is not None and ring.state is RingState.STOPPED:
+                    self._astray(ring, _NOWHERE.format(iova))
             self._changed()
 
         if not frontend.ask_translation(iova, access, answered):
@@ -326,7 +289,7 @@ class PortIotlb(PortTranslation):
         """
         page, access = question
         denied = False
-        waiting = {self._port.rings[index].missed for index in self._setups} | {own}
+        waiting = {ring.fast.missed for ring in self._served()} | {own}
         for iova in waiting:
             if iova is None or iova - iova % _PAGE != page:
                 continue
@@ -335,11 +298,6 @@ class PortIotlb(PortTranslation):
                 self._iotlb.deny(iova)
                 denied = True
         return denied
-
-    def _complain(self, index: int, text: str) -> None:
-        if self._complaints.get(index) != text:
-            self._complaints[index] = text
-            self._fail(index, text)
 
 
 def _scattered(pieces: tuple[Pieces, ...]) -> int:

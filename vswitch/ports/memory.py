@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import hashlib
-import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from vswitch.config.settings import PortSettings
 from vswitch.dataplane.departing import forget_pages
-from vswitch.dataplane.handover import HandOver
-from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.mapping import SLOTS, DirtyLog, Memory, SharedFile
-from vswitch.fastpath.main.port import Port
-from vswitch.ports.iotlb import PortIotlb
-from vswitch.ports.postcopy import PortPostcopy
+from vswitch.fastpath.main.mapping import DirtyLog, Memory, SharedFile
+from vswitch.ports.health import PortHealth
 from vswitch.ports.unmapped import Unmapped
 from vswitch.relay.link import Link
 from vswitch.relay.wire import Kind
-from vswitch.vhost_user.backend import Backend
-from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup
+from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.descriptors import found_of
+from vswitch.vhost_user.frontend import Frontend
 from vswitch.vhost_user.protocol import Feature, LogArea, MemRegion
 
 TIB = 1 << 40
@@ -32,195 +25,178 @@ file without contents costs its owner nothing."""
 LOG_LEN_MAX = 1 << 32
 """Bytes of a log of written pages, which are 128 TiB of guest addresses."""
 
-log = logging.getLogger("vswitch.port")
+Change = tuple[Memory, list[tuple[int, int]]]
+"""Another memory table, and st_dev and st_ino of the file of each of its regions."""
 
 
-class PortMemory(abc.ABC):
-    """What of `vhost_user.datapath.Datapath` is about memory."""
+class GuestMemory:
+    """What the present frontend handed over, mapped.
 
-    def __init__(
-        self,
-        settings: PortSettings,
-        engine: Engine,
-        port: Port,
-        handover: HandOver,
-    ) -> None:
-        self.settings = settings
-        self.fast = port
-        self._engine = engine
-        self._handover = handover
-        self._backend: Backend | None = None
-        self._memory: Memory | None = None
-        self._memory_lost = False
-        self._iotlb: PortIotlb | None = None
-        self._postcopy: PortPostcopy | None = None
-        self._dirty_log: DirtyLog | None = None
-        self._logs: dict[int, RingLog | None] = {}
+    It knows no rings: who changes it has them stopped, or goes on with them afterwards.
+    """
+
+    def __init__(self, health: PortHealth, frontend: Callable[[], Frontend | None]) -> None:
+        self._health = health
+        self._frontend = frontend
+        self.table: Memory | None = None
+        self.unmapped = Unmapped()
+        self.dirty_log: DirtyLog | None = None
+        self._lost = False
         self._file_ids: list[tuple[int, int]] = []
-        self._unmapped = Unmapped()
         self._sharing_looked_for = False
         self._sharing_task: asyncio.Task[None] | None = None
-        self._warning: str | None = None
 
     @property
-    def name(self) -> str:
-        return self.settings.name
+    def mapped(self) -> Memory:
+        """The table, or one without any region."""
+        return self.table or Memory([], [])
 
-    @abc.abstractmethod
-    def _fail(self, reason: str) -> None:
-        """The port is at fault."""
+    # The table
 
-    @property
-    def memory_slots(self) -> int:
-        return SLOTS
-
-    @property
-    def _translation(self) -> PortIotlb | PortPostcopy | None:
-        """What finds buffers, where that is not the memory table alone."""
-        if self._iotlb is None and self._postcopy is not None and self._postcopy.listening:
-            return self._postcopy
-        return self._iotlb
-
-    async def set_memory(self, regions: list[MemRegion], fds: list[int]) -> None:
-        self._iotlb = None
-        if self._postcopy is not None:
-            await self._postcopy.use_memory(Memory([], []))
+    async def clear(self, *, log: bool) -> None:
+        """Unmap all of it, and with `log` the log as well; no ring may be running."""
         leaving: list[SharedFile] = []
-        if self._memory is not None:
-            leaving += self._memory.parts()
-            self._memory.close()
-            self._memory = None
-        self._memory_lost = False
+        if self.table is not None:
+            leaving += self.table.parts()
+            self.table.close()
+            self.table = None
+        self._lost = False
         self._file_ids = []
-        self._unmapped.clear()
+        self.unmapped.clear()
         self._sharing_looked_for = False
-        if not regions and self._dirty_log is not None:
-            leaving.append(self._dirty_log)
-            self._dirty_log = None
+        if log and self.dirty_log is not None:
+            leaving.append(self.dirty_log)
+            self.dirty_log = None
         await forget_pages(leaving)
-        leaving.clear()
-        if not regions:
-            return
+
+    def map(self, regions: list[MemRegion], fds: list[int]) -> Memory:
+        """Map a table where there is none. Raises DatapathError, and then there still is none."""
         _check_memory_len(regions)
         mapped, kept = [], []
         try:
             for i, (region, fd) in enumerate(zip(regions, fds, strict=True)):
                 found = found_of(fd)
-                if not self._unmapped.takes(region, found, i):
+                if not self.unmapped.takes(region, found, i):
                     mapped.append((region, fd))
                     kept.append(found)
-            self._memory = Memory([r for r, _ in mapped], [fd for _, fd in mapped], kept)
+            self.table = Memory([r for r, _ in mapped], [fd for _, fd in mapped], kept)
         except DatapathError:
-            self._unmapped.clear()
+            self.unmapped.clear()
             raise
         except ValueError as exc:
-            self._unmapped.clear()
+            self.unmapped.clear()
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
-            self._unmapped.clear()
+            self.unmapped.clear()
             raise DatapathError(exc.strerror or str(exc)) from exc
         self._file_ids = [_file_id(fd) for _, fd in mapped]
-        if self._postcopy is not None:
-            await self._postcopy.use_memory(self._memory)
+        return self.table
 
-    async def add_memory(self, region: MemRegion, fd: int) -> None:
-        _check_memory_len([region, *(self._memory.regions if self._memory else ())])
+    def with_region(self, region: MemRegion, fd: int) -> Change | None:
+        """The table with one more region, to `adopt`; None if that is one that is not mapped.
+
+        Raises DatapathError, and then nothing has changed.
+        """
+        _check_memory_len([region, *self.mapped.regions])
         found = found_of(fd)
-        before = self._memory or Memory([], [])
-        if self._unmapped.takes(region, found, len(before.regions) + len(self._unmapped)):
-            self._memory = before
-            return
+        before = self.mapped
+        if self.unmapped.takes(region, found, len(before.regions) + len(self.unmapped)):
+            self.table = before
+            return None
         try:
             memory = before.with_region(region, fd, found)
         except ValueError as exc:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
-        await self._replace_memory(memory, [*self._file_ids, _file_id(fd)])
+        return memory, [*self._file_ids, _file_id(fd)]
 
-    async def remove_memory(self, region: MemRegion) -> None:
-        assert self._memory is not None
-        if self._unmapped.remove(region):
-            return
-        at = self._memory.regions.index(region)
-        memory = self._memory.without_region(region.gpa, region.size, region.uva)
-        await self._replace_memory(memory, self._file_ids[:at] + self._file_ids[at + 1 :])
+    def without_region(self, region: MemRegion) -> Change | None:
+        """The table without a region, to `adopt`; None if that was none of those mapped."""
+        assert self.table is not None
+        if self.unmapped.remove(region):
+            return None
+        at = self.table.regions.index(region)
+        memory = self.table.without_region(region.gpa, region.size, region.uva)
+        return memory, self._file_ids[:at] + self._file_ids[at + 1 :]
 
-    async def _replace_memory(self, memory: Memory, file_ids: list[tuple[int, int]]) -> None:
-        """Go on with another memory; what only the old one had is unmapped."""
-        old, self._memory = self._memory, memory  # each ring retires it when it lets it go
-        # Rings that lie elsewhere now start again in the midst of this.
-        self._file_ids = file_ids
-        if self._postcopy is not None and self._postcopy.listening:
-            await self._postcopy.use_memory(memory)
-        if self._iotlb is not None:
-            await self._iotlb.use_memory(memory)
-        elif self._translation is None:
-            for ring in self.fast.rings.values():
-                if ring.started:
-                    self._handover.retire(ring.use_memory(memory))
-            await self._handover.settle()
-        if old is not None:
-            await forget_pages(old.parts(memory))
+    def adopt(self, change: Change) -> Memory | None:
+        """Go on with another table; returns the old one, which rings may still use."""
+        old = self.table
+        self.table, self._file_ids = change
+        return old
 
-    async def set_log(self, fd: int, area: LogArea) -> None:
+    # The log
+
+    def use_log(self, fd: int, area: LogArea) -> DirtyLog | None:
+        """Have another log; returns the old one, which rings may still use. DatapathError."""
         if area.size > LOG_LEN_MAX:
             raise DatapathError(f"the log has {area.size} bytes, more than {LOG_LEN_MAX}")
-        old = self._dirty_log
         found = found_of(fd)
         if found is not None and found.kind is not Kind.MEMORY:
             raise DatapathError(
                 f"the log's file descriptor is not a file of shared memory but {found.text}"
             )
+        old = self.dirty_log
         try:
-            self._dirty_log = DirtyLog(fd, area.size, area.offset, found)
+            self.dirty_log = DirtyLog(fd, area.size, area.offset, found)
         except ValueError as exc:
             raise DatapathError(str(exc)) from exc
         except OSError as exc:
             raise DatapathError(exc.strerror or str(exc)) from exc
-        await self.log_rings({i: self._logs[i] for i, r in self.fast.rings.items() if r.started})
-        if old is not None:
-            await forget_pages([old])
-
-    async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
-        for index, log_ in logs.items():
-            self._handover.retire(self._set_ring_log(index, log_))
-        await self._handover.settle()
-
-    def _set_ring_log(self, index: int, log_: RingLog | None) -> DirtyLog | None:
-        """Tell a ring what to log; returns the log it had."""
-        self._logs[index] = log_
-        ring = self.fast.rings[index]
-        old = ring.log
-        if log_ is None or self._dirty_log is None:
-            ring.set_log(None, None)
-        else:
-            ring.set_log(self._dirty_log, log_.used_gpa)
         return old
 
-    def check_memory(self) -> None:
-        """See whether the guest's memory was taken away; its rings are over then."""
-        if self._memory is None or not self._memory.lost or self._memory_lost:
-            return
-        self._memory_lost = True
-        for translation in (self._iotlb, self._postcopy):
-            if translation is not None:
-                translation.memory_lost()
-        for ring in self.fast.rings.values():
-            ring.unpublish()
-            self._engine.detach(ring)
-        self._handover.publish()
-        self._fail("the frontend truncated its memory file: the guest's memory is gone")
-        if self._backend is not None:
-            for index in self.fast.rings:
-                self._backend.signal_error(index)
+    # What may be wrong with it
 
-    def _identity(self, setup: RingSetup) -> int:
+    @property
+    def lost(self) -> bool:
+        """Whether it was found to be taken away; no ring may run in it then."""
+        return self._lost
+
+    def found_lost(self) -> bool:
+        """Look whether it was taken away; True once."""
+        if self.table is None or not self.table.lost or self._lost:
+            return False
+        self._lost = True
+        return True
+
+    def look_for_sharing(self, setup: RingSetup) -> None:
+        """Warn, some time later, when the driver's rings are not in the memory that we were given.
+
+        QEMU without share=on hands over the file all the same, and keeps a private copy of it. The
+        relay looks, once a memory table: that takes as long as the frontend makes it.
+        """
+        assert self.table is not None
+        frontend = self._frontend()
+        if self._sharing_looked_for or self._health.warning is not None or frontend is None:
+            return
+        if frontend.peer_pid is None:
+            return
+        for (dev, ino), (_, size, uva, _) in zip(self._file_ids, self.table.regions, strict=True):
+            if 0 <= setup.desc_uva - uva < size:
+                self._sharing_looked_for = True
+                self._sharing_task = asyncio.create_task(
+                    self._warn_of_private_copy(frontend.link, setup.desc_uva, dev, ino)
+                )
+                return
+
+    async def _warn_of_private_copy(self, link: Link, uva: int, dev: int, ino: int) -> None:
+        if not await link.is_private_copy(uva, dev, ino):
+            return
+        frontend = self._frontend()
+        if frontend is not None and frontend.link is link:
+            self._health.warn(
+                "the guest's memory is not shared with the switch: its process has it mapped "
+                "privately. Start QEMU with share=on, for example: -object "
+                "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+            )
+
+    def identity(self, setup: RingSetup) -> int:
         """A number that is the same for the same ring in the same memory, whoever looks at it.
 
         Only the files that hold the ring count: others come and go by hot-plug.
         """
-        assert self._memory is not None
+        assert self.table is not None
         places = [
             (file_id, uva, offset + uva - region_uva)
             for uva in (
@@ -230,44 +206,13 @@ class PortMemory(abc.ABC):
                 *(piece for part in setup.pieces for piece, _ in part[1:]),
             )
             for file_id, (_, size, region_uva, offset) in zip(
-                self._file_ids, self._memory.regions, strict=True
+                self._file_ids, self.table.regions, strict=True
             )
             if 0 <= uva - region_uva < size
         ]
         told = (places, setup.size, Feature.RING_PACKED in setup.features)
         digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") | 1
-
-    def _look_for_sharing(self, setup: RingSetup) -> None:
-        """Warn, some time later, when the driver's rings are not in the memory that we were given.
-
-        QEMU without share=on hands over the file all the same, and keeps a private copy of it. The
-        relay looks, once a memory table: that takes as long as the frontend makes it.
-        """
-        assert self._memory is not None
-        if self._sharing_looked_for or self._warning is not None or self._backend is None:
-            return
-        connection = self._backend.connection
-        if connection.peer_pid is None:
-            return
-        for (dev, ino), (_, size, uva, _) in zip(self._file_ids, self._memory.regions, strict=True):
-            if 0 <= setup.desc_uva - uva < size:
-                self._sharing_looked_for = True
-                self._sharing_task = asyncio.create_task(
-                    self._warn_of_private_copy(connection.link, setup.desc_uva, dev, ino)
-                )
-                return
-
-    async def _warn_of_private_copy(self, link: Link, uva: int, dev: int, ino: int) -> None:
-        if not await link.is_private_copy(uva, dev, ino):
-            return
-        if self._backend is not None and self._backend.connection.link is link:
-            self._warning = (
-                "the guest's memory is not shared with the switch: its process has it mapped "
-                "privately. Start QEMU with share=on, for example: -object "
-                "memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
-            )
-            log.warning("port %s: %s", self.name, self._warning)
 
 
 def _file_id(fd: int) -> tuple[int, int]:

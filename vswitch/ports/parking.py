@@ -9,98 +9,54 @@ transmitq has to offer to be taken and discarded: workers see it again as soon a
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
 from collections.abc import Callable
 
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.dataplane.handover import HandOver
+from vswitch.ports.ring import GuestRing, RingState
 from vswitch.vhost_user.datapath import RingSetup
 
 LOOKS = 3
 """How often a ring is given back to the workers that still has something to offer."""
 
 
+def can_hold(ring: GuestRing, setup: RingSetup) -> bool:
+    """Whether it can be known that the driver of such a ring is there after all.
+
+    A transmitq without kicks is looked at for ever; nobody waits for receive buffers.
+    """
+    return not ring.fast.is_transmitq or setup.kick_fd >= 0
+
+
 class Parking:
-    """`unpark` runs a ring again whose driver kicked."""
+    """`wanted` hears of a parked or quiet ring whose driver kicked."""
 
-    def __init__(self, port: Port, unpark: Callable[[int], None]) -> None:
-        self._port = port
-        self._unpark = unpark
-        self._kick_fds: dict[int, int] = {}
-        self._watched: dict[int, int] = {}
-        self._suspended: set[int] = set()
-        self._unstarted: dict[int, RingSetup] = {}
+    def __init__(self, handover: HandOver, wanted: Callable[[GuestRing], None]) -> None:
+        self._handover = handover
+        self._wanted = wanted
 
-    def started(self, index: int, kick_fd: int) -> None:
-        """A ring runs, and its driver kicks through this; -1 if it is polled."""
-        self._kick_fds[index] = kick_fd
-
-    def can_park(self, ring: Ring) -> bool:
-        """Whether it can be known that its driver is there after all.
-
-        A transmitq without kicks is looked at for ever; nobody waits for receive buffers.
-        """
-        return not ring.is_transmitq or self._kick_fds.get(ring.index, -1) >= 0
-
-    def suspend(self, ring: Ring) -> None:
-        """Keep a running ring out of what is published from now on."""
-        ring.suspend()
-        self._suspended.add(ring.index)
-
-    def has_more(self, ring: Ring) -> bool:
-        """Ask the driver of a suspended ring for a kick; whether it has offered something already.
-
-        Only after a quiescent point. Never of receive buffers, which nobody waits for.
-        """
-        if not ring.is_transmitq or not ring.started:
-            return False
-        fd = self._kick_fds[ring.index]
-        _drain(fd)  # of kicks that workers were woken by, and do not read
-        if ring.want_kicks():
-            return True
-        self._watch(ring.index, fd)
-        return False
-
-    def hold(self, ring: Ring, setup: RingSetup) -> None:
+    def hold(self, ring: GuestRing) -> None:
         """Do not start this one before it is wanted."""
-        self._unstarted[ring.index] = setup
-        self._kick_fds[ring.index] = setup.kick_fd
-        if ring.is_transmitq:
-            self._watch(ring.index, setup.kick_fd)
+        ring.become(RingState.QUIET)
+        if ring.fast.is_transmitq:
+            ring.watch(self._wanted)
 
-    def held(self, index: int) -> RingSetup | None:
-        """The set-up of a ring that is to start when it is wanted."""
-        return self._unstarted.get(index)
+    async def park(self, ring: GuestRing) -> None:
+        """Take a ring away from the workers when they have discarded what it had to offer."""
+        for _ in range(LOOKS):
+            if ring.state is not RingState.RUNNING:
+                return
+            ring.become(RingState.PARKED)
+            await self._handover.settle()
+            if not self._is_parked(ring) or not ring.fast.is_transmitq:
+                return  # nobody waits for receive buffers
+            ring.drain_kicks()
+            if not ring.fast.want_kicks():
+                ring.watch(self._wanted)
+                return
+            ring.become(RingState.RUNNING)
+            await self._handover.settle()
 
-    def holds(self, index: int) -> bool:
-        """Whether the frontend takes a ring for started that is kept from the workers."""
-        return index in self._unstarted or index in self._suspended
-
-    def release(self, index: int) -> None:
-        """A ring is wanted again, or has stopped."""
-        self.ignore(index)
-        self._unstarted.pop(index, None)
-        if index in self._suspended:
-            self._suspended.remove(index)
-            self._port.rings[index].resume()
-
-    def ignore(self, index: int) -> None:
-        """Do not look for kicks of a ring any more."""
-        fd = self._watched.pop(index, -1)
-        if fd >= 0:
-            asyncio.get_running_loop().remove_reader(fd)
-
-    def _watch(self, index: int, fd: int) -> None:
-        self._watched[index] = fd
-        asyncio.get_running_loop().add_reader(fd, self._kicked, index)
-
-    def _kicked(self, index: int) -> None:
-        _drain(self._watched[index])
-        self._unpark(index)
-
-
-def _drain(fd: int) -> None:
-    # Without waiting, whatever its frontend has made of the descriptor's flags.
-    with contextlib.suppress(OSError):
-        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+    @staticmethod
+    def _is_parked(ring: GuestRing) -> bool:
+        """Still: its memory may be lost or a fault found while workers are waited for."""
+        return ring.state is RingState.PARKED

@@ -10,16 +10,15 @@ it, gets the page from the other machine and lets the process go on, which says 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vswitch.dataplane.handover import HandOver
-from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE, Iotlb
 from vswitch.fastpath.main.mapping import Memory, page_size, tells_pages
-from vswitch.fastpath.main.port import Port, Ring
 from vswitch.ports.fault_helper import TOUCHERS
 from vswitch.ports.fault_process import FaultProcess
+from vswitch.ports.ring import GuestRing, RingState
 from vswitch.ports.translation import PortTranslation
 from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.protocol import MemRegion
@@ -66,43 +65,27 @@ class _Area:
         return self.base + self.skew + gpa - self.region.gpa
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A ring that is to run when its own memory is there."""
-
-    setup: RingSetup
-    missing: dict[int, int]
-    """What is not: guest addresses, by those of the process."""
-    asked: bool = False
-    """All of that was asked for."""
-    stopping: bool = False
-    """It is to stop before it ever ran."""
-
-
 class PortPostcopy(PortTranslation):
     """The pages of one port's guest that are there, and those that its rings need.
 
-    `start_ring` runs a ring that had to wait for its own memory; `fail` hears why none can run any
-    more.
+    `run` starts a ring that had to wait for its own memory; `fail` hears why none can run any more.
     """
 
     def __init__(
         self,
-        port: Port,
-        engine: Engine,
+        rings: Mapping[int, GuestRing],
         handover: HandOver,
-        start_ring: Callable[[int, RingSetup], None],
+        run: Callable[[GuestRing], bool],
         fail: Callable[[str], None],
     ) -> None:
-        super().__init__(port, engine, handover, Iotlb(Memory([], []), physical=True))
+        super().__init__(rings, handover, Iotlb(Memory([], []), physical=True))
         self.listening = False
         """Between POSTCOPY_LISTEN and the end."""
-        self._start_ring = start_ring
+        self._run = run
         self._fail = fail
         self._process: FaultProcess | None = None
         self._areas: dict[MemRegion, _Area] = {}
         self._memory: Memory | None = None
-        self._waiting: dict[int, _Waiting] = {}
         self._urgent: dict[int, None] = {}
         self._later: dict[int, None] = {}
         """Addresses of the process's that are to be touched when it may, the oldest first."""
@@ -133,7 +116,6 @@ class PortPostcopy(PortTranslation):
 
     async def close(self) -> None:
         """Forget everything; no ring may be running."""
-        self._waiting.clear()
         self._urgent.clear()
         self._later.clear()
         process, self._process = self._process, None
@@ -171,8 +153,8 @@ class PortPostcopy(PortTranslation):
                 f"pages: {exc.strerror or exc}; postcopy takes memfd, /dev/shm or hugetlbfs"
             ) from exc
         area = self._areas[region] = _Area(region, page, base, length, tells_pages(fd))
-        for waiting in self._waiting.values():
-            waiting.missing.pop(_NOWHERE, None)
+        for ring in self._late():
+            ring.missing.pop(_NOWHERE, None)
         return area.address(region.gpa)
 
     async def use_memory(self, memory: Memory) -> None:
@@ -192,8 +174,8 @@ class PortPostcopy(PortTranslation):
         self._memory = memory
         self._iotlb.use_memory(memory)
         self._iotlb.clear()
-        for index in self._setups:
-            self._handover.retire(self._port.rings[index].use_memory(memory))
+        for ring in self._served():
+            self._handover.retire(ring.fast.use_memory(memory))
         await self._hand_over()
         try:
             for area in gone:
@@ -210,8 +192,16 @@ class PortPostcopy(PortTranslation):
 
     # Rings
 
-    def place(self, index: int, setup: RingSetup) -> bool:
-        """Whether all of a ring's own memory is there; what is not is asked for."""
+    def find(self, ring: GuestRing, setup: RingSetup) -> RingSetup | None:
+        """Where it is, if all of its own memory is there; what is not is asked for."""
+        missing = self._missing(setup)
+        if missing:
+            ring.missing, ring.missing_asked = missing, False
+            return None
+        return setup
+
+    def _missing(self, setup: RingSetup) -> dict[int, int]:
+        """A ring's own pages that have not come: guest addresses, by those to be touched."""
         missing: dict[int, int] = {}
         for uva, length in setup.areas():
             at = uva
@@ -219,7 +209,7 @@ class PortPostcopy(PortTranslation):
                 area = self._area(uva=at)
                 if area is None:
                     if not any(0 <= at - start < size for _, size, start, _ in self.memory.regions):
-                        return True  # it lies outside of the memory: starting it says so
+                        return {}  # it lies outside of the memory: starting it says so
                     missing[_NOWHERE] = -1
                     break
                 gpa = area.region.gpa + at - area.region.uva
@@ -227,59 +217,46 @@ class PortPostcopy(PortTranslation):
                 if self._iotlb.find(first) is None and not self._is_there(area, first):
                     missing[area.address(first)] = first
                 at += first + size - gpa
-        if missing:
-            self._waiting[index] = _Waiting(setup, missing)
-        return not missing
+        return missing
 
-    def started(self, index: int, setup: RingSetup) -> None:
-        """A ring runs, and workers know it, or will as soon as its memory is there."""
-        if index not in self._waiting:
-            self._setups[index] = setup
+    def started(self, _: GuestRing) -> None:
         self._look()
 
-    def stopping(self, index: int) -> None:
-        """A ring is about to stop: it does not start, whatever comes now."""
-        if index in self._waiting:
-            self._waiting[index].stopping = True
-
-    def stopped(self, index: int, base: int) -> int:
-        """A ring has stopped at `base`; where it is to go on, which it may never have reached."""
-        self._setups.pop(index, None)
-        waiting = self._waiting.pop(index, None)
-        return base if waiting is None else waiting.setup.base
+    def _late(self) -> list[GuestRing]:
+        """Rings whose own memory has not come."""
+        return [
+            ring
+            for ring in self._rings.values()
+            if ring.translation is self and ring.state is RingState.LATE and ring.unfit is None
+        ]
 
     def _resume(self) -> bool:
         """Start those whose own memory is there now; whether there were any."""
         resumed = False
-        for index, waiting in list(self._waiting.items()):
-            if waiting.stopping:
-                continue
-            if waiting.missing:
-                if not waiting.asked and len(self._asked) < ASKED_MAX:
-                    areas = [(self._area(gpa=gpa), gpa) for gpa in waiting.missing.values()]
-                    waiting.asked = all(
+        for ring in self._late():
+            if ring.missing:
+                if not ring.missing_asked and len(self._asked) < ASKED_MAX:
+                    areas = [(self._area(gpa=gpa), gpa) for gpa in ring.missing.values()]
+                    ring.missing_asked = all(
                         [area is not None and self._ask(area, gpa, urgent=True)
                          for area, gpa in areas]
                     )  # fmt: skip
-            elif self.place(index, waiting.setup):
-                del self._waiting[index]
-                self._start_ring(index, waiting.setup)
-                if self._port.rings[index].started:
-                    self._setups[index] = waiting.setup
+            elif self.find(ring, ring.known_setup) is not None:
+                if self._run(ring):
                     resumed = True
+                else:
+                    ring.unfit = ring.setup
         return resumed
 
     # Pages
 
     def check(self) -> None:
-        """Once a second: nobody may wait for a page that was never asked for."""
         self._look()
 
-    def scan(self, index: int | None = None) -> None:
-        """Ask for all buffers that rings hold, or one, and that are not there."""
-        self._look(index)
+    def scan(self, ring: GuestRing | None = None) -> None:
+        self._look(ring)
 
-    def _look(self, index: int | None = None) -> None:
+    def _look(self, only: GuestRing | None = None) -> None:
         """Look through the rings, and let go on who can."""
         if self._lost or self._process is None:
             return
@@ -287,7 +264,7 @@ class PortPostcopy(PortTranslation):
         left = _LOOKS
         while True:
             before = left
-            for ring in self._served(index):
+            for ring in self._served(only):
                 left = self._look_through(ring, left)
             self._show(resumed)
             resumed = False
@@ -300,9 +277,9 @@ class PortPostcopy(PortTranslation):
                 break
         self._send()
 
-    def _look_through(self, ring: Ring, left: int) -> int:
+    def _look_through(self, ring: GuestRing, left: int) -> int:
         """Map what a ring needs and is there, in at most `left` blocks, and ask for the rest."""
-        for gpa, _ in ring.untranslated(ASKED_MAX, self._ahead):
+        for gpa, _ in ring.fast.untranslated(ASKED_MAX, self._ahead):
             area = self._area(gpa=gpa)
             if area is None or self._iotlb.find(gpa) is not None:
                 continue
@@ -311,7 +288,7 @@ class PortPostcopy(PortTranslation):
             if self._learn(area, gpa):
                 left -= 1
             else:
-                self._ask(area, gpa, urgent=gpa == ring.missed)
+                self._ask(area, gpa, urgent=gpa == ring.fast.missed)
         return left
 
     def _look_on(self) -> None:
@@ -387,6 +364,6 @@ class PortPostcopy(PortTranslation):
             if page is not None:
                 gpa, size, uva = page
                 self._iotlb.update(gpa, size, uva, ACCESS_READ | ACCESS_WRITE)
-            for waiting in self._waiting.values():
-                waiting.missing.pop(address, None)
+            for ring in self._late():
+                ring.missing.pop(address, None)
         self._look()

@@ -10,7 +10,7 @@ from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.port import Port
 from vswitch.host.tap import Tap, link_state
 from vswitch.ports import limits
-from vswitch.ports.datapath import ETH_OVERHEAD
+from vswitch.ports.ethernet import ETH_OVERHEAD
 
 log = logging.getLogger("vswitch.uplink")
 

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Mapping
+
 from vswitch.dataplane.handover import HandOver
-from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ENTRIES, Iotlb, IotlbTables
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.ports.ring import TRANSLATED, GuestRing
 from vswitch.vhost_user.datapath import RingSetup
 
 _AHEAD_MIN = 16
 """Descriptors of a ring that are looked at ahead of the worker, however many rings there are."""
 
 
-class PortTranslation:
-    """One port's rings, the tables that they have now, and those that workers may still use."""
+class PortTranslation(abc.ABC):
+    """What stands between rings and memory; `rings` are all of the port's, served or not."""
 
-    def __init__(
-        self,
-        port: Port,
-        engine: Engine,
-        handover: HandOver,
-        iotlb: Iotlb,
-    ) -> None:
+    def __init__(self, rings: Mapping[int, GuestRing], handover: HandOver, iotlb: Iotlb) -> None:
         self._iotlb = iotlb
-        self._port = port
-        self._engine = engine
+        self._rings = rings
         self._handover = handover
-        self._setups: dict[int, RingSetup] = {}
-        """Rings that run, with the addresses that the frontend gave."""
         self._lost = False
+
+    # What it is asked for
+
+    @abc.abstractmethod
+    def find(self, ring: GuestRing, setup: RingSetup) -> RingSetup | None:
+        """A ring that is to start, with addresses of the frontend's; None: it becomes LATE.
+
+        Raises TranslationPending: the frontend starts it once more when it has told where it is.
+        """
+
+    @abc.abstractmethod
+    def started(self, ring: GuestRing) -> None:
+        """A ring runs, and workers know it, or it will as soon as its memory is there."""
+
+    @abc.abstractmethod
+    def scan(self, ring: GuestRing | None = None) -> None:
+        """Ask for all buffers that rings hold, or that one, and that are not translated."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Once a second: nobody may wait for what was never asked for."""
 
     @property
     def tables(self) -> IotlbTables:
@@ -41,11 +55,13 @@ class PortTranslation:
 
     @property
     def serves_rings(self) -> bool:
-        return bool(self._setups)
+        return bool(self._served())
 
     def memory_lost(self) -> None:
-        """The guest's memory was taken away: rings that are suspended stay so."""
+        """The guest's memory was taken away: nothing is asked for any more."""
         self._lost = True
+
+    # For those that are one
 
     def _show(self, resumed: bool) -> None:
         """Show workers what the tables have now; `resumed`: and which rings run."""
@@ -62,17 +78,16 @@ class PortTranslation:
         """Have all rings translate by the present tables; whether one had others."""
         tables = self._iotlb.tables()
         changed = False
-        for index in self._setups:
-            ring = self._port.rings[index]
-            if ring.started and ring.iotlb is not tables:
-                self._handover.retire(ring.use_iotlb(tables))
+        for ring in self._served():
+            if ring.fast.started and ring.fast.iotlb is not tables:
+                self._handover.retire(ring.fast.use_iotlb(tables))
                 changed = True
         return changed
 
-    def _served(self, index: int | None) -> list[Ring]:
-        """All rings that run, or that one if it does."""
-        numbers = list(self._setups) if index is None else [index]
-        return [self._port.rings[one] for one in numbers if one in self._setups]
+    def _served(self, only: GuestRing | None = None) -> list[GuestRing]:
+        """All rings that are somewhere, or that one if it is."""
+        rings = self._rings.values() if only is None else (only,)
+        return [ring for ring in rings if ring.translation is self and ring.state in TRANSLATED]
 
     @property
     def _ahead(self) -> int:
@@ -80,4 +95,4 @@ class PortTranslation:
 
         Not more than there is room for, or one would put out the other for ever.
         """
-        return max(_AHEAD_MIN, ENTRIES // 2 // max(1, len(self._setups)))
+        return max(_AHEAD_MIN, ENTRIES // 2 // max(1, len(self._served())))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from vswitch.errors import ProtocolError
+from vswitch.relay.link import Link
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel
 from vswitch.vhost_user.connection import Connection, Message
@@ -59,6 +60,18 @@ class Device:
         self._changed = changed
         self._log = logging.getLogger("vswitch.vhost_user")
         self._name = name
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self.connection.peer_pid
+
+    @property
+    def link(self) -> Link:
+        return self.connection.link
+
+    @property
+    def has_placed(self) -> bool:
+        return any(vring.placed for vring in self.vrings.values())
 
     def signal_error(self, index: int) -> None:
         """Tell the frontend that a virtqueue is broken (SET_VRING_ERR, BACKEND_VRING_ERR)."""

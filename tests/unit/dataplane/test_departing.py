@@ -16,8 +16,10 @@ from vswitch.config.settings import PortSettings
 from vswitch.dataplane.departing import AT_ONCE_LEN, Part, forget_pages
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import DirtyLog, Memory
+from vswitch.ports import datapath as port_datapath
 from vswitch.ports import memory as port_memory
-from vswitch.ports.memory import PortMemory
+from vswitch.ports.datapath import PortDatapath
+from vswitch.ports.health import PortHealth
 from vswitch.vhost_user.protocol import LogArea, MemRegion
 
 MIB = 1 << 20
@@ -134,11 +136,6 @@ def test_a_log() -> None:
         os.close(fd)
 
 
-class Ported(PortMemory):
-    def _fail(self, reason: str) -> None:
-        raise AssertionError(reason)
-
-
 def test_a_port_has_its_memory_and_logs_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way they go."""
     gone: list[int] = []
@@ -146,10 +143,14 @@ def test_a_port_has_its_memory_and_logs_taken_apart(monkeypatch: pytest.MonkeyPa
     async def forget(parts: Iterable[Part]) -> None:
         gone.extend(part.length for part in parts)
 
-    monkeypatch.setattr(port_memory, "forget_pages", forget)
+    for module in (port_datapath, port_memory):
+        monkeypatch.setattr(module, "forget_pages", forget)
     engine = Engine()
     settings = PortSettings(name="p", socket=Path("/nowhere"))
-    port = Ported(settings, engine, engine.add_port("p"), AtOnce(engine))
+    port = PortDatapath(
+        settings, engine, engine.add_port("p"), AtOnce(engine), lambda _: 0,
+        PortHealth("p", lambda *_: None), lambda: None, lambda *_: "", lambda: None,
+    )  # fmt: skip
     fd = os.memfd_create(NAME)
 
     async def run() -> None:

@@ -7,6 +7,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 
@@ -14,10 +15,11 @@ from tests.support.handover import AtOnce
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.iotlb import ACCESS_READ, ACCESS_WRITE
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Ring
 from vswitch.ports import iotlb as port_iotlb
 from vswitch.ports.iotlb import PortIotlb
+from vswitch.ports.ring import GuestRing, RingState
 from vswitch.vhost_user.datapath import RingSetup, TranslationPending
+from vswitch.vhost_user.frontend import Frontend
 from vswitch.vhost_user.protocol import Feature
 
 PAGE = 4096
@@ -50,13 +52,15 @@ class Bench:
         self.questions: list[tuple[int, int, Callable[[int], None]]] = []
         """Address, access and answer of the misses that are open, oldest first."""
         self.asked: Counter[tuple[int, int]] = Counter()
-        self.failures: dict[int, str | None] = {}
+        self.rings: dict[int, GuestRing] = {}
+        self.failures: dict[int, str] = {}
         self.settled: list[list[bool]] = []
         """Whether each ring had the newest tables when workers were waited for."""
         self.iotlb = PortIotlb(
-            self.port, self.engine, self.memory, lambda: self, AtOnce(self.engine, self.settling),
-            lambda index, _: pytest.fail(f"ring {index} is somewhere else"),
-            self.failures.__setitem__,
+            self.rings, AtOnce(self.engine, self.settling), self.memory,
+            lambda: cast("Frontend", self),
+            lambda ring, _: pytest.fail(f"{ring.name} is somewhere else"),
+            lambda ring, text: self.failures.update({ring.index: text}),
         )  # fmt: skip
         self.iotlb.update(0, 2 * OWN, UVA, BOTH)
         for index in (RECEIVE, TRANSMIT):
@@ -88,17 +92,24 @@ class Bench:
             setup = RingSetup(
                 SIZE, at, at + 2 * PAGE, at + PAGE, 0, Feature.VERSION_1, True, -1, -1
             )
-            place = self.iotlb.place(index, setup)
-            ring = Ring(self.port, index)
-            ring.enabled = True
-            ring.start(
+            ring = self.ring(index)
+            place = self.iotlb.find(ring, setup)
+            ring.setup, ring.place, ring.translation = setup, place, self.iotlb
+            ring.fast.enabled = True
+            ring.fast.start(
                 self.memory, SIZE, place.desc_uva, place.used_uva, place.avail_uva, hdr_len=12,
                 event_idx=False, indirect=False, mergeable=False, base=0, poll_only=True,
                 iotlb=self.iotlb.tables,
             )  # fmt: skip
-            self.engine.attach(ring, -1)
+            ring.become(RingState.RUNNING)
+            self.engine.attach(ring.fast, -1)
             assert self.engine.wait(self.engine.publish(), 60_000_000_000)
-            self.iotlb.started(index, setup, place)
+            self.iotlb.started(ring)
+
+    def ring(self, index: int) -> GuestRing:
+        if index not in self.rings:
+            self.rings[index] = GuestRing(self.port, index)
+        return self.rings[index]
 
     def answer(self, status: int = 0) -> int:
         """Answer the oldest question, with an update if it is in order; what it was about."""
@@ -133,29 +144,33 @@ def test_a_port_has_so_many_pieces_of_rings(bench: Bench, monkeypatch: pytest.Mo
     """Each is a mapping of the process's. A ring in pages that follow each other is none."""
     wide = 4 * SIZE  # descriptors in four pages, the used ring in three
     setup = RingSetup(wide, 0, 0x5000, 0x4000, 0, Feature.VERSION_1, True, -1, -1)
+    receive, transmit = bench.ring(RECEIVE), bench.ring(TRANSMIT)
     bench.iotlb.update(0, 0x8000, UVA, BOTH)
-    assert bench.iotlb.place(RECEIVE, setup).pieces == ()
+    assert bench.iotlb.find(receive, setup).pieces == ()
     for page, other in enumerate([9, 3, 4, 7]):
         bench.iotlb.update(page * PAGE, PAGE, UVA + other * PAGE, BOTH)
-    place = bench.iotlb.place(RECEIVE, setup)
+    place = bench.iotlb.find(receive, setup)
     assert place.pieces == (
         ((UVA + 9 * PAGE, PAGE), (UVA + 3 * PAGE, 2 * PAGE), (UVA + 7 * PAGE, PAGE)),
         ((UVA + 4 * PAGE, 6 + 2 * wide),),
         ((UVA + 5 * PAGE, 6 + 8 * wide),),
     )
     monkeypatch.setattr(port_iotlb, "PIECES_MAX", 5)
-    bench.iotlb.place(RECEIVE, setup)
+    bench.iotlb.find(receive, setup)
     assert bench.failures == {}
     bench.start(RECEIVE)
-    bench.iotlb.started(RECEIVE, setup, place)
+    receive.setup, receive.place = setup, place
     with pytest.raises(TranslationPending):
-        bench.iotlb.place(TRANSMIT, setup)
-    assert "it lies in 3 pieces" in str(bench.failures[TRANSMIT])
-    assert "more than 5" in str(bench.failures[TRANSMIT])
-    bench.iotlb.stopped(RECEIVE)
+        bench.iotlb.find(transmit, setup)
+    assert "it lies in 3 pieces" in bench.failures[TRANSMIT]
+    assert "more than 5" in bench.failures[TRANSMIT]
+    receive.become(RingState.STOPPING)
+    receive.become(RingState.STOPPED)
+    bench.iotlb.stopped()
     bench.iotlb.update(0, 0x8000, UVA, BOTH)
-    bench.iotlb.place(TRANSMIT, setup)
-    assert bench.failures[TRANSMIT] is None
+    bench.failures.clear()
+    bench.iotlb.find(transmit, setup)
+    assert bench.failures == {}
 
 
 @pytest.mark.parametrize("status", [0, 1], ids=["translated", "refused"])
@@ -201,14 +216,14 @@ def test_what_a_worker_waits_for_goes_out_besides(bench: Bench) -> None:
     assert len(bench.questions) == BATCH, "nobody waits yet"
     first, second = bench.buffers(TRANSMIT)[:2]
     assert bench.turn() == [("iotlb-miss", TRANSMIT)]
-    bench.iotlb.scan(TRANSMIT)
+    bench.iotlb.scan(bench.rings[TRANSMIT])
     assert bench.open[-1] == first
     assert len(bench.questions) == BATCH + 1
     # One page, and again only the next one that it waits for.
     bench.questions.insert(0, bench.questions.pop())
     assert bench.answer() == first
     assert bench.turn() == [("iotlb-miss", TRANSMIT)]
-    bench.iotlb.scan(TRANSMIT)
+    bench.iotlb.scan(bench.rings[TRANSMIT])
     assert bench.open[-1] == second
     assert len(bench.questions) == BATCH + 1
 
@@ -218,7 +233,7 @@ def test_a_look_at_one_ring_forgets_nothing_of_another(bench: Bench) -> None:
     bench.start(RECEIVE, TRANSMIT)
     while len(bench.questions) > BATCH // 2 + 1:
         bench.answer()
-    bench.iotlb.scan(TRANSMIT)
+    bench.iotlb.scan(bench.rings[TRANSMIT])
     bench.answer()
     assert len(bench.questions) > BATCH // 2, "more, before the last one is answered"
 

@@ -14,10 +14,10 @@ from tests.support.handover import AtOnce
 from tests.support.wire import open_fds
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Ring
 from vswitch.ports import postcopy as port_postcopy
 from vswitch.ports.fault_helper import TOUCHERS
 from vswitch.ports.postcopy import ASKED_MAX, PortPostcopy, _Area
+from vswitch.ports.ring import GuestRing, RingState
 from vswitch.vhost_user.datapath import DatapathError, RingSetup
 from vswitch.vhost_user.protocol import Feature, MemRegion
 
@@ -72,8 +72,9 @@ class Bench:
         self.map = mmap.mmap(self.fd, PAGES * PAGE)
         self.process = Process()
         self.failures: list[str] = []
+        self.rings: dict[int, GuestRing] = {}
         self.postcopy = PortPostcopy(
-            self.port, self.engine, AtOnce(self.engine), self.start, self.failures.append
+            self.rings, AtOnce(self.engine), self.start, self.failures.append
         )
         self.postcopy._process = self.process  # type: ignore[assignment]
         self.postcopy.listening = True
@@ -96,7 +97,7 @@ class Bench:
         own = UVA + index * OWN
         return RingSetup(
             size=SIZE, desc_uva=own, avail_uva=own + 4 * PAGE, used_uva=own + 5 * PAGE,
-            base=0, features=Feature(0), enabled=True, kick_fd=-1, call_fd=-1,
+            base=7, features=Feature(0), enabled=True, kick_fd=-1, call_fd=-1,
         )  # fmt: skip
 
     def buffer(self, index: int, number: int) -> int:
@@ -116,26 +117,42 @@ class Bench:
         for at in range(own, own + OWN, PAGE):
             self.map[at] |= 0
 
-    def start(self, index: int, setup: RingSetup) -> None:
-        """As VhostPort does."""
-        ring = self.port.rings.get(index) or Ring(self.port, index)
-        ring.start(
+    def ring(self, index: int) -> GuestRing:
+        if index not in self.rings:
+            self.rings[index] = GuestRing(self.port, index)
+        return self.rings[index]
+
+    def start(self, ring: GuestRing) -> bool:
+        """As GuestRings does."""
+        setup = ring.known_setup
+        ring.fast.start(
             self.memory, setup.size, setup.desc_uva, setup.used_uva, setup.avail_uva, hdr_len=12,
             event_idx=False, indirect=False, mergeable=True, base=0, poll_only=True,
             iotlb=self.postcopy.tables,
         )  # fmt: skip
-        self.engine.attach(ring, -1)
+        ring.become(RingState.RUNNING)
+        self.engine.attach(ring.fast, -1)
+        return True
+
+    def stop(self, index: int) -> int:
+        """Stop a ring; where it is to go on."""
+        ring = self.rings[index]
+        ring.become(RingState.STOPPING)
+        self.engine.detach(ring.fast)
+        assert self.engine.wait(self.engine.publish(), 60_000_000_000)
+        return ring.stop()
 
     def run(self, index: int) -> bool:
         """Start a ring; whether it runs."""
-        setup = self.setup(index)
-        there = self.postcopy.place(index, setup)
-        if there:
-            self.start(index, setup)
-        elif index not in self.port.rings:
-            Ring(self.port, index)
-        self.postcopy.started(index, setup)
-        return there
+        ring = self.ring(index)
+        ring.setup, ring.translation = self.setup(index), self.postcopy
+        ring.place = self.postcopy.find(ring, ring.setup)
+        if ring.place is not None:
+            self.start(ring)
+        else:
+            ring.become(RingState.LATE)
+        self.postcopy.started(ring)
+        return ring.place is not None
 
     def find(self, *pages: int) -> None:
         """The process says that it has touched these."""
@@ -179,7 +196,7 @@ def test_a_ring_starts_when_its_pages_have_come(monkeypatch: pytest.MonkeyPatch)
         assert not bench.port.rings[TRANSMIT].started
         bench.find(own[-1])
         assert bench.port.rings[TRANSMIT].started
-        assert bench.postcopy.stopped(TRANSMIT, 5) == 5
+        assert bench.stop(TRANSMIT) == 0
 
     run(monkeypatch, test)
 
@@ -189,7 +206,7 @@ def test_a_ring_that_never_started_goes_on_from_where_it_was(
 ) -> None:
     async def test(bench: Bench) -> None:
         assert not bench.run(TRANSMIT)
-        assert bench.postcopy.stopped(TRANSMIT, 5) == 0
+        assert bench.stop(TRANSMIT) == 7
         bench.offer(TRANSMIT)
         bench.find(*bench.process.touched)
         assert not bench.port.rings[TRANSMIT].started
@@ -246,7 +263,7 @@ def test_whom_a_worker_waits_for_comes_first(monkeypatch: pytest.MonkeyPatch) ->
         worker.turn()
         [event] = bench.engine.take_events()
         assert event[0] == "iotlb-miss"
-        bench.postcopy.scan(TRANSMIT)
+        bench.postcopy.scan(bench.rings[TRANSMIT])
         assert bench.process.touched == [bench.buffer(RECEIVE, n) for n in range(TOUCHERS)]
         bench.find(bench.process.touched[0])
         assert bench.process.touched[TOUCHERS:] == [bench.buffer(TRANSMIT, 0)]
@@ -268,14 +285,15 @@ def test_nothing_is_asked_for_before_the_frontend_knows(monkeypatch: pytest.Monk
 def test_memory_that_goes_and_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         assert not bench.run(TRANSMIT)
-        bench.postcopy.stopped(TRANSMIT, 0)
+        bench.stop(TRANSMIT)
         flying = list(bench.process.touched)
         await bench.postcopy.use_memory(Memory([], []))
         # Those that were on their way come back, and mean nothing.
         bench.find(*flying)
         assert not bench.postcopy._asked
         await bench.postcopy.use_memory(bench.memory)
-        assert not bench.postcopy.place(TRANSMIT, bench.setup(TRANSMIT)), "nobody knows the region"
+        ring = bench.rings[TRANSMIT]
+        assert bench.postcopy.find(ring, ring.known_setup) is None, "nobody knows the region"
         await bench.postcopy.map(bench.region, bench.fd)
         assert not bench.run(TRANSMIT)
         assert bench.process.touched[len(flying) :] == flying
@@ -306,7 +324,7 @@ def test_a_ring_outside_of_the_memory_is_for_others_to_refuse(
         gone = RingSetup(**{
             name: getattr(setup, name) for name in setup.__slots__ if name != "used_uva"
         }, used_uva=UVA + PAGES * PAGE)  # fmt: skip
-        assert bench.postcopy.place(TRANSMIT, gone)
+        assert bench.postcopy.find(bench.ring(TRANSMIT), gone) is gone
 
     run(monkeypatch, test)
 

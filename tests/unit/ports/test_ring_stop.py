@@ -57,17 +57,13 @@ class Bench:
             self.answers.append(answered)
             return True
 
-        frontend = SimpleNamespace(
-            ask_translation=ask,
-            signal_error=lambda _: None,
-            connection=SimpleNamespace(peer_pid=None),
-        )
+        frontend = SimpleNamespace(ask_translation=ask, signal_error=lambda _: None, peer_pid=None)
         self.port._backend = cast("Backend", frontend)
 
     async def stop(self, meanwhile: Callable[[], None]) -> int:
         """Stop the ring; where it stopped. `meanwhile` happens while workers are waited for."""
         self.engine.held = True
-        stopping = asyncio.create_task(self.port.stop_rings([RECEIVE]))
+        stopping = asyncio.create_task(self.port.datapath.stop_rings([RECEIVE]))
         for _ in range(3):
             await asyncio.sleep(0)
         assert not stopping.done()
@@ -96,7 +92,7 @@ def test_behind_an_iommu() -> None:
     """Its memory is taken away by an invalidation and comes back."""
 
     async def run(bench: Bench) -> None:
-        port = bench.port
+        port = bench.port.datapath
         await port.set_memory([bench.region], [bench.fd])
         port.use_iotlb(True)
         port.iotlb_update(0, PAGES * PAGE, UVA, 3)
@@ -115,13 +111,12 @@ def test_in_postcopy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(port_postcopy, "tells_pages", lambda _: False)
 
     async def run(bench: Bench) -> None:
-        port = bench.port
-        postcopy = PortPostcopy(
-            bench.fast, bench.engine, bench.handover, port._start_late, port._fail
-        )
+        port = bench.port.datapath
+        rings = port.rings
+        postcopy = PortPostcopy(rings.by_index, bench.handover, rings.run_late, pytest.fail)
         process = Process()
         postcopy._process = process  # type: ignore[assignment]
-        port._postcopy = postcopy
+        rings.postcopy = postcopy
         port.listen_postcopy()
         await port.set_memory([bench.region], [bench.fd])
         assert await port.fault_base(bench.region, bench.fd) == BASE
