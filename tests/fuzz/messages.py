@@ -30,7 +30,7 @@ from tests.support.running import RunningSwitch, Wire, teach
 from vswitch.fastpath.main.journal import SLOT_LEN
 from vswitch.fastpath.main.port import MAX_VRINGS
 from vswitch.ports.journals import make_shared
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,

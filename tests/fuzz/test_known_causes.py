@@ -27,7 +27,7 @@ from tests.fuzz.bed import (
 )
 from vswitch.lab.guest import Frontend
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     VERSION,
     Feature,

@@ -22,6 +22,7 @@ from vswitch.vhost_user.connection import Connection
 from vswitch.vhost_user.datapath import DatapathError, RingLog, RingSetup, TranslationPending
 from vswitch.vhost_user.descriptors import close_fd
 from vswitch.vhost_user.endpoint import Listener
+from vswitch.vhost_user.net import NetBackend
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     HEADER,
@@ -175,12 +176,18 @@ class RecordingDatapath:
 class Peer:
     """The frontend's end. Its calls block, but never for long: both ends are in this process."""
 
-    def __init__(self, datapath: RecordingDatapath, connection: Connection, sock: socket.socket):
+    def __init__(
+        self,
+        datapath: RecordingDatapath,
+        connection: Connection,
+        sock: socket.socket,
+        device: Callable[[str, Connection, RecordingDatapath], Backend] = NetBackend,
+    ):
         self.datapath = datapath
         self.sock = sock
         self.sock_fd = str(sock.fileno())
         self.link_fd = str(connection.link.fileno())
-        self.backend = Backend("p", connection, datapath)
+        self.backend = device("p", connection, datapath)
         self.task = asyncio.create_task(self._run(connection))
 
     async def _run(self, connection: Connection) -> None:
@@ -228,14 +235,19 @@ class Peer:
 
 
 def with_peer(
-    test: Callable[[Peer], Awaitable[None]], datapath: RecordingDatapath | None = None
+    test: Callable[[Peer], Awaitable[None]],
+    datapath: RecordingDatapath | None = None,
+    device: Callable[[str, Connection, RecordingDatapath], Backend] = NetBackend,
 ) -> None:
-    """Run `test` with a connected peer, then close it and see that no descriptor is left."""
+    """Run `test` with a connected peer, then close it and see that no descriptor is left.
+
+    `device` is the type of device that the peer finds.
+    """
 
     async def run() -> None:
         async with relayed() as (link, theirs):
             before = open_fds(collect=True)
-            peer = Peer(datapath or RecordingDatapath(), Connection(link), theirs)
+            peer = Peer(datapath or RecordingDatapath(), Connection(link), theirs, device)
             try:
                 async with asyncio.timeout(60):
                     await test(peer)

@@ -21,9 +21,10 @@ from vswitch.ports.diagnosis import PortDiagnosis
 from vswitch.ports.health import Notify, PortHealth
 from vswitch.ports.ring import GuestRing
 from vswitch.relay.process import Relay
-from vswitch.vhost_user.backend import Backend
 from vswitch.vhost_user.connection import Connection
 from vswitch.vhost_user.endpoint import Connector, Endpoint, Listener
+from vswitch.vhost_user.frontend import Frontend
+from vswitch.vhost_user.net import NetBackend
 from vswitch.vhost_user.protocol import Feature, ProtocolFeature
 
 log = logging.getLogger("vswitch.port")
@@ -49,7 +50,7 @@ class VhostPort:
         self.fast = port
         self._engine = engine
         self._notify = notify
-        self._backend: Backend | None = None
+        self._backend: Frontend | None = None
         self._diagnosis = PortDiagnosis(settings)
         self._health = PortHealth(settings.name, notify)
         self.datapath = PortDatapath(
@@ -133,7 +134,7 @@ class VhostPort:
     async def _serve(self, connection: Connection) -> None:
         """One frontend, from its connection to its end."""
         pid = connection.peer_pid
-        backend = Backend(
+        backend = NetBackend(
             self.name,
             connection,
             self.datapath,
@@ -252,7 +253,7 @@ class VhostPort:
             withheld=[str(f.name) for f in features.withheld(self.settings)],
             protocol_features=int(protocol_features),
             protocol_feature_names=[str(f.name) for f in protocol_features],
-            peer_pid=backend.connection.peer_pid if backend else None,
+            peer_pid=backend.peer_pid if backend else None,
             connects=self._connects,
             connected_since=self._connected_at,
             error=self._error(),

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 
-from vswitch.bounds import MTU_MAX, MTU_MIN
 from vswitch.errors import ProtocolError
 from vswitch.vhost_user import protocol
 from vswitch.vhost_user.backend_channel import BackendChannel, take_socket
@@ -35,9 +34,7 @@ _INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
-    | ProtocolFeature.RARP
     | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.MTU
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.BACKEND_REQ
@@ -46,30 +43,33 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.STATUS
     | ProtocolFeature.PAGEFAULT
 )
-"""What the backend offers in GET_PROTOCOL_FEATURES, the last one where the datapath can."""
+"""What the backend offers in GET_PROTOCOL_FEATURES, the last one where the datapath can. Types of
+devices add their own."""
 
 
 class Backend(MemoryRequests, RingRequests, IotlbRequests):
-    """The vhost-user device of one port, for as long as one frontend is connected."""
+    """A vhost-user device of any type, for as long as one frontend is connected.
+
+    A type of device is a class of its own (net.py): it says how many virtqueues there are, adds its
+    requests to `_handlers` and its features to `_offered_protocol`.
+    """
 
     def __init__(
         self,
         name: str,
         connection: Connection,
         datapath: Datapath,
+        virtqueues: int,
         changed: Callable[[], None] = lambda: None,
         *,
         withheld: int = 0,
-        counts_virtqueues: bool = False,
         translates: bool = True,
     ) -> None:
         """`withheld`: features not to offer although they are the backend's own.
 
-        `counts_virtqueues`: the frontend takes the answer to GET_QUEUE_NUM for a number of
-        virtqueues. `translates`: with ACCESS_PLATFORM its addresses are I/O virtual.
+        `translates`: with ACCESS_PLATFORM the frontend's addresses are I/O virtual.
         """
-        super().__init__(name, connection, datapath, changed)
-        self._counts_virtqueues = counts_virtqueues
+        super().__init__(name, connection, datapath, virtqueues, changed)
         self._translates = translates
         self.status = Status(0)
         self.asked: set[Request] = set()
@@ -102,8 +102,6 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
             Request.GET_QUEUE_NUM: self._get_queue_num,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
-            Request.SEND_RARP: self._send_rarp,
-            Request.NET_SET_MTU: self._net_set_mtu,
             Request.GET_INFLIGHT_FD: self._get_inflight_fd,
             Request.SET_INFLIGHT_FD: self._set_inflight_fd,
             Request.RESET_DEVICE: self._reset_device,
@@ -248,9 +246,13 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
             )
         self.protocol_features = ProtocolFeature(value)
 
+    @property
+    def queue_num(self) -> int:
+        """The answer to GET_QUEUE_NUM."""
+        return self.virtqueues
+
     async def _get_queue_num(self, _: Message) -> bytes:
-        per_pair = 2 if self._counts_virtqueues else 1
-        return protocol.encode_u64(per_pair * self._datapath.queue_pairs)
+        return protocol.encode_u64(self.queue_num)
 
     # Ownership
 
@@ -314,20 +316,6 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         if self.behind_iommu:
             # Where these themselves are could not be asked either.
             await self._start([vring for vring in self.vrings.values() if self._is_waiting(vring)])
-
-    # Network
-
-    async def _send_rarp(self, message: Message) -> None:
-        mac = message.payload[:6]
-        if mac[0] & 1 or not any(mac):
-            raise MalformedError(f"SEND_RARP: {mac.hex(':')} is not a unicast address")
-        self._datapath.announce(mac)
-
-    async def _net_set_mtu(self, message: Message) -> None:
-        mtu = protocol.decode_u64(message.payload)
-        if not MTU_MIN <= mtu <= MTU_MAX:
-            raise DatapathError(f"MTU {mtu} is not between {MTU_MIN} and {MTU_MAX}")
-        self._datapath.set_mtu(mtu)
 
 
 async def _to_the_end(work: Coroutine[None, None, None]) -> None:

@@ -78,14 +78,10 @@ def ring_areas(packed: bool, size: int, desc: int, avail: int, used: int) -> lis
 class Datapath(Protocol):
     """One port's rings, as the backend of its present frontend drives them.
 
-    Whatever a coroutine takes away - a ring, memory, a descriptor - is no longer in use by any
-    worker when it returns.
+    A device of any type needs this; what a type needs besides is in its own file (net.py). Whatever
+    a coroutine takes away - a ring, memory, a descriptor - is no longer in use by any worker when
+    it returns.
     """
-
-    @property
-    def queue_pairs(self) -> int:
-        """The most queue pairs the port has."""
-        ...
 
     @property
     def features(self) -> Feature:
@@ -173,14 +169,6 @@ class Datapath(Protocol):
 
     def signal(self, fd: int) -> None:
         """Signal an eventfd of the frontend. Never waits, even if that made it a blocking one."""
-        ...
-
-    def set_mtu(self, mtu: int) -> None:
-        """The guest's MTU, in bytes. Raises DatapathError if it is more than the port's."""
-        ...
-
-    def announce(self, mac: bytes) -> None:
-        """Send a broadcast RARP for a guest that came here by live migration."""
         ...
 
     def use_iotlb(self, on: bool) -> None:

@@ -35,7 +35,8 @@ from vswitch.vhost_user.vring import Vring
 class Device:
     """The state of one port's device, for as long as one frontend is connected.
 
-    `changed` is called, without arguments, whenever rings start or stop.
+    It has `virtqueues` at most. `changed` is called, without arguments, whenever rings start or
+    stop.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Device:
         name: str,
         connection: Connection,
         datapath: Datapath,
+        virtqueues: int,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.connection = connection
+        self.virtqueues = virtqueues
         self.features = Feature(0)
         self.protocol_features = ProtocolFeature(0)
         self.regions: list[MemRegion] = []
@@ -112,9 +115,10 @@ class Device:
     # Rings
 
     def _vring(self, name: str, index: int) -> Vring:
-        count = 2 * self._datapath.queue_pairs
-        if index >= count:
-            raise MalformedError(f"{name}: vring index {index}, the port has {count} vrings")
+        if index >= self.virtqueues:
+            raise MalformedError(
+                f"{name}: vring index {index}, the port has {self.virtqueues} vrings"
+            )
         if index not in self.vrings:
             self.vrings[index] = Vring(index)
         return self.vrings[index]

@@ -8,7 +8,7 @@ from vswitch.vhost_user import protocol
 from vswitch.vhost_user.connection import Message
 from vswitch.vhost_user.datapath import DatapathError
 from vswitch.vhost_user.device import Device
-from vswitch.vhost_user.protocol import MalformedError, MemRegion, ProtocolFeature, Request
+from vswitch.vhost_user.protocol import MalformedError, MemRegion, Request
 
 _ACKNOWLEDGING = {0, Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG}
 """How a frontend calls the message by which it says that it knows all regions. QEMU leaves in it
@@ -37,13 +37,8 @@ class PostcopyRequests(Device):
     """POSTCOPY_ENDs that are still to come after the first."""
     _awaits_ack = False
     """Regions were answered with their addresses; the frontend has not said that it has them."""
-    _pair_starts = False
-    """One more queue pair starts, and its frontend goes on to wait for what it may not send."""
-    _pairs_paid = 0
     _answered: dict[MemRegion, bytes]
     """What each ADD_MEM_REG was answered with since POSTCOPY_LISTEN."""
-    _paid: tuple[bytes, ...] = ()
-    """Answers that were sent ahead of what they answer."""
 
     async def _postcopy_advise(self, _: Message) -> None:
         """The reply carries the userfaultfd, so it is sent from here; none if there is none."""
@@ -74,7 +69,6 @@ class PostcopyRequests(Device):
             )
         self._datapath.listen_postcopy()
         self._postcopy = Postcopy.LISTENING
-        self._pair_starts, self._pairs_paid, self._paid = False, 0, ()
         self._answered = {}
 
     async def _postcopy_end(self, _: Message) -> bytes:
@@ -105,47 +99,14 @@ class PostcopyRequests(Device):
         await self._leave_postcopy()
         await super()._release()
 
-    # Several queue pairs
+    # Answers ahead of their requests, which a type of device may have to give, see net.py
 
     async def _pay_ahead(self, request: Request) -> None:
-        """Answer ADD_MEM_REGs that a frontend with several queue pairs waits for and has not sent.
+        """After each request: answer what its frontend waits for and has not sent."""
 
-        QEMU registers the memory for each pair, SET_FEATURES first, then GET_STATUS. Since 9.0 it
-        sends memory requests with the first pair only, and waits for an answer with every pair all
-        the same. Before that it sends them each time: then they have been answered when they come.
-        """
-        if self._postcopy is not Postcopy.LISTENING:
-            return
-        if request is Request.ADD_MEM_REG:
-            self._pair_starts = False
-        elif request is Request.SET_FEATURES:
-            self._pair_starts = bool(self.regions) and self._pairs_paid < self._advices - 1
-        if (
-            not self._pair_starts
-            or request is not self._last_before_memory
-            or not self._answered.keys() >= {*self.regions}
-        ):
-            return
-        self._pair_starts = False
-        self._pairs_paid += 1
-        self._paid = tuple(self._answered[region] for region in self.regions)
-        for answer in self._paid:
-            await self._reply(Request.ADD_MEM_REG, answer)
-
-    @property
-    def _last_before_memory(self) -> Request:
-        """What a queue pair asks last before its memory."""
-        if ProtocolFeature.STATUS in self.protocol_features:
-            return Request.GET_STATUS
-        return Request.SET_FEATURES
-
-    def _was_paid(self, answer: bytes) -> bool:
+    def _was_paid(self, answer: bytes) -> bool:  # noqa: ARG002
         """Whether an answer was sent ahead; it counts once."""
-        if answer not in self._paid:
-            return False
-        at = self._paid.index(answer)
-        self._paid = self._paid[:at] + self._paid[at + 1 :]
-        return True
+        return False
 
     # Memory
 

@@ -10,7 +10,7 @@ import pytest
 from vswitch.fastpath.shared.words import DROP_REASONS
 from vswitch.ports.features import FEATURES as PORT_FEATURES
 from vswitch.ports.offloads import offered
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import REQUESTS, Feature, ProtocolFeature, Request
 
 ROOT = Path(__file__).resolve().parents[3]

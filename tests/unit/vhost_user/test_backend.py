@@ -24,9 +24,9 @@ from tests.support.wire import (
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.main.engine import Engine
 from vswitch.vhost_user import connection, protocol
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.datapath import RingSetup
 from vswitch.vhost_user.descriptors import close_fd
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.pace import PIECE_S
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,

@@ -14,7 +14,7 @@ import pytest
 from tests.support.wire import Eventfd, Peer, addr, state, with_peer
 from tests.unit.vhost_user.test_backend import complaint, give_memory, negotiate, start, u64
 from vswitch.vhost_user import protocol
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     FLAG_REPLY,
     HEADER,

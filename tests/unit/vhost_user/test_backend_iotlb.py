@@ -10,7 +10,7 @@ from tests.support.wire import OFFERED, Peer, RecordingDatapath, addr, with_peer
 from tests.unit.vhost_user.test_backend import complaint, give_memory, negotiate, start, u64
 from tests.unit.vhost_user.test_backend_inband import channel
 from vswitch.vhost_user import protocol
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     BackendRequest,

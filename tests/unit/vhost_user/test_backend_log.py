@@ -17,8 +17,8 @@ from tests.unit.vhost_user.test_backend import (
     u64,
 )
 from vswitch.vhost_user import protocol
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
 from vswitch.vhost_user.datapath import RingLog
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import (
     FLAG_NEED_REPLY,
     Feature,

@@ -12,7 +12,7 @@ import pytest
 from tests.support.wire import Peer, RecordingDatapath, with_peer
 from tests.unit.vhost_user.test_backend import REGION, complaint, memory_fd, negotiate, start, u64
 from vswitch.vhost_user import protocol
-from vswitch.vhost_user.backend import PROTOCOL_FEATURES
+from vswitch.vhost_user.net import PROTOCOL_FEATURES
 from vswitch.vhost_user.protocol import FLAG_NEED_REPLY, HEADER, ProtocolFeature, Request
 
 OTHER = REGION._replace(gpa=0x10000, uva=0x20000)
