@@ -110,7 +110,7 @@ int confine(void)
     if (drop_capabilities() < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return -1;
     /* A sanitizer's runtime makes calls of its own. */
-#if defined(ARCH) && !defined(__SANITIZE_ADDRESS__)
+#if defined(ARCH) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     struct sock_fprog filter = {sizeof program / sizeof *program, program};
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0);
 #else

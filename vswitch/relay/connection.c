@@ -511,10 +511,11 @@ void *connection_run(void *argument)
     sem_post(&c->apart);
     while (sem_wait(&c->go) < 0)
         ;
-    if (!nobody && !c->failed && c->task != CLOSES)
+    bool apart = !nobody && !c->failed;
+    if (apart && c->task != CLOSES)
         serve(c);
-    atomic_store(&c->ended, true);
-    if (!nobody && !c->failed) /* else it is the main thread's table, and that knows */
+    atomic_store(&c->ended, true); /* and it is the main thread's */
+    if (apart) /* else it is the main thread's table, and that knows */
         (void)!write(wake_fd, &(uint64_t){1}, sizeof(uint64_t));
     return NULL;
 }

@@ -32,7 +32,7 @@ enum {
     TICK_MS = 1000,
     GOODBYE_MS = 300, /* for threads to close what they have, at the end */
     ROOMS = 8,        /* made at a time */
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     STACK_LEN = 1 << 20,
 #else
     STACK_LEN = 64 << 10,
