@@ -25,7 +25,7 @@ class Rhythm(NamedTuple):
 
 EAGER = Rhythm(32, 0)
 RHYTHMS = (EAGER, Rhythm(64, 5000), Rhythm(96, 5000), Rhythm(128, 5000))
-_TRIALS = 3
+TRIALS = 3
 _TRIAL_S = 0.02
 
 
@@ -67,7 +67,7 @@ class NullSwitch(Switch):
         self.rhythm = EAGER
         if case.kind == "rate":
             before, self._guests = self._guests, None
-            best = {rhythm: max(self._try(rhythm) for _ in range(_TRIALS)) for rhythm in RHYTHMS}
+            best = {rhythm: max(self._try(rhythm) for _ in range(TRIALS)) for rhythm in RHYTHMS}
             self.rhythm = max(best, key=lambda rhythm: best[rhythm])
             self._guests = before
         self.resume()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.support.measuring import something
 from vswitch.control.client import Client
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.errors import GuestError
@@ -35,21 +36,31 @@ def sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("size", "both"), [(64, False), (1500, True), (9000, False)])
 def test_frames_get_through(sockets: tuple[Path, ...], size: int, both: bool, packed: bool) -> None:
-    rates = measure(sockets[:2], Options(frame_len=size, seconds=0.1, both=both, packed=packed))
-    assert rates.frames_per_s > 0
+    def rates_in(seconds: float) -> Rates | None:
+        rates = measure(
+            sockets[:2], Options(frame_len=size, seconds=seconds, both=both, packed=packed)
+        )
+        return rates if rates.frames_per_s > 0 else None
+
+    rates = something(rates_in)
     assert rates.bits_per_s == pytest.approx(8 * size * rates.frames_per_s)
     assert rates.received > 0
     assert 0 < rates.latency_median_us <= rates.latency_p99_us
 
 
 def test_what_is_printed(sockets: tuple[Path, ...]) -> None:
-    arguments = ["-s", str(sockets[0]), "-s", str(sockets[1]), "--seconds", "0.05"]
-    text = CliRunner().invoke(bench, arguments)
+    arguments = ["-s", str(sockets[0]), "-s", str(sockets[1]), "--seconds"]
+    text = CliRunner().invoke(bench, [*arguments, "0.05"])
     assert text.exit_code == 0, text.output
     assert [line.split()[0] for line in text.output.splitlines()] == ["rate", "loss", "latency"]
-    found = json.loads(CliRunner().invoke(bench, [*arguments, "--json"]).output)
-    assert found.keys() == set(Rates.__dataclass_fields__)
-    assert found["frames_per_s"] > 0
+
+    def as_json(seconds: float) -> float:
+        words = [*arguments, str(seconds), "--json"]
+        found = json.loads(CliRunner().invoke(bench, words).output)
+        assert found.keys() == set(Rates.__dataclass_fields__)
+        return float(found["frames_per_s"])
+
+    assert something(as_json) > 0
 
 
 def test_when_nothing_gets_through(

@@ -11,11 +11,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -42,7 +41,7 @@ from benchmarks.native.ceilings import copies, wakeups
 from benchmarks.native.host_load import from_host
 from benchmarks.native.null_backend import NullBackend
 from benchmarks.native.probe import round_trip_ns
-from benchmarks.null import EAGER, RHYTHMS, NullSwitch
+from benchmarks.null import EAGER, RHYTHMS, TRIALS, NullSwitch, Rhythm
 from benchmarks.ovs import OvsDpdk
 from benchmarks.runner import SWITCHES, TITLES, Results, Runner, Settings
 from benchmarks.samples import (
@@ -57,6 +56,7 @@ from benchmarks.samples import (
     place_of,
     summarise,
 )
+from tests.support.measuring import something
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
 from vswitch.lab.guest.packets import checksum
 from vswitch.lab.guest.vnet import GSO_TCPV4, NEEDS_CSUM, VnetHeader
@@ -266,9 +266,14 @@ def test_waiting_for_another_program_is_seen() -> None:
         for one in spinning:
             assert one.stdout is not None
             one.stdout.readline()
-        wait = CpuWait({spinning[0].pid})
-        threading.Event().wait(0.2)
-        assert 0.1 < wait.share() <= 1.0
+
+        def waited(seconds: float) -> bool:
+            wait = CpuWait({spinning[0].pid})
+            threading.Event().wait(seconds)
+            # More than 1 is possible: the kernel counts a wait when it is over, from its beginning.
+            return wait.share() > 0.1
+
+        assert something(waited)
     finally:
         for one in spinning:
             one.kill()
@@ -388,7 +393,8 @@ def test_a_run(tmp_path: Path) -> None:
     found = {(one["case"]["kind"], one["case"]["frame_len"]) for one in data["samples"]}
     assert found == {(case.kind, case.frame_len) for case in cases_of("software", (64, 1500))}
     for one in data["samples"]:
-        # On a machine that is busy with other things, no frame may get through in so short a time.
+        # On a machine that is busy with other things, no frame may get through in so short a time;
+        # for the first one whose time is taken they wait.
         assert one["reading"]["value"] > 0 or one["case"]["kind"] not in ("latency", "wakeup")
         assert one["before_ns"] > 0
         assert (one["reading"]["p99"] is None) == (one["case"]["kind"] not in ("latency", "wakeup"))
@@ -487,14 +493,6 @@ def test_every_switch_and_generator_has_a_title() -> None:
     assert len(set(titles)) == len(titles)
 
 
-def something(measure: Callable[[float], Any]) -> Any:
-    """What a measurement finds, given more time where other programs had the CPU all along."""
-    for seconds in (0.05, 0.2, 0.8, 3.2):
-        if found := measure(seconds):
-            return found
-    return None
-
-
 def test_limits_of_the_machine() -> None:
     """That they are measured at all; what comes out depends on the machine."""
     cpu = sorted(os.sched_getaffinity(0))[1]
@@ -548,8 +546,29 @@ def test_no_switch_in_every_rhythm() -> None:
                 NullBackend(a.transmitqs[0], b.receiveqs[0], 64, burst=257)
 
 
+def test_no_switch_chooses_its_rhythm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the best single trial: what disturbs one makes it slower and never faster."""
+    null = NullSwitch(tmp_path, sorted(os.sched_getaffinity(0))[1], Setup(1514))
+    for best in RHYTHMS:
+        tried: Counter[Rhythm] = Counter()
+
+        def trial(_null: NullSwitch, rhythm: Rhythm, *, best: Rhythm = best) -> float:
+            tried[rhythm] += 1  # noqa: B023 - called in this round only
+            if rhythm != best:
+                return 2.0
+            return 3.0 if tried[rhythm] == TRIALS - 1 else 1.0  # noqa: B023
+
+        monkeypatch.setattr(NullSwitch, "_try", trial)
+        null.prepare(CASE)
+        assert null.rhythm == best
+        assert tried == dict.fromkeys(RHYTHMS, TRIALS)
+        null.prepare(Case("latency", "software", 64))
+        assert null.rhythm == EAGER
+
+
 @pytest.mark.parametrize("ring", ["split", "packed"])
-def test_no_switch_chooses_its_rhythm(ring: RingFormat, tmp_path: Path) -> None:
+def test_no_switch_in_the_place_of_one(ring: RingFormat, tmp_path: Path) -> None:
+    """Chosen by real trials, with a generator that measures something then."""
     null = NullSwitch(tmp_path, sorted(os.sched_getaffinity(0))[1], Setup(1514))
     case = Case("rate", "software", 64, ring)
     generator = SoftwareGenerator(null, 0)
@@ -557,9 +576,7 @@ def test_no_switch_chooses_its_rhythm(ring: RingFormat, tmp_path: Path) -> None:
     try:
         assert null.rhythm in RHYTHMS
         generator.arrange(case)
-        assert generator.measure(case, 0.02).lost == 0
-        null.prepare(Case("latency", "software", 64))
-        assert null.rhythm == EAGER
+        assert something(lambda seconds: generator.measure(case, seconds).value)
     finally:
         generator.close()
         null.close()
@@ -579,16 +596,22 @@ def test_what_is_measured_without_a_generator(tmp_path: Path) -> None:
 
 
 def test_frames_to_many_ports() -> None:
-    """Floods and unicast to as many ports. On a busy machine, some may come too late."""
+    """Floods and unicast to as many ports."""
     setup = setup_of(Case("flood", "software", 64))
     assert setup.ports == 1 + FLOOD_PORTS
-    settings = Settings(samples=1, seconds=0.02, switches=("vswitch",), generators=("software",))
-    runner = Runner(settings, lambda _line: None)
     cases = [Case(kind, "software", 64) for kind in ("flood", "spread")]
-    runner._run_group(SoftwareGenerator, setup, cases)
-    assert runner.results.failures == []
-    kinds = {one.case.kind for one in runner.results.samples if one.reading.value > 0}
-    assert kinds == {"flood", "spread"}
+
+    def measure(seconds: float) -> bool:
+        settings = Settings(
+            samples=1, seconds=seconds, switches=("vswitch",), generators=("software",)
+        )
+        runner = Runner(settings, lambda _line: None)
+        runner._run_group(SoftwareGenerator, setup, cases)
+        assert runner.results.failures == []
+        kinds = {one.case.kind for one in runner.results.samples if one.reading.value > 0}
+        return kinds == {"flood", "spread"}
+
+    assert something(measure)
 
 
 def test_time_and_memory_of_a_process() -> None:

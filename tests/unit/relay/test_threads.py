@@ -61,8 +61,8 @@ __attribute__((constructor)) static void report(void)
 
 
 # The sanitizer knows of one table of descriptors, and each thread has its own: a number is another
-# descriptor in the next one. So what takes some goes to the kernel without it, and it is told what is
-# read and written.
+# descriptor in the next one. So what takes some goes to the kernel without it, and it is told what
+# is read and written.
 CALLS = """
 #define _GNU_SOURCE
 #include <fcntl.h>
