@@ -17,7 +17,7 @@ from tests.conformance.hostile_sender import KINDS
 from tests.conformance.turns import TURN_NS_MAX, longest_turns
 from tests.support.frames import frame, mac
 from tests.support.processes import environment
-from tests.support.running import RunningSwitch, Wire, teach
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, teach
 from vswitch.control.client import Client
 from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 
@@ -261,7 +261,7 @@ def test_a_relay_that_ends_takes_the_switch_with_it(run_dir: Path) -> None:
     wire = Wire(switch)
     guest = wire.guest("a", 1)
     os.kill(relay_of(switch), signal.SIGKILL)
-    assert switch.process.wait(10) == 1
+    assert switch.process.wait(DEADLINE_S) == 1
     switch.wait_for_log("the relay of the vhost-user sockets ended (")
     with pytest.raises(BackendClosedError):
         guest.recv(1)

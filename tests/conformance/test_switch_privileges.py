@@ -204,7 +204,7 @@ def test_root_becomes_the_user_and_keeps_nothing(start_switch: Start, directory:
     assert switch.client.save(directory / "saved.toml").read_text().count("[[port]]") == 2
     (directory / "saved.toml").unlink()
     switch.client.stop()
-    switch.process.wait(10)
+    switch.process.wait(DEADLINE_S)
     assert sorted(path.name for path in directory.iterdir()) == ["control.sock.rings", "ports.toml"]
 
 

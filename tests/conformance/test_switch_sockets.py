@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.frames import BROADCAST, frame, frames, mac
-from tests.support.running import RunningSwitch, Wire, exchanging, silent, teach
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, exchanging, silent, teach
 from vswitch.lab.guest import BackendClosedError, Frontend, SoftwareGuest
 from vswitch.vhost_user.protocol import ProtocolFeature
 
@@ -104,7 +104,7 @@ def test_both_ends_in_client_mode_say_why(wire: Wire) -> None:
 def test_second_frontend_is_refused(wire: Wire) -> None:
     a, b = wire.guest("a", 1), wire.guest("b", 2)
     teach(a, b)
-    second = Frontend.connect(a.frontend.path, timeout=5.0)
+    second = Frontend.connect(a.frontend.path, timeout=DEADLINE_S)
     with pytest.raises(BackendClosedError):
         second.get_features()
     second.close()
@@ -250,8 +250,8 @@ def test_responders_find_the_switch_again(run_dir: Path) -> None:
                     b.accept()
                     a.start_responder(reconnect=True)
                     b.start_responder(reconnect=True)
-                assert a.ping("10.2.0.2", timeout=15.0)
-                assert b.ping("10.2.0.1", timeout=15.0)
+                assert a.ping("10.2.0.2", timeout=DEADLINE_S)
+                assert b.ping("10.2.0.1", timeout=DEADLINE_S)
             finally:
                 running.stop()
         a.stop_responder()

@@ -23,7 +23,7 @@ from tests.conformance import hostile
 from tests.conformance.threads import held, workers_of
 from tests.conformance.turns import TURN_NS_MAX, longest_turns
 from tests.support.processes import environment
-from tests.support.running import RunningSwitch, Wire, exchanging, teach
+from tests.support.running import DEADLINE_S, RunningSwitch, Wire, exchanging, teach
 from vswitch.daemon.log import BURST_LINES
 from vswitch.lab.guest import SoftwareGuest
 
@@ -160,7 +160,7 @@ def test_a_log_that_nobody_reads(unread: Wire) -> None:
     unread.client.stop()
     unread.switch.read_on()
     unread.wait_log("stopped\n")
-    assert unread.switch.process.wait(10.0) == 0
+    assert unread.switch.process.wait(DEADLINE_S) == 0
     assert unread.switch.log.count("port hostile: SET_MEM_TABLE: region 0: ") >= BURST_LINES
     assert len(unread.switch.log) > 10 * PIPE_LEN
 
@@ -169,5 +169,5 @@ def test_the_end_does_not_wait_for_who_does_not_read_the_log(unread: Wire) -> No
     rage(unread, "refused", unread.port("hostile"))
     unread.close()
     unread.client.stop()
-    assert unread.switch.process.wait(10.0) == 0
+    assert unread.switch.process.wait(DEADLINE_S) == 0
     assert "stopped\n" not in unread.switch.log

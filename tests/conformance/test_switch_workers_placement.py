@@ -109,7 +109,7 @@ def test_a_port_whose_link_is_down_is_as_one_of_a_bridge(wire: Wire) -> None:
     a, b, c = (wire.guest(name, number + 1) for number, name in enumerate("abc"))
     client = wire.client
     teach(a, b, c)
-    events = client.events("port-link", timeout=20.0)
+    events = client.events("port-link", timeout=DEADLINE_S)
     assert client.set_link("a", False)["link"] == "down"
     assert client.set_link("a", False)["link"] == "down"
     assert {port["name"]: port["link"] for port in client.ports()} == {

@@ -14,7 +14,7 @@ from tests.e2e.testbed import NETWORK, Testbed, wait_until
 from tests.e2e.transfer import Transfer
 from tests.support.distribution import why_missing
 from vswitch.lab.programs import find
-from vswitch.lab.qemu.guest import GuestSettings
+from vswitch.lab.qemu.command_line import GuestSettings
 from vswitch.lab.qemu.image import GuestImage
 from vswitch.lab.qemu.uml import UML, UmlGuest, build_image
 from vswitch.lab.requirements import is_ubuntu
@@ -64,7 +64,7 @@ def test_they_ping_and_move_data(testbed: Testbed, umls: list[UmlGuest]) -> None
     uml1, uml2 = umls
     (vm1,) = testbed.require("vm1")
     for target in (uml2, vm1):
-        assert uml1.ping(target.ip, count=10, timeout_s=10)
+        assert uml1.ping(target.ip, count=10)
     for sender, receiver in ((uml1, uml2), (uml2, uml1), (uml1, vm1), (vm1, uml1)):
         Transfer(sender, receiver, TRANSFER_LEN).finish()
     shown = testbed.show("uml1")

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.testbed import (
     HOST_IP,
     NETWORK,
+    PATIENCE_S,
     Testbed,
     pinging,
     pings_until_answered,
@@ -61,7 +62,7 @@ def test_tcp_from_host_to_guest(testbed: Testbed, tap: str) -> None:
     (vm1,) = testbed.require("vm1")
     data = os.urandom(TRANSFER_LEN)
     receive(vm1, 5001)
-    with socket.create_connection((vm1.ip, 5001), timeout=30) as connection:
+    with socket.create_connection((vm1.ip, 5001), timeout=PATIENCE_S) as connection:
         connection.sendall(data)
     assert received_sum(vm1, 5001).split()[0] == hashlib.md5(data).hexdigest()
 
@@ -71,12 +72,12 @@ def test_tcp_from_guest_to_host(testbed: Testbed, tap: str) -> None:
     sent = make_data(vm1, TRANSFER_LEN)
     received = hashlib.md5()
     with socket.create_server((HOST_IP, 0)) as server:
-        server.settimeout(30)
+        server.settimeout(PATIENCE_S)
         port = server.getsockname()[1]
         vm1.check(f"nc {HOST_IP} {port} -e /tmp/data >/dev/null 2>&1 &")
         connection, _ = server.accept()
         with connection:
-            connection.settimeout(30)
+            connection.settimeout(PATIENCE_S)
             while chunk := connection.recv(1 << 16):
                 received.update(chunk)
     assert received.hexdigest() == sent.split()[0]

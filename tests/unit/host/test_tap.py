@@ -23,6 +23,8 @@ from vswitch.host.tap import VNET_HDR_LEN, Tap, open_tap
 
 pytestmark = pytest.mark.root("makes network namespaces")
 
+DEADLINE_S = 60.0
+
 CLONE_NEWNET = 0x40000000
 
 
@@ -94,7 +96,7 @@ def test_frames_cross_behind_a_header_of_twelve_bytes() -> None:
             socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ethertypes.EXPERIMENT)
         ) as raw:
             raw.bind(("t0", ethertypes.EXPERIMENT))
-            raw.settimeout(5)
+            raw.settimeout(DEADLINE_S)
             os.write(opened.fd, bytes(VNET_HDR_LEN) + frame)
             assert raw.recv(2000) == frame
             raw.send(frame[::-1])
@@ -102,7 +104,7 @@ def test_frames_cross_behind_a_header_of_twelve_bytes() -> None:
         poller.register(opened.fd, select.POLLIN)
         received = b""
         while not received.endswith(frame[::-1]):  # the kernel's own IPv6 frames come as well
-            assert poller.poll(5000), "the frame did not arrive"
+            assert poller.poll(1000 * DEADLINE_S), "the frame did not arrive"
             received = os.read(opened.fd, 2000)
         assert len(received) == VNET_HDR_LEN + len(frame)
 

@@ -17,6 +17,7 @@ from vswitch.lab.qemu.qmp import Qmp
 from vswitch.lab.qemu.shell import CommandResult, GuestShell
 
 Script = Callable[[IO[bytes]], object]
+DEADLINE_S = 60.0
 
 
 class OtherEnd:
@@ -37,14 +38,14 @@ class OtherEnd:
     def finish(self) -> None:
         """Wait for the end of the script."""
         assert self._thread is not None
-        self._thread.join(10)
+        self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
 
     def close(self) -> None:
         self.near.close()
         self._far.close()
         if self._thread is not None:
-            self._thread.join(10)
+            self._thread.join(DEADLINE_S)
 
 
 @pytest.fixture
@@ -71,9 +72,9 @@ def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
 
     other_end.play(guest)
     shell = GuestShell(other_end.near)
-    assert shell.wait_ready(None, Deadline(5)) == "boot-1"
-    assert shell.run("echo 'x'", 5) == CommandResult(0, "done xx 0 3\nabc\n")
-    assert shell.run("exit 3", 5) == CommandResult(3, "")
+    assert shell.wait_ready(None, Deadline(DEADLINE_S)) == "boot-1"
+    assert shell.run("echo 'x'", DEADLINE_S) == CommandResult(0, "done xx 0 3\nabc\n")
+    assert shell.run("exit 3", DEADLINE_S) == CommandResult(3, "")
     other_end.close()
     other_end.finish()
     assert scripts == ["echo 'x'", "exit 3"]
@@ -82,14 +83,14 @@ def test_command_and_its_binary_output(other_end: OtherEnd) -> None:
 def test_next_boot_is_told_from_the_last(other_end: OtherEnd) -> None:
     other_end.play(lambda line: line.write(b"ready one\nready one\nready two\n"))
     shell = GuestShell(other_end.near)
-    shell.wait_ready(None, Deadline(5))
-    assert shell.wait_ready("one", Deadline(5)) == "two"
+    shell.wait_ready(None, Deadline(DEADLINE_S))
+    assert shell.wait_ready("one", Deadline(DEADLINE_S)) == "two"
 
 
 def test_guest_that_ends_is_an_error(other_end: OtherEnd) -> None:
     other_end.play(lambda line: line.readline())
     with pytest.raises(MachineError, match="QEMU ended before"):
-        GuestShell(other_end.near).run("true", 5)
+        GuestShell(other_end.near).run("true", DEADLINE_S)
 
 
 def test_guest_that_says_nothing_is_an_error(other_end: OtherEnd) -> None:
