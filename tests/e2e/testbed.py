@@ -20,7 +20,8 @@ from typing import Any
 
 from vswitch import Client
 from vswitch.lab.qemu import process
-from vswitch.lab.qemu.guest import Guest, GuestSettings
+from vswitch.lab.qemu.command_line import GuestSettings
+from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage
 from vswitch.lab.qemu.switch_process import SwitchProcess
 

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.qemu import host
-from vswitch.lab.qemu.guest import Guest, GuestSettings
+from vswitch.lab.qemu.command_line import GuestSettings
+from vswitch.lab.qemu.guest import Guest
 from vswitch.lab.qemu.image import GuestImage
 
 Progress = Callable[[str], None]
