@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import fcntl
 import itertools
 import os
 import select
@@ -18,304 +17,24 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.fuzz.bed import Violation
+from tests.fuzz.conversations import QUEUES, Message, lie, usual
+from tests.fuzz.descriptors import CHANNELS, FDS
 from tests.support.frames import frame, mac
 from tests.support.running import RunningSwitch, Wire, teach
-from vswitch.fastpath.main.journal import SLOT_LEN
-from vswitch.fastpath.main.port import MAX_VRINGS
-from vswitch.ports.journals import make_shared
-from vswitch.vhost_user.net import PROTOCOL_FEATURES
-from vswitch.vhost_user.protocol import (
-    FLAG_NEED_REPLY,
-    FLAG_REPLY,
-    HEADER,
-    REQUESTS,
-    VERSION,
-    VRING_NOFD,
-    Feature,
-    Inflight,
-    IotlbEntry,
-    IotlbType,
-    LogArea,
-    MemRegion,
-    ProtocolFeature,
-    Request,
-    VringAddr,
-    VringState,
-    encode_inflight,
-    encode_iotlb,
-    encode_log,
-    encode_mem_region,
-    encode_mem_table,
-    encode_u64,
-    encode_vring_addr,
-    encode_vring_state,
-)
+from vswitch.vhost_user.protocol import FLAG_REPLY, HEADER, VERSION
 
 DEADLINE_S = 60.0
-MEMORY_LEN = 1 << 20
-UVA = 0x7F00_0000_0000
-JOURNAL_LEN = MAX_VRINGS * SLOT_LEN
-QUEUES = 2
-Message = list[Any]
-
-
-def _memory(length: int = MEMORY_LEN) -> int:
-    fd = os.memfd_create("fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.truncate(fd, length)
-    # Something to find there, for rings that start: small numbers of 16 bits.
-    os.pwrite(fd, bytes(i % 7 if i % 2 == 0 else 0 for i in range(min(length, 1 << 14))), 0)
-    return fd
-
-
-def _sealed() -> int:
-    fd = _memory()
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    return fd
-
-
-def _read_only() -> int:
-    fd = _memory()
-    try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
-    finally:
-        os.close(fd)
-
-
-def _end_of_pipe(which: int) -> int:
-    pair = os.pipe()
-    os.close(pair[1 - which])
-    return pair[which]
-
-
-def _socket() -> int:
-    a, b = socket.socketpair()
-    b.close()
-    return a.detach()
-
-
-CHANNELS: list[socket.socket] = []
-"""Our ends of the channels for backend requests in this conversation."""
-
-
-def _channel() -> int:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    CHANNELS.append(ours)
-    return theirs.detach()
-
-
-def _epoll() -> int:
-    with select.epoll() as one:
-        return os.dup(one.fileno())
-
-
-FDS: dict[str, Callable[[], int]] = {
-    "memory": _memory,
-    "journal": lambda: make_shared(MAX_VRINGS)[0],
-    "short": lambda: _memory(4096),
-    "empty": lambda: _memory(0),
-    "sealed": _sealed,
-    "read-only": _read_only,
-    "event": lambda: os.eventfd(0, os.EFD_NONBLOCK),
-    "event-full": lambda: os.eventfd(0xFFFFFFFF, os.EFD_NONBLOCK),
-    "event-blocking": lambda: os.eventfd(0, 0),
-    "event-semaphore": lambda: os.eventfd(3, os.EFD_SEMAPHORE),
-    "directory": lambda: os.open("/", os.O_RDONLY | os.O_DIRECTORY),
-    "path": lambda: os.open("/etc/passwd", os.O_PATH),
-    "file": lambda: os.open("/etc/passwd", os.O_RDONLY),
-    "zero": lambda: os.open("/dev/zero", os.O_RDWR),
-    "null": lambda: os.open("/dev/null", os.O_RDWR),
-    "pipe-read": lambda: _end_of_pipe(0),
-    "pipe-write": lambda: _end_of_pipe(1),
-    "socket": _socket,
-    "channel": _channel,
-    "epoll": _epoll,
-    "proc": lambda: os.open("/proc/self/maps", os.O_RDONLY),
-    "pidfd": lambda: os.pidfd_open(os.getpid()),
-}
-"""Descriptors to send along, by kind."""
-
-
-def usual(rng: Random) -> list[Message]:
-    """What an honest frontend says, from its first message to its last."""
-    features = Feature.VERSION_1 | Feature.PROTOCOL_FEATURES | Feature.MRG_RXBUF
-    for one in (
-        Feature.RING_PACKED, Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC, Feature.CSUM,
-        Feature.HOST_TSO4, Feature.GUEST_CSUM, Feature.MQ, Feature.LOG_ALL,
-    ):  # fmt: skip
-        if rng.random() < 0.3:
-            features |= one
-    protocol = ProtocolFeature(0)
-    for protocol_feature in PROTOCOL_FEATURES:
-        if rng.random() < 0.8:
-            protocol |= protocol_feature
-    iommu = rng.random() < 0.35
-    if iommu:
-        features |= Feature.ACCESS_PLATFORM
-        protocol |= ProtocolFeature.BACKEND_REQ
-    if not {ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK} <= set(protocol):
-        protocol &= ~ProtocolFeature.INBAND_NOTIFICATIONS
-    ack = FLAG_NEED_REPLY if rng.random() < 0.3 else 0
-    log: list[Message] = []
-
-    def say(request: Request, payload: bytes = b"", *fds: str) -> None:
-        needs = REQUESTS[request].needs
-        if needs is not None and needs not in protocol and rng.random() < 0.97:
-            return
-        log.append([int(request), VERSION | ack, payload.hex(), list(fds), None])
-
-    def one_of(*choices: Callable[[], None]) -> None:
-        rng.choice(choices)()
-
-    def map_some(regions: list[MemRegion]) -> None:
-        for region in rng.sample(regions, rng.randrange(len(regions) + 1)):
-            # I/O virtual addresses are those of the frontend, which is what rings are given below.
-            at = rng.choice([0, 0, 0, 0x1000, 0x2000, 0x4000])
-            size = rng.choice([region.size - at, region.size - at, 0x1000, 0x4000])
-            access = rng.choice([3, 3, 3, 1, 2, 0])
-            entry = IotlbEntry(region.uva + at, size, region.uva + at, access, IotlbType.UPDATE)
-            for i in range(rng.choice([1, 1, 1, 20])):
-                more = entry._replace(iova=entry.iova + (i << 36))
-                say(Request.IOTLB_MSG, encode_iotlb(more))
-
-    def unmap_some(regions: list[MemRegion]) -> None:
-        region = rng.choice(regions)
-        iova, size = rng.choice([(region.uva, 0x1000), (region.uva + 0x2000, 0x3000), (0, 0)])
-        say(Request.IOTLB_MSG, encode_iotlb(IotlbEntry(iova, size, 0, 0, IotlbType.INVALIDATE)))
-
-    say(Request.GET_FEATURES)
-    say(Request.GET_PROTOCOL_FEATURES)
-    say(Request.SET_PROTOCOL_FEATURES, encode_u64(protocol))
-    say(Request.GET_QUEUE_NUM)
-    say(Request.SET_OWNER)
-    say(Request.SET_FEATURES, encode_u64(features))
-    extras: list[Callable[[], None]] = [
-        lambda: say(Request.NET_SET_MTU, encode_u64(1500)),
-        lambda: say(Request.GET_MAX_MEM_SLOTS),
-        lambda: say(Request.SET_BACKEND_REQ_FD, b"", "socket"),
-        lambda: say(Request.GET_INFLIGHT_FD, encode_inflight(Inflight(0, 0, 2, 16))),
-        lambda: say(
-            Request.SET_INFLIGHT_FD, encode_inflight(Inflight(JOURNAL_LEN, 0, 2, 16)), "journal"
-        ),
-        lambda: say(Request.SET_LOG_BASE, encode_log(LogArea(4096, 0)), "memory"),
-        lambda: say(Request.SET_LOG_FD, b"", "event"),
-        lambda: say(Request.SET_STATUS, encode_u64(7)),
-        lambda: say(Request.GET_STATUS),
-        lambda: say(Request.SEND_RARP, encode_u64(0x112233445566)),
-    ]
-    for extra in rng.sample(extras, rng.randrange(4)):
-        extra()
-    postcopy = ProtocolFeature.PAGEFAULT in protocol and rng.random() < 0.2
-    if postcopy:
-        say(Request.POSTCOPY_ADVISE)
-        say(Request.POSTCOPY_LISTEN)
-    regions = [
-        MemRegion(i << 32, MEMORY_LEN >> (i and 1), UVA + (i << 32), 0)
-        for i in range(rng.choice([1, 1, 2, 4]))
-    ]
-
-    def add_one_by_one() -> None:
-        for region in regions:
-            say(Request.ADD_MEM_REG, encode_mem_region(region), "memory")
-
-    one_of(
-        lambda: say(Request.SET_MEM_TABLE, encode_mem_table(regions), *["memory"] * len(regions)),
-        add_one_by_one,
-    )
-    if postcopy and rng.random() < 0.9:
-        # The frontend knows all addresses.
-        log.append([log[-1][0], VERSION, encode_u64(0).hex(), [], None])
-    if iommu:
-        if rng.random() < 0.9:
-            say(Request.SET_BACKEND_REQ_FD, b"", rng.choice(["channel"] * 8 + ["socket"]))
-        map_some(regions)
-    for vring in range(rng.choice([2, 2, 2 * QUEUES])):
-        base = UVA + 0x4000 * vring
-        size = rng.choice([16, 64, 256])
-        say(Request.SET_VRING_NUM, encode_vring_state(VringState(vring, size)))
-        say(Request.SET_VRING_BASE, encode_vring_state(VringState(vring, 0)))
-        where = VringAddr(vring, 0, base, base + 0x2000, base + 0x3000, 0)
-        say(Request.SET_VRING_ADDR, encode_vring_addr(where))
-        say(Request.SET_VRING_CALL, encode_u64(vring), "event")
-        one_of(
-            partial(say, Request.SET_VRING_KICK, encode_u64(vring), "event"),
-            partial(say, Request.SET_VRING_KICK, encode_u64(vring | VRING_NOFD)),
-        )
-        say(Request.SET_VRING_ERR, encode_u64(vring), "event")
-        say(Request.SET_VRING_ENABLE, encode_vring_state(VringState(vring, 1)))
-    for _ in range(rng.choice([1, 2, 4]) if iommu else 0):
-        one_of(lambda: map_some(regions), lambda: map_some(regions), lambda: unmap_some(regions))
-    for extra in rng.sample(extras, rng.randrange(4)):
-        extra()
-    if rng.random() < 0.3:
-        say(Request.REM_MEM_REG, encode_mem_region(regions[-1]))
-    for vring in range(2):
-        if rng.random() < 0.5:
-            say(Request.GET_VRING_BASE, encode_vring_state(VringState(vring, 0)))
-    if postcopy and rng.random() < 0.7:
-        say(Request.POSTCOPY_END)
-    return log
-
 
 ANSWERS = [
     *["success"] * 6, "failure", "failure", "twice", "other", "short", "long", "silent", "end",
 ]  # fmt: skip
 """To requests of the backend, in turn."""
-
-NUMBERS = [0, 1, 2, 3, 255, 256, 257, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 1 << 31, (1 << 32) - 1]
-WIDE = [1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1, UVA, MEMORY_LEN]
-
-
-def lie(rng: Random, log: list[Message]) -> None:
-    """Change one thing about a conversation."""
-    at = rng.randrange(len(log))
-    message = log[at]
-    what = rng.randrange(10)
-    payload = bytearray.fromhex(message[2])
-    if what < 4 and len(payload) >= 4:
-        width = rng.choice([4, 8]) if len(payload) >= 8 else 4
-        where = rng.randrange(0, len(payload) - width + 1, 4)
-        (old,) = struct.unpack_from("<I" if width == 4 else "<Q", payload, where)
-        new = rng.choice([*NUMBERS, *(WIDE if width == 8 else []), old + 1, old - 1, old ^ 1])
-        struct.pack_into("<I" if width == 4 else "<Q", payload, where, new & ((1 << 8 * width) - 1))
-        message[2] = payload.hex()
-    elif what == 4:
-        kinds = message[3]
-        how = rng.randrange(3)
-        if how == 0 and kinds:
-            kinds[rng.randrange(len(kinds))] = rng.choice(list(FDS))
-        elif how == 1 and kinds:
-            kinds.pop()
-        else:
-            kinds += [rng.choice(list(FDS)) for _ in range(rng.choice([1, 1, 2, 8, 9]))]
-    elif what == 5:
-        message[2] = (payload + bytes(8) if rng.random() < 0.5 else payload[:-1]).hex()
-    elif what == 6:
-        message[4] = rng.choice([*NUMBERS, len(payload) + 1])
-    elif what == 7:
-        flags = [0, 1, 2, 3, VERSION | FLAG_REPLY, VERSION | FLAG_NEED_REPLY, 0xFFFFFFFF]
-        message[1] = rng.choice(flags)
-    elif what == 8:
-        message[0] = rng.choice([*(int(r) for r in REQUESTS), 0, 44, 255, (1 << 32) - 1])
-    else:
-        how = rng.randrange(4)
-        if how == 0 and len(log) > 1:
-            log.pop(at)
-        elif how == 1:
-            log.insert(rng.randrange(len(log) + 1), [*message[:3], list(message[3]), message[4]])
-        elif how == 2:
-            other = rng.randrange(len(log))
-            log[at], log[other] = log[other], log[at]
-        else:
-            del log[at:]
-            log.append(message)
 
 
 def make(seed: int) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from tests.fuzz.bed import (
     RingSetup,
     setup_row,
 )
+from tests.fuzz.conversations import JOURNAL_LEN, UVA, Message, usual
+from tests.fuzz.descriptors import FDS, MEMORY_LEN
 from vswitch.lab.guest import Frontend
 from vswitch.lab.guest.raw import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_F_AVAIL
 from vswitch.vhost_user.net import PROTOCOL_FEATURES
@@ -107,11 +109,11 @@ def put(gpa: int, data: bytes) -> Op:
     return ["write", gpa, data.hex()]
 
 
-def message(request: Request, payload: bytes = b"", *fds: str) -> messages.Message:
+def message(request: Request, payload: bytes = b"", *fds: str) -> Message:
     return [int(request), VERSION, payload.hex(), list(fds), None]
 
 
-def said(bench: messages.MessageBench, *late: messages.Message) -> str:
+def said(bench: messages.MessageBench, *late: Message) -> str:
     """Say the usual up to the rings, then this; returns what the switch has against it."""
     start = [
         message(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES)),
@@ -158,7 +160,7 @@ def test_cve_2020_10722(bench: messages.MessageBench) -> None:
         ((1 << 64) - 4096, 8192),
         (8192, (1 << 64) - 4096),
         (1 << 63, 1 << 63),
-        (4096, messages.MEMORY_LEN),
+        (4096, MEMORY_LEN),
     ):
         log = message(Request.SET_LOG_BASE, encode_log(LogArea(size, offset)), "memory")
         assert "SET_LOG_BASE" in said(bench, log)
@@ -215,7 +217,7 @@ def test_cve_2020_14378(bed: Bed) -> None:
 
 @pytest.mark.parametrize("queues", [3, 257, 0xFFFF])
 def test_cve_2021_3839(bench: messages.MessageBench, queues: int) -> None:
-    told = encode_inflight(Inflight(messages.JOURNAL_LEN, 0, queues, 0xFFFF))
+    told = encode_inflight(Inflight(JOURNAL_LEN, 0, queues, 0xFFFF))
     # The number is not used for anything: the file has room for every ring there can be.
     assert said(bench, message(Request.SET_INFLIGHT_FD, told, "journal")) == "None"
 
@@ -223,7 +225,7 @@ def test_cve_2021_3839(bench: messages.MessageBench, queues: int) -> None:
 @pytest.mark.parametrize("request_", [Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD])
 @pytest.mark.parametrize("n", [0, 1, 2, 8])
 def test_cve_2022_0669(bench: messages.MessageBench, request_: Request, n: int) -> None:
-    told = encode_inflight(Inflight(messages.JOURNAL_LEN, 0, 2, 256))
+    told = encode_inflight(Inflight(JOURNAL_LEN, 0, 2, 256))
     error = said(bench, message(request_, told, *["journal"] * n))
     right = n == (1 if request_ is Request.SET_INFLIGHT_FD else 0)
     assert ("file descriptors" in error) != right
@@ -309,7 +311,7 @@ def test_cve_2018_1118(bed: Bed, bench: messages.MessageBench) -> None:
         )
         asked = encode_inflight(Inflight(0, 0, 2, 256))
         reply = frontend.request(Request.GET_INFLIGHT_FD, asked)
-    assert reply == encode_inflight(Inflight(messages.JOURNAL_LEN, 0, 2, 256))
+    assert reply == encode_inflight(Inflight(JOURNAL_LEN, 0, 2, 256))
     assert reply[20:] == bytes(4)
     bench.check()
 
@@ -351,9 +353,9 @@ def test_cve_2019_14835(bed: Bed, count: int) -> None:
 def test_cve_2020_10942(bench: messages.MessageBench) -> None:
     """A descriptor is looked at before it is used, whatever its kind: files are files, and what is
     signalled is an eventfd."""
-    for kind in messages.FDS.keys() - {"memory"}:
+    for kind in FDS.keys() - {"memory"}:
         table = encode_mem_table([])[:4].replace(b"\0", b"\1", 1) + bytes(4)
-        row = struct.pack("=QQQQ", 0, messages.MEMORY_LEN, messages.UVA, 0)
+        row = struct.pack("=QQQQ", 0, MEMORY_LEN, UVA, 0)
         error = said(bench, message(Request.SET_MEM_TABLE, table + row, kind))
         assert error.startswith("SET_MEM_TABLE") or kind == "journal", (kind, error)
         if not kind.startswith("event"):
@@ -364,13 +366,13 @@ def test_cve_2020_10942(bench: messages.MessageBench) -> None:
 
 def test_cve_2023_1838(bench: messages.MessageBench) -> None:
     """Descriptors that are replaced while rings run, and closed by their sender at once."""
-    usual = messages.usual(Random(3))
+    honest = usual(Random(3))
     late = [
         message(request, encode_u64(vring), "event")
         for request in (Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR)
         for vring in (0, 1)
     ]
-    bench.run({"ops": [*usual, *late * 30]})
+    bench.run({"ops": [*honest, *late * 30]})
 
 
 # QEMU
@@ -445,7 +447,7 @@ def test_cve_2023_41051(bed: Bed) -> None:
 @pytest.mark.parametrize("count", [2, 8, 9, 0xFFFFFFFF])
 def test_cve_2023_50711(bench: messages.MessageBench, count: int) -> None:
     """A count beside an array is held against what came: regions of a message."""
-    row = struct.pack("=QQQQ", 0, messages.MEMORY_LEN, messages.UVA, 0)
+    row = struct.pack("=QQQQ", 0, MEMORY_LEN, UVA, 0)
     table = struct.pack("=II", count, 0) + row
     error = said(bench, message(Request.SET_MEM_TABLE, table, "memory"))
     assert f"SET_MEM_TABLE: {count} regions" in error

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import control, messages
+from tests.fuzz.conversations import lie, usual
+from tests.fuzz.descriptors import FDS
 
 QUICK = settings(
     max_examples=300,
@@ -39,16 +41,16 @@ def control_bench() -> Iterator[control.ControlBench]:
 @QUICK
 @given(rng=RANDOM, lies=st.integers(0, 6))
 def test_a_frontend_that_lies(bench: messages.MessageBench, rng: Random, lies: int) -> None:
-    conversation = messages.usual(rng)
+    conversation = usual(rng)
     for _ in range(lies):
-        messages.lie(rng, conversation)
+        lie(rng, conversation)
     bench.run({"ops": conversation})
 
 
-@pytest.mark.parametrize("kind", messages.FDS)
+@pytest.mark.parametrize("kind", FDS)
 def test_a_descriptor_of_another_kind(bench: messages.MessageBench, kind: str) -> None:
     """Every kind, in the place of every descriptor of a conversation, one at a time."""
-    conversation = messages.usual(Random(5))
+    conversation = usual(Random(5))
     places = [(i, j) for i, m in enumerate(conversation) for j in range(len(m[3]))]
     assert len(places) > 5
     for i, j in places:
@@ -59,7 +61,7 @@ def test_a_descriptor_of_another_kind(bench: messages.MessageBench, kind: str) -
 
 def test_one_message_out_of_order(bench: messages.MessageBench) -> None:
     """Every message of a conversation left out, said twice, and said first."""
-    conversation = messages.usual(Random(6))
+    conversation = usual(Random(6))
     for i, message in enumerate(conversation):
         bench.run({"ops": conversation[:i] + conversation[i + 1 :]})
         bench.run({"ops": [*conversation[: i + 1], *conversation[i:]]})
@@ -77,7 +79,7 @@ def test_most_messages_get_far_enough_to_matter(bench: messages.MessageBench) ->
     early = 0
     for seed in range(40):
         bench.reached.clear()
-        bench.run({"ops": messages.usual(Random(seed))})
+        bench.run({"ops": usual(Random(seed))})
         early += "no error" not in bench.reached
     # Some say one thing that was not negotiated, as the generator has it.
     assert early <= 5
