@@ -61,6 +61,7 @@ def test_memory_that_was_refused(wire: Wire, request_: str) -> None:
         with pytest.raises(BackendRefusedError):
             give()
         assert f"the frontend was refused {request_}: region 0: mmap offset" in reason(wire, "a")
+        assert reason(wire, "a").endswith("look at the guest's memory backend")
         # It finds better memory: nothing is wrong any more.
         os.ftruncate(fd, 1 << 20)
         give()
@@ -118,8 +119,9 @@ def test_frontends_that_come_in_vain(wire: Wire) -> None:
     # No sooner, however fast they are.
     assert time.monotonic() - start >= (rounds - IN_VAIN - 1) * SPACING_S
     wire.wait_state("a", "listening")
-    assert GUESS in reason(wire, "a")
+    assert f"{GUESS}, and does not get past its start: " in reason(wire, "a")
     assert "more than 2 queue pairs (QEMU: queues=N" in reason(wire, "a")
+    assert "give the port that back" not in reason(wire, "a")
     wire.wait_log(GUESS)
     lines = [line for line in wire.switch.log[wire.log_start :].splitlines() if "port a:" in line]
     assert sum("frontend connected" in line for line in lines) == IN_VAIN
@@ -137,6 +139,16 @@ def test_frontends_that_come_in_vain(wire: Wire) -> None:
     a.reconnect()
     wire.switch.wait_for_log("port a: frontend connected", seen)
     wire.wait_state("a", "ready")
+
+
+def test_a_frontend_that_came_in_vain_once(wire: Wire) -> None:
+    """Both that may be are told."""
+    look_and_leave(wire.port("a"))
+    wire.wait_until(lambda: wire.info("a")["error"] is not None, "the port says so")
+    said = reason(wire, "a")
+    assert said.startswith(f"{GUESS}. If nobody ended it, ")
+    assert "more than 1 queue pair (QEMU: queues=N" in said
+    assert "its guest's device was made when the port offered more" in said
 
 
 def test_a_legacy_guest_of_the_other_byte_order(wire: Wire) -> None:

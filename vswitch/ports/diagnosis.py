@@ -19,6 +19,9 @@ IN_VAIN = 3
 SPACING_S = 0.5
 """Then one is served in this time. QEMU that starts tries again without a pause, hundreds of times
 a second; one whose guest runs does so once a second and is not held up by this."""
+AT_ONCE_S = 0.75
+"""Whoever is back within this time waited for nothing, or only to be served: it is a QEMU that does
+not get past its start. One whose guest runs waits for a second at least (`reconnect`)."""
 NOBODY_S = 10.0
 """A socket that only its owner may connect to, and that nobody did for so long, is worth a word."""
 SILENCE_S = 1.0
@@ -27,8 +30,8 @@ SILENCE_S = 1.0
 _HINTS = {
     Request.NET_SET_MTU.name: "give the guest a smaller MTU (QEMU: host_mtu=), or the port a "
     "larger `mtu`",
-    Request.SET_MEM_TABLE.name: "look at the guest's memory frontend",
-    Request.ADD_MEM_REG.name: "look at the guest's memory frontend",
+    Request.SET_MEM_TABLE.name: "look at the guest's memory backend",
+    Request.ADD_MEM_REG.name: "look at the guest's memory backend",
 }
 _BIG_ENDIAN = (
     "a guest with virtio before 1.0 on a machine of the other byte order cannot be served "
@@ -46,6 +49,7 @@ class PortDiagnosis:
         self._frontend: Frontend | None = None
         self._in_vain = 0
         self._since = 0.0
+        self._visits = VainVisits(settings.queues)
         self._left: str | None = None
         self._logged: str | None = None
         self._opened = time.monotonic()
@@ -82,6 +86,7 @@ class PortDiagnosis:
     def rings_run(self) -> None:
         """The present frontend got as far as its rings."""
         self._in_vain = 0
+        self._visits = VainVisits(self._settings.queues)
         self._left = self._logged = None
 
     def disconnected(self, error: str | None) -> None:
@@ -92,17 +97,10 @@ class PortDiagnosis:
         self._left = self._refused(frontend)
         if self._left is None and error is None and _only_looked(frontend):
             self._in_vain += 1
-            self._left = self._why_it_left()
-
-    def _why_it_left(self) -> str:
-        pairs = self._settings.queues
-        return (
-            "the frontend looked at what the port offers and left. If nobody ended it, it wants "
-            f"more than {pairs} queue {'pair' if pairs == 1 else 'pairs'} (QEMU: queues=N; the "
-            "port: `queues`), or its guest's device was made when the port offered more (`queues`, "
-            "`offloads`, `features`): give the port that back, or start the frontend anew, for "
-            "which a reboot of the guest is not enough"
-        )
+            # To a port that connects itself nobody comes back sooner or later than it does that.
+            pid = frontend.peer_pid if self._settings.mode == "server" else None
+            self._visits.came_and_went(pid, self._since, time.monotonic())
+            self._left = self._visits.why
 
     def _refused(self, frontend: Frontend) -> str | None:
         for name, why in frontend.refused.items():
@@ -160,6 +158,49 @@ class PortDiagnosis:
         if reason != self._logged and (self.is_pattern or self._frontend is not None):
             log.warning("port %s: %s", self._settings.name, reason)
             self._logged = reason
+
+
+class VainVisits:
+    """Frontends that looked at what a port offers and left, and what they want by how they did.
+
+    What they say is the same. But one that starts is done with it: it ends, or tries again at once,
+    and one whose guest's device was made earlier waits before it does.
+    """
+
+    def __init__(self, pairs: int) -> None:
+        self._pairs = f"{pairs} queue {'pair' if pairs == 1 else 'pairs'}"
+        self._pid: int | None = None
+        self._left_at = 0.0
+        self._starting = self._running = 0
+
+    def came_and_went(self, pid: int | None, came: float, left: float) -> None:
+        """Process `pid`, if that is known, was here between these monotonic seconds."""
+        if pid is not None and self._pid is not None:
+            if pid == self._pid and came - self._left_at >= AT_ONCE_S:
+                self._running += 1
+            else:
+                self._starting += 1
+        self._pid, self._left_at = pid, left
+
+    @property
+    def why(self) -> str:
+        what = "the frontend looked at what the port offers and left"
+        give_back = (
+            "its guest's device was made when the port offered more (`queues`, `offloads`, "
+            "`features`): give the port that back, or start the frontend anew, for which a reboot "
+            "of the guest is not enough"
+        )
+        if self._running > self._starting:
+            return f"{what}, and tries again now and then: {give_back}"
+        if self._starting > self._running:
+            return (
+                f"{what}, and does not get past its start: it wants more than {self._pairs} (QEMU: "
+                "queues=N, and says so itself): give the port as many (`queues`), or it no more"
+            )
+        return (
+            f"{what}. If nobody ended it, it wants more than {self._pairs} (QEMU: queues=N; the "
+            f"port: `queues`), or {give_back}"
+        )
 
 
 def _only_looked(frontend: Frontend) -> bool:
