@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -109,7 +109,10 @@ def test_sleeping_workers_wake(start: Callable[..., Wire], polling: str) -> None
 
 
 def test_idle_switch_costs_nothing(start: Callable[..., Wire]) -> None:
-    """Less than 1 % of a core, with guests connected and their rings armed."""
+    """Its threads are woken a few times a second, with guests connected and their rings armed.
+
+    And none spins. What that comes to in CPU time is the machine's, and measured in benchmarks/.
+    """
     wire = start()
     guests = [wire.guest(f"g{n}", n) for n in range(1, 6)]
     teach(*guests)
@@ -117,16 +120,21 @@ def test_idle_switch_costs_nothing(start: Callable[..., Wire]) -> None:
         lambda: wire.client.workers()[0]["state"] == "sleeping", "the worker goes to sleep"
     )
 
-    def cpu_ticks() -> int:
-        with open(f"/proc/{wire.switch.process.pid}/stat") as file:  # noqa: PTH123
-            fields = file.read().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+    def cost() -> tuple[int, int]:
+        """How often its threads have slept, and for how many nanoseconds they have run."""
+        woken = ran = 0
+        for thread in Path(f"/proc/{wire.switch.process.pid}/task").iterdir():
+            status = (thread / "status").read_text()
+            woken += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+            ran += int((thread / "schedstat").read_text().split()[0])
+        return woken, ran
 
-    before, sleeps, begun = cpu_ticks(), wire.client.workers()[0]["sleeps"], time.monotonic()
+    before, begun = cost(), time.monotonic()
     time.sleep(2.0)  # the span that the cost is measured over, longer where the machine is busy
-    after, elapsed_s = cpu_ticks(), time.monotonic() - begun
-    assert after - before <= 0.01 * elapsed_s * os.sysconf("SC_CLK_TCK") + 1
-    assert wire.client.workers()[0]["sleeps"] - sleeps < 10 * elapsed_s
+    after, elapsed_s = cost(), time.monotonic() - begun
+    assert after[0] - before[0] < 10 * elapsed_s
+    # One that spins would take its share of a CPU, a fifth or more.
+    assert after[1] - before[1] < 0.1e9 * elapsed_s
 
 
 def test_busy_polling_needs_no_kicks(start: Callable[..., Wire]) -> None:
