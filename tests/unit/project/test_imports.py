@@ -241,3 +241,16 @@ def test_nothing_is_found_by_an_edited_path() -> None:
     edits = re.compile(r"^\s*sys\.path(\[|\.(insert|append|extend)\b)", re.MULTILINE)
     programs = [path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py")]
     assert [path for path in programs if edits.search(path.read_text())] == []
+
+
+def test_every_part_is_on_the_map() -> None:
+    """The first table of docs/architecture.md has a row for each folder and module, no other."""
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| folder |")[2]
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    named = [name for row in rows for name in re.findall(r"`([\w.]+)/?`", row.split("|")[1])]
+    parts = {
+        path.name
+        for path in PACKAGE.iterdir()
+        if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("_")
+    }
+    assert sorted(named) == sorted(parts)
