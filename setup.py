@@ -42,22 +42,23 @@ DIRECTIVES = {
 }
 
 
+FASTPATH, GUEST = Path("vswitch/fastpath/sys"), Path("vswitch/lab/guest")
 HEADERS = {
-    "vswitch.fastpath": Path("vswitch/fastpath/sys"),
-    "vswitch.lab": Path("vswitch/lab/guest"),
-    "benchmarks": Path("vswitch/lab/guest"),
-    "tests": Path("vswitch/lab/guest"),
+    "vswitch.fastpath": [FASTPATH],
+    "vswitch.lab": [GUEST],
+    "benchmarks": [GUEST],
+    "tests": [FASTPATH, GUEST],
 }
 """Where the C headers of a package's extensions are."""
 
 
 def extension(name: str) -> Extension:
-    folder = next(folder for package, folder in HEADERS.items() if name.startswith(package + "."))
+    folders = next(found for package, found in HEADERS.items() if name.startswith(package + "."))
     return Extension(
         name,
         [name.replace(".", "/") + ".pyx"],
-        depends=sorted(map(str, folder.glob("*.h"))),
-        include_dirs=[str(folder)],
+        depends=sorted(str(path) for folder in folders for path in folder.glob("*.h")),
+        include_dirs=[str(folder) for folder in folders],
         extra_compile_args=CFLAGS,
         extra_link_args=LDFLAGS,
     )
@@ -86,6 +87,7 @@ TOOLS = [
     extension("benchmarks.native.null_backend"),
     extension("benchmarks.native.probe"),
     extension("tests.native.bitmaps"),
+    extension("tests.native.lists"),
     extension("tests.native.scribble"),
 ]
 """What tests and benchmarks have for themselves: `build_tools` builds it, and no wheel has it."""

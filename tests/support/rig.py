@@ -10,8 +10,10 @@ from typing import Any
 from tests.support.notes import Notes
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import DirtyLog, Memory
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.lab.guest import DEFAULT_FEATURES, SoftwareGuest
+from vswitch.lab.guest.net_driver import AnyQueue
 from vswitch.lab.guest.options import by_subject
 from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
@@ -73,34 +75,46 @@ class Rig:
         regions, fds = guest.memory.table()
         memory = Memory(regions, fds)
         for queue in guest.queues():
-            ring = Ring(port, queue.index)
-            ring.enabled = True
-            ring.set_call(queue.call_fd)
-            addr = guest.vring_addr(queue)
-            if log is not None:
-                ring.set_log(log, queue.layout.used_gpa)
-            ring.start(
-                memory,
-                queue.layout.size,
-                addr.desc_uva,
-                addr.used_uva,
-                addr.avail_uva,
-                hdr_len=queue.ring.header_len,
-                event_idx=True,
-                indirect=True,
-                mergeable=Feature.MRG_RXBUF in guest.features,
-                base=0x8000 if queue.ring.packed else 0,
-                poll_only=False,
-                packed=queue.ring.packed,
-                offloads=(offloads.asked_for if ring.is_transmitq else offloads.taken)(
-                    guest.features
-                ),
-                identity=0 if notes is None else n,
-            )
-            self.engine.attach(ring, queue.kick_fd)
-            self._keep += [memory, ring]
+            self.start(guest, queue, memory, port, queue.index, 0 if notes is None else n, log)
         self.settle()
         return port
+
+    def start(
+        self,
+        guest: SoftwareGuest,
+        queue: AnyQueue,
+        memory: Memory,
+        port: Port,
+        index: int,
+        identity: int = 0,
+        log: DirtyLog | None = None,
+    ) -> Ring:
+        """Run a guest's queue as the ring `index` of a port, which `settle` shows to the worker."""
+        ring = Ring(port, index)
+        ring.enabled = True
+        ring.set_call(queue.call_fd)
+        addr = guest.vring_addr(queue)
+        if log is not None:
+            ring.set_log(log, queue.layout.used_gpa)
+        ring.start(
+            memory,
+            queue.layout.size,
+            addr.desc_uva,
+            addr.used_uva,
+            addr.avail_uva,
+            hdr_len=queue.ring.header_len,
+            event_idx=True,
+            indirect=True,
+            mergeable=Feature.MRG_RXBUF in guest.features,
+            base=0x8000 if queue.ring.packed else 0,
+            poll_only=False,
+            packed=queue.ring.packed,
+            offloads=(offloads.asked_for if ring.is_transmitq else offloads.taken)(guest.features),
+            identity=identity,
+        )
+        self.engine.attach(ring, queue.kick_fd)
+        self._keep += [memory, ring]
+        return ring
 
     def settle(self) -> None:
         ticket = self.engine.publish()

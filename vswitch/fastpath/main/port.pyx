@@ -29,6 +29,7 @@ from vswitch.fastpath.shared.types cimport (
     Cursor,
     FAULT_IOTLB_MISS,
     FAULT_NONE,
+    INGRESS_STORM,
     KIND_TAP,
     KIND_VHOST,
     LAST_NONE,
@@ -578,6 +579,7 @@ cdef class Port:
         a second, 64 at least.
         """
         cdef uint64_t period
+        cdef uint8_t others = self.c.ingress & ~INGRESS_STORM
         for kind, rate in zip(range(N_STORM), rates, strict=True):
             # A limit that is being replaced may let a burst more through, no frame too few.
             period = 0 if rate is None else max(1, 1_000_000_000 // rate)
@@ -588,7 +590,8 @@ cdef class Port:
                 )
                 vs_store64(&self.c.storm_full_ns[kind], 0)
                 vs_store64(&self.c.storm_period_ns[kind], period)
-        vs_store8(&self.c.storm, any(rate is not None for rate in rates))
+        limited = any(rate is not None for rate in rates)
+        vs_store8(&self.c.ingress, others | (INGRESS_STORM if limited else 0))
 
     @property
     def mac_limit_told(self):

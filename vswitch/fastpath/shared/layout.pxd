@@ -24,5 +24,5 @@ cdef inline void check_layout() noexcept nogil:
     VS_STATIC_ASSERT(<size_t>&(<RingC *>NULL).debt + sizeof(uint32_t) <= 3 * LINE)
     # A port: what is looked at for each frame in one line, and what limits write in others.
     VS_STATIC_ASSERT(<size_t>&(<PortC *>NULL).max_len < LINE)
-    VS_STATIC_ASSERT(<size_t>&(<PortC *>NULL).storm < LINE)
+    VS_STATIC_ASSERT(<size_t>&(<PortC *>NULL).ingress < LINE)
     VS_STATIC_ASSERT(<size_t>&(<PortC *>NULL).storm_full_ns >= LINE)

@@ -36,6 +36,9 @@ cdef enum:
     FINISH_BATCH = 32      # segments that are made before they are delivered
     TAP_SHORT_LEN = 256    # frames with their header up to this are written to a TAP in one piece
     TAP_IOVECS = 2048      # pieces of longer ones that are written together; above MAX_CHAIN
+    VARIANTS = BURST       # frames of a burst that leave somewhere with another head than they came with
+    VARIANT_SEGS = VARIANTS + MAX_CHAIN  # what is left of them; of any single one it has room
+    HEAD_LEN = 12          # the addresses, bytes
     HEADERS_MAX = 512      # Ethernet, IP and TCP or UDP headers of a frame to be segmented, bytes
 
 # What a frame may leave to its receiver, and a receiver may take. The values are those of TUN_F_*
@@ -158,6 +161,10 @@ cdef struct Counters:
     uint64_t macs_refused  # times that an address was not learned for want of room
     uint64_t drops[N_DROPS]
 
+# What frames from a port pass besides being forwarded: nothing for most ports.
+cdef enum IngressStage:
+    INGRESS_STORM = 0x01   # storm.pxd: some kind of frame is limited
+
 cdef enum PortKind:
     KIND_VHOST
     KIND_TAP
@@ -171,7 +178,7 @@ cdef struct PortC:
     uint32_t offloads      # main; OFFLOAD_* that a TAP takes and may ask for, 0 for guests
     uint32_t tap_lost      # atomic; the interface was deleted under us
     uint8_t mac_limit_told # atomic; main heard that addresses are refused
-    uint8_t storm          # atomic; some kind of frame is limited
+    uint8_t ingress        # atomic; INGRESS_*, looked at for each burst
     # A token bucket a kind, see storm.pxd.
     uint64_t storm_period_ns[N_STORM]  # atomic; time that a frame takes up, 0: not limited
     uint64_t storm_burst_ns[N_STORM]   # atomic; ... and that the bucket holds
@@ -404,10 +411,15 @@ cdef struct WorkerC:
     uint32_t event_armed   # atomic; main wants to be woken
     # scratch of one burst
     uint16_t heads[BURST]
-    Frame frames[BURST + FINISH_BATCH]  # the last ones: segments made of one of the others ...
-    Seg segs[SEG_POOL + FINISH_BATCH]   # ... and their payloads
+    # After those of a burst: segments made of one of them, then variants; their pieces likewise.
+    Frame frames[BURST + FINISH_BATCH + VARIANTS]
+    Seg segs[SEG_POOL + FINISH_BATCH + VARIANT_SEGS]
+    char heads_out[VARIANTS][HEAD_LEN]  # first pieces of variants
+    uint32_t n_variants
+    uint32_t n_variant_segs
     uint32_t n_segs
-    uint32_t work          # of the burst, besides a copy a frame: see turn_cost
+    uint32_t copies        # of the burst
+    uint32_t work          # ... besides a copy a frame: see turn_cost
     uint32_t burst_calls   # ... drivers notified, and writes to a TAP, TAP_CALLS each
     uint64_t copied        # ... bytes
     uint32_t needs         # of all frames of the burst together
@@ -415,7 +427,7 @@ cdef struct WorkerC:
     uint16_t touched[MAX_PORTS]
     uint32_t n_touched
     uint16_t egress_n[MAX_PORTS]
-    uint8_t egress[MAX_PORTS][BURST]
+    uint8_t egress[MAX_PORTS][BURST]  # which of `frames`, as each leaves there
     uint16_t queue_n[MAX_QUEUE_PAIRS]
     uint8_t queue[MAX_QUEUE_PAIRS][BURST]
     VringDesc rx_desc[BURST]

@@ -1,7 +1,7 @@
-"""Frames into a guest's receiveqs.
+"""Egress lists, and frames into a guest's receiveqs.
 
-They arrive here in batches for one port; the used index is published and the driver notified once a
-batch and ring.
+Frames arrive in batches for one port; the used index is published and the driver notified once a batch
+and ring.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -24,10 +24,12 @@ from vswitch.fastpath.shared.types cimport (
     DROP_EGRESS_MTU,
     DROP_NO_BUFFER,
     FINISH_BATCH,
+    KIND_TAP,
     Counters,
     Frame,
     PortView,
     RingC,
+    View,
     VringUsedElem,
     WorkerC,
 )
@@ -36,6 +38,7 @@ from vswitch.fastpath.worker.buffers cimport copy_frame, copy_piece, deliver_cha
 from vswitch.fastpath.worker.events cimport report_fault
 from vswitch.fastpath.worker.finish cimport Finish, finish_begin, finish_next, finish_work
 from vswitch.fastpath.worker.flow cimport flow_hash
+from vswitch.fastpath.worker.tap cimport tap_send
 
 
 cdef inline uint16_t deliver_plain(
@@ -225,3 +228,39 @@ cdef inline void deliver_queues(
     for q in range(to.n_receiveqs):
         if w.queue_n[q]:
             deliver(w, to.receiveqs[q], w.queue[q], w.queue_n[q], counters)
+
+
+cdef inline void deliver_list(WorkerC *w, const View *view, uint16_t id) noexcept nogil:
+    """Deliver what stands on a port's list, which is empty then."""
+    cdef uint16_t n = w.egress_n[id]
+    cdef const PortView *to = &view.ports[id]
+    w.egress_n[id] = 0
+    w.copies += n
+    if to.port.kind == KIND_TAP:
+        tap_send(w, to.port, w.egress[id], n, &w.counters[id])
+    elif to.n_receiveqs == 1:
+        deliver(w, to.receiveqs[0], w.egress[id], n, &w.counters[id])
+    else:
+        deliver_queues(w, to, w.egress[id], n, &w.counters[id])
+
+
+cdef inline void deliver_lists(WorkerC *w, const View *view) noexcept nogil:
+    """Deliver what stands on any list."""
+    cdef uint32_t i
+    for i in range(w.n_touched):
+        deliver_list(w, view, w.touched[i])
+    w.n_touched = 0
+    w.n_variants = w.n_variant_segs = 0
+
+
+cdef inline void send_to(WorkerC *w, const View *view, uint16_t port, uint8_t i) noexcept nogil:
+    """Put `frames[i]` on the list of an egress port; one may stand there more than once."""
+    cdef uint16_t n = w.egress_n[port]
+    if n == 0:
+        w.touched[w.n_touched] = port
+        w.n_touched += 1
+    elif vs_unlikely(n == BURST):
+        deliver_list(w, view, port)
+        n = 0
+    w.egress[port][n] = i
+    w.egress_n[port] = n + 1

@@ -6,12 +6,20 @@ number, so that several workers share it without a lock.
 
 from libc.stdint cimport uint64_t
 
-from vswitch.fastpath.shared.types cimport PortC
+from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK
+from vswitch.fastpath.shared.types cimport (
+    DROP_STORM_BROADCAST,
+    STORM_BROADCAST,
+    STORM_MULTICAST,
+    STORM_UNKNOWN,
+    Counters,
+    PortC,
+)
 from vswitch.fastpath.sys.atomics cimport vs_cas64, vs_load64, vs_now_ns
 
 
 cdef inline bint storm_allows(PortC *port, int kind) noexcept nogil:
-    """Take a token for a frame of a StormKind; False when there is none. Only for ports with `storm` set."""
+    """Take a token for a frame of a StormKind; False when there is none."""
     cdef uint64_t period = vs_load64(&port.storm_period_ns[kind])
     cdef uint64_t now, full, start
     if period == 0:
@@ -25,3 +33,14 @@ cdef inline bint storm_allows(PortC *port, int kind) noexcept nogil:
             return False
         if vs_cas64(&port.storm_full_ns[kind], full, start + period):
             return True
+
+
+cdef inline bint storm_stage(PortC *port, uint64_t dst, Counters *counters) noexcept nogil:
+    """Whether a frame of a port with INGRESS_STORM may be flooded; it is counted if not."""
+    cdef int kind = STORM_UNKNOWN
+    if dst & 1:
+        kind = STORM_BROADCAST if dst & VS_MAC_MASK == VS_MAC_MASK else STORM_MULTICAST
+    if storm_allows(port, kind):
+        return True
+    counters.drops[DROP_STORM_BROADCAST + kind] += 1
+    return False

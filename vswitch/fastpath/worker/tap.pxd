@@ -8,6 +8,7 @@ from libc.errno cimport EAGAIN, EBADFD, EINTR, EIO, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
+from vswitch.fastpath.shared.frame cimport gather_bytes
 from vswitch.fastpath.shared.types cimport (
     BURST,
     DROP_BAD_GSO,
@@ -16,6 +17,7 @@ from vswitch.fastpath.shared.types cimport (
     DROP_TAP_DOWN,
     DROP_TAP_ERROR,
     FINISH_BATCH,
+    MAX_CHAIN,
     MAX_FRAME_LEN,
     TAP_IOVECS,
     TAP_SHORT_LEN,
@@ -25,7 +27,7 @@ from vswitch.fastpath.shared.types cimport (
     PortC,
     WorkerC,
 )
-from vswitch.fastpath.sys.atomics cimport vs_load32
+from vswitch.fastpath.sys.atomics cimport vs_load32, vs_unlikely
 from vswitch.fastpath.sys.uring cimport (
     VS_URING_SLOTS,
     iovec,
@@ -71,6 +73,21 @@ cdef inline void tap_flush(WorkerC *w, Counters *counters) noexcept nogil:
     w.n_tap_iovecs = 0
 
 
+cdef inline void tap_write_gathered(
+    WorkerC *w, PortC *port, const Frame *frame, Counters *counters
+) noexcept nogil:
+    """Write a variant that with its header is in more pieces than the kernel takes (IOV_MAX)."""
+    cdef ssize_t done
+    tap_flush(w, counters)
+    w.copied += frame.len
+    w.work += frame.nseg
+    w.burst_calls += TAP_CALLS
+    memcpy(w.linear, frame.hdr, VNET_HDR_MAX)
+    gather_bytes(w, frame, w.linear + VNET_HDR_MAX, frame.len)
+    done = write(port.tap_fd, w.linear, VNET_HDR_MAX + frame.len)
+    tap_written(counters, frame.len, errno if done < 0 else 0)
+
+
 cdef inline void tap_write(
     WorkerC *w, PortC *port, const Frame *frame, bint queue, Counters *counters
 ) noexcept nogil:
@@ -85,6 +102,9 @@ cdef inline void tap_write(
     cdef char *whole
     cdef iovec *iov
     cdef ssize_t done
+    if vs_unlikely(frame.nseg > MAX_CHAIN):
+        tap_write_gathered(w, port, frame, counters)
+        return
     if w.uring.queued == VS_URING_SLOTS or w.n_tap_iovecs + 1 + frame.nseg > TAP_IOVECS:
         tap_flush(w, counters)
     w.copied += frame.len

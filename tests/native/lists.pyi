@@ -1,0 +1,5 @@
+from collections.abc import Iterable
+
+from vswitch.fastpath.main.engine import Worker
+
+def send(worker: Worker, data: bytes, ports: Iterable[int]) -> int: ...
