@@ -119,7 +119,7 @@ class PortInfo(TypedDict):
 
 
 class PortCounters(TypedDict):
-    """What workers count for a port, by the names of `Counters` in fastpath/shared/types.pxd.
+    """What workers count for a port, by the names of `Counters` in fastpath/shared/words.pxd.
 
     Ingress is from the guest or TAP into the switch, egress the other way. `kicks` are
     notifications received, `calls` notifications sent, `stalls` the times a receiveq was found

@@ -1,6 +1,6 @@
 """Bounds that several parts have to agree on, the fast path among them.
 
-Compiled code has them in fastpath/shared/types.pxd; tests/unit/fastpath/test_words.py holds both
+Compiled code has them in fastpath/shared/sizes.pxd; tests/unit/fastpath/test_words.py holds both
 together.
 """
 

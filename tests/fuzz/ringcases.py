@@ -298,7 +298,7 @@ def _desc(row: list[int]) -> str:
 
 
 def _journal(rng: Random, setup: RingSetup) -> str:
-    """Notes about a ring as a frontend that kept them may hand them back (JournalC, types.pxd)."""
+    """Notes about a ring as a frontend that kept them may hand them back (JournalC, ring.pxd)."""
     number = [0, 1, 2, 63, 64, 65, setup.size, setup.size - 1, 1023, 1024, 1025, 0x8000, 0xFFFF]
     raw = struct.pack("<QIH", JOURNAL_IDENTITY, rng.choice(number) << 16 | rng.choice(number),
                       rng.choice([0, 1, 2, 0xFFFF]))  # fmt: skip

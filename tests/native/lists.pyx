@@ -4,7 +4,8 @@ from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memset
 
 from vswitch.fastpath.main.engine cimport Worker
-from vswitch.fastpath.shared.types cimport Frame, View, WorkerC
+from vswitch.fastpath.shared.view cimport View
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.worker.cost cimport begin_turn
 from vswitch.fastpath.worker.egress cimport deliver_lists, send_to
 

@@ -22,7 +22,7 @@ USO6 = 0x40
 class _Offload(NamedTuple):
     """`host`: the guest leaves it to the switch. `guest`: the switch may leave it to the guest.
 
-    `mask` has the bits of OFFLOAD_* in fastpath/shared/types.pxd, which are those of TUN_F_*.
+    `mask` has the bits of OFFLOAD_* in fastpath/shared/virtio.pxd, which are those of TUN_F_*.
     """
 
     name: str

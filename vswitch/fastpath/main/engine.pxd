@@ -1,7 +1,8 @@
 from libc.stdint cimport uint32_t
 
 from vswitch.fastpath.main.fdb cimport Fdb
-from vswitch.fastpath.shared.types cimport Shared, View, WorkerC
+from vswitch.fastpath.shared.view cimport View
+from vswitch.fastpath.shared.worker cimport Shared, WorkerC
 from vswitch.fastpath.sys.notify cimport vs_notifier
 
 

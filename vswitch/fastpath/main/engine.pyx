@@ -18,26 +18,19 @@ from vswitch.fastpath.shared.words import DROP_REASONS, EVENT_NAMES
 
 from vswitch.fastpath.main.fdb cimport Fdb
 from vswitch.fastpath.main.port cimport Port, Ring
+from vswitch.fastpath.shared.port cimport PortC
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport EVENT_SLOTS, LINEAR_LEN, MAX_PORTS, MAX_WORKERS
 from vswitch.fastpath.shared.turns cimport describe_turns, ticks_to_ns
-from vswitch.fastpath.shared.types cimport (
-    EVENT_SLOTS,
-    FAULT_IOTLB_MISS,
-    LINEAR_LEN,
-    MAX_PORTS,
-    MAX_WORKERS,
+from vswitch.fastpath.shared.view cimport PortView, View, WorkerView
+from vswitch.fastpath.shared.words cimport FAULT_IOTLB_MISS, Counters, EventC
+from vswitch.fastpath.shared.worker cimport (
     STATE_RUNNING,
     STATE_SLEEPING,
     STATE_STOPPED,
-    Counters,
-    EventC,
     Inject,
-    PortC,
-    PortView,
-    RingC,
     Shared,
-    View,
     WorkerC,
-    WorkerView,
 )
 from vswitch.fastpath.sys.atomics cimport (
     vs_cas_ptr,

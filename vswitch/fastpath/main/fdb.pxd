@@ -1,6 +1,7 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport MAX_PORTS, FdbC, FdbEntryC
+from vswitch.fastpath.shared.fdb cimport FdbC, FdbEntryC
+from vswitch.fastpath.shared.sizes cimport MAX_PORTS
 
 
 cdef class Fdb:

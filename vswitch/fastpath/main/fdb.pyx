@@ -7,7 +7,8 @@ from libc.string cimport memset
 import os
 import re
 
-from vswitch.fastpath.shared.types cimport BURST, MAX_PORTS, FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.shared.fdb cimport FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.shared.sizes cimport BURST, MAX_PORTS
 from vswitch.fastpath.sys.atomics cimport (
     vs_load32,
     vs_load64,

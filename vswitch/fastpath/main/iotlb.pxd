@@ -1,7 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from vswitch.fastpath.main.mapping cimport Memory
-from vswitch.fastpath.shared.types cimport MemTable
+from vswitch.fastpath.shared.memory cimport MemTable
 
 
 cdef struct Entry:            # one row of an IOTLB

@@ -9,8 +9,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memmove
 
 from vswitch.fastpath.main.mapping cimport Memory
-from vswitch.fastpath.shared.memory cimport uva_to_host
-from vswitch.fastpath.shared.types cimport MAX_REGIONS, MemTable, Region
+from vswitch.fastpath.shared.memory cimport MemTable, Region, uva_to_host
+from vswitch.fastpath.shared.sizes cimport MAX_REGIONS
 
 cdef enum:
     C_READ = 1

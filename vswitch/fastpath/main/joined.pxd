@@ -1,6 +1,6 @@
 
 from vswitch.fastpath.main.mapping cimport Memory, SharedFile
-from vswitch.fastpath.shared.types cimport MemTable
+from vswitch.fastpath.shared.memory cimport MemTable
 
 
 cdef class Joined(SharedFile):

@@ -13,8 +13,8 @@ from libc.stdlib cimport calloc, free
 import os
 
 from vswitch.fastpath.main.mapping cimport Mapped, Memory, SharedFile
-from vswitch.fastpath.shared.memory cimport uva_to_host
-from vswitch.fastpath.shared.types cimport MAX_REGIONS, MemTable, Region
+from vswitch.fastpath.shared.memory cimport MemTable, Region, uva_to_host
+from vswitch.fastpath.shared.sizes cimport MAX_REGIONS
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)

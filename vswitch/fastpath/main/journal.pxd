@@ -1,6 +1,6 @@
 from libc.stdint cimport uint16_t
 
-from vswitch.fastpath.shared.types cimport JournalC, RingC
+from vswitch.fastpath.shared.ring cimport JournalC, RingC
 
 
 cdef class Journal:

@@ -22,17 +22,12 @@ import os
 
 from vswitch.fastpath.ring.notes cimport note_batch
 from vswitch.fastpath.ring.packed cimport packed_ready, packed_step, write_used, write_used_entry
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    LAST_NONE,
-    USED_BATCH,
+from vswitch.fastpath.shared.ring cimport LAST_NONE, JournalBatch, JournalC, RingC, UsedChain
+from vswitch.fastpath.shared.sizes cimport BURST, USED_BATCH
+from vswitch.fastpath.shared.virtio cimport (
     VRING_DESC_F_NEXT,
     VRING_PACKED_DESC_F_AVAIL,
     VRING_PACKED_DESC_F_USED,
-    JournalBatch,
-    JournalC,
-    RingC,
-    UsedChain,
 )
 from vswitch.fastpath.sys.atomics cimport (
     vs_compiler_barrier,

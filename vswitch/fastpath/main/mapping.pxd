@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport LogC, MemTable, Region
+from vswitch.fastpath.shared.memory cimport MemTable, Region
+from vswitch.fastpath.shared.ring cimport LogC
 
 
 cdef class SharedFile:

@@ -7,8 +7,8 @@ from libc.stdlib cimport calloc, free
 import os
 import stat
 
-from vswitch.fastpath.shared.memory cimport uva_to_host
-from vswitch.fastpath.shared.types cimport MAX_REGIONS, MemTable
+from vswitch.fastpath.shared.memory cimport MemTable, uva_to_host
+from vswitch.fastpath.shared.sizes cimport MAX_REGIONS
 from vswitch.fastpath.sys.atomics cimport vs_load32
 
 cdef extern from "sigbus.h" nogil:

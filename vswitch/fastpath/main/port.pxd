@@ -4,7 +4,8 @@ from vswitch.fastpath.main.iotlb cimport IotlbTables
 from vswitch.fastpath.main.joined cimport RingPlace
 from vswitch.fastpath.main.journal cimport Journal
 from vswitch.fastpath.main.mapping cimport DirtyLog, Memory
-from vswitch.fastpath.shared.types cimport PortC, RingC
+from vswitch.fastpath.shared.port cimport PortC
+from vswitch.fastpath.shared.ring cimport RingC
 
 
 cdef class Ring:

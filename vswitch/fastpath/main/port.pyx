@@ -23,33 +23,26 @@ from vswitch.fastpath.ring.notes cimport note_batch, note_taken
 from vswitch.fastpath.ring.packed cimport read_packed
 from vswitch.fastpath.shared.dirty cimport log_packed, log_used
 from vswitch.fastpath.shared.layout cimport check_layout
-from vswitch.fastpath.shared.memory cimport uva_to_host
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.memory cimport Seg, uva_to_host
+from vswitch.fastpath.shared.port cimport INGRESS_STORM, KIND_TAP, KIND_VHOST, N_STORM, PortC
+from vswitch.fastpath.shared.ring cimport LAST_NONE, Cursor, LogC, RingC
+from vswitch.fastpath.shared.sizes cimport (
     BURST,
-    Cursor,
-    FAULT_IOTLB_MISS,
-    FAULT_NONE,
-    INGRESS_STORM,
-    KIND_TAP,
-    KIND_VHOST,
-    LAST_NONE,
-    LogC,
     MAX_CHAIN,
     MAX_PORTS,
     MAX_QUEUE_PAIRS,
     MAX_RING_SIZE,
     MAX_WIRE_LEN,
+)
+from vswitch.fastpath.shared.virtio cimport (
     OFFLOAD_CSUM,
-    N_STORM,
     OFFLOAD_VALID,
-    PortC,
-    RingC,
-    Seg,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
     VringDesc,
     VringUsedElem,
 )
+from vswitch.fastpath.shared.words cimport FAULT_IOTLB_MISS, FAULT_NONE
 from vswitch.fastpath.sys.atomics cimport (
     vs_fence,
     vs_load8,

@@ -29,7 +29,12 @@ from vswitch.fastpath.ring.split cimport (
     walk_split,
     want_kicks_split,
 )
-from vswitch.fastpath.shared.types cimport USED_BATCH, Counters, Cursor, FrameTaker, RingC, Seg, VringDesc, WorkerC
+from vswitch.fastpath.shared.memory cimport Seg
+from vswitch.fastpath.shared.ring cimport Cursor, RingC
+from vswitch.fastpath.shared.sizes cimport USED_BATCH
+from vswitch.fastpath.shared.virtio cimport VringDesc
+from vswitch.fastpath.shared.words cimport Counters
+from vswitch.fastpath.shared.worker cimport FrameTaker, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_fence, vs_likely, vs_load16, vs_load_int
 from vswitch.fastpath.sys.notify cimport vs_notify
 

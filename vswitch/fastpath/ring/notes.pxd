@@ -7,7 +7,7 @@ some point and none after. So it takes no fences, only an order of the stores th
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
-from vswitch.fastpath.shared.types cimport JournalBatch, RingC, UsedChain
+from vswitch.fastpath.shared.ring cimport JournalBatch, RingC, UsedChain
 from vswitch.fastpath.sys.atomics cimport vs_compiler_barrier, vs_store16, vs_store32
 
 

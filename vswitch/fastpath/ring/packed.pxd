@@ -17,30 +17,22 @@ from vswitch.fastpath.shared.chain cimport (
     ring_fault,
 )
 from vswitch.fastpath.shared.dirty cimport log_packed, log_used
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    FAULT_CHAIN_LEN,
-    FAULT_DIRECTION,
-    MAX_CHAIN,
+from vswitch.fastpath.shared.memory cimport Seg
+from vswitch.fastpath.shared.ring cimport Cursor, RingC, UsedChain
+from vswitch.fastpath.shared.sizes cimport BURST, MAX_CHAIN, SEG_POOL, USED_BATCH
+from vswitch.fastpath.shared.virtio cimport (
     RING_EVENT_FLAGS_DESC,
     RING_EVENT_FLAGS_DISABLE,
     RING_EVENT_FLAGS_ENABLE,
-    SEG_POOL,
-    USED_BATCH,
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
     VRING_PACKED_DESC_F_AVAIL,
     VRING_PACKED_DESC_F_USED,
-    Cursor,
-    Frame,
-    FrameTaker,
-    RingC,
-    Seg,
-    UsedChain,
     VringDesc,
-    WorkerC,
 )
+from vswitch.fastpath.shared.words cimport FAULT_CHAIN_LEN, FAULT_DIRECTION
+from vswitch.fastpath.shared.worker cimport Frame, FrameTaker, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_get64,
     vs_load_acquire16,

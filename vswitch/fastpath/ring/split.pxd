@@ -16,28 +16,27 @@ from vswitch.fastpath.shared.chain cimport (
     ring_fault,
 )
 from vswitch.fastpath.shared.dirty cimport log_used, log_used_elements
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.memory cimport Seg
+from vswitch.fastpath.shared.ring cimport Cursor, RingC
+from vswitch.fastpath.shared.sizes cimport MAX_CHAIN, SEG_POOL
+from vswitch.fastpath.shared.virtio cimport (
+    VRING_AVAIL_F_NO_INTERRUPT,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+    VringDesc,
+    VringUsedElem,
+)
+from vswitch.fastpath.shared.words cimport (
     FAULT_AVAIL_IDX,
     FAULT_CHAIN_LEN,
     FAULT_DIRECTION,
     FAULT_HEAD,
     FAULT_INDIRECT_NESTED,
     FAULT_NEXT,
-    MAX_CHAIN,
-    SEG_POOL,
-    VRING_AVAIL_F_NO_INTERRUPT,
-    VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-    Cursor,
-    FrameTaker,
-    RingC,
-    Seg,
-    VringDesc,
-    VringUsedElem,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport FrameTaker, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_load16,
     vs_load_acquire16,

@@ -6,8 +6,16 @@ Chains of them are in ring/split.pxd and ring/packed.pxd.
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.memory cimport find_region, gpa_to_host
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.memory cimport MemTable, Seg, find_region, gpa_to_host
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport MAX_RING_SIZE
+from vswitch.fastpath.shared.virtio cimport (
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    VringDesc,
+)
+from vswitch.fastpath.shared.words cimport (
     FAULT_ADDRESS,
     FAULT_CHAIN_LEN,
     FAULT_INDIRECT_LEN,
@@ -16,17 +24,9 @@ from vswitch.fastpath.shared.types cimport (
     FAULT_IOTLB_MISS,
     FAULT_NONE,
     FAULT_PERMISSION,
-    MAX_RING_SIZE,
-    VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE,
     Fault,
-    MemTable,
-    RingC,
-    Seg,
-    VringDesc,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_get64,
     vs_likely,

@@ -6,7 +6,8 @@ stands for, never before: a page whose bit is cleared between the two would be c
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport LogC, MemTable, Region, RingC, Seg
+from vswitch.fastpath.shared.memory cimport MemTable, Region, Seg
+from vswitch.fastpath.shared.ring cimport LogC, RingC
 from vswitch.fastpath.sys.atomics cimport vs_set_bit, vs_unlikely
 
 cdef enum:

@@ -3,7 +3,8 @@
 from libc.stdint cimport uint32_t
 from libc.string cimport memcpy
 
-from vswitch.fastpath.shared.types cimport Frame, Seg, WorkerC
+from vswitch.fastpath.shared.memory cimport Seg
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 
 
 cdef inline uint32_t gather_bytes(

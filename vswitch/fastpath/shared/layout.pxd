@@ -5,7 +5,8 @@ A line that one thread writes at every burst costs whoever reads something else 
 
 from libc.stdint cimport uint32_t
 
-from vswitch.fastpath.shared.types cimport PortC, RingC
+from vswitch.fastpath.shared.port cimport PortC
+from vswitch.fastpath.shared.ring cimport RingC
 
 cdef extern from * nogil:
     """

@@ -2,8 +2,27 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport MemTable, Region
+from vswitch.fastpath.shared.sizes cimport MAX_REGIONS
 from vswitch.fastpath.sys.atomics cimport vs_unlikely
+
+cdef struct Region:
+    uint64_t gpa           # guest physical address of the first byte, behind an IOMMU its IOVA
+    uint64_t size          # bytes
+    uint64_t uva           # the same byte in the frontend's address space
+    char *host             # the same byte in ours
+
+cdef struct MemTable:      # main; immutable once made
+    uint32_t count
+    uint16_t is_sorted     # by address, as those of an IOTLB are
+    uint16_t physical      # of an IOTLB: its addresses are guest-physical, and pages may be missing
+    uint64_t serial        # of an IOTLB's tables: another one for every change
+    MemTable *read         # for what the device reads, where this one is for what it writes
+    MemTable *known        # of an IOTLB: all there is in it, readable or writable or neither
+    Region regions[MAX_REGIONS]  # or more: as many as were allocated
+
+cdef struct Seg:           # a piece of memory
+    char *ptr
+    uint32_t len
 
 
 cdef inline const Region *find_region(const MemTable *mem, uint64_t gpa, uint16_t *hint) noexcept nogil:

@@ -17,8 +17,11 @@ from vswitch.fastpath.ring.dispatch cimport (
 )
 from vswitch.fastpath.shared.chain cimport ring_fault
 from vswitch.fastpath.shared.dirty cimport log_segs
-from vswitch.fastpath.shared.types cimport (
-    BURST,
+from vswitch.fastpath.shared.memory cimport MemTable, Seg
+from vswitch.fastpath.shared.ring cimport Cursor, RingC
+from vswitch.fastpath.shared.sizes cimport BURST, MAX_CHAIN, VNET_HDR_MAX
+from vswitch.fastpath.shared.virtio cimport VRING_DESC_F_WRITE, VringDesc
+from vswitch.fastpath.shared.words cimport (
     DROP_BUFFER_SMALL,
     DROP_IOTLB_MISS,
     DROP_NO_BUFFER,
@@ -27,18 +30,9 @@ from vswitch.fastpath.shared.types cimport (
     FAULT_EMPTY_BUFFER,
     FAULT_IOTLB_MISS,
     FAULT_SHORT_BUFFER,
-    MAX_CHAIN,
-    VNET_HDR_MAX,
-    VRING_DESC_F_WRITE,
     Counters,
-    Cursor,
-    Frame,
-    MemTable,
-    RingC,
-    Seg,
-    VringDesc,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_copy_short, vs_likely, vs_load_acquire_ptr, vs_unlikely
 
 cdef enum:

@@ -3,7 +3,9 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport BURST, RingC, WorkerC
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport BURST
+from vswitch.fastpath.shared.worker cimport WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_likely, vs_unlikely
 
 cdef enum:

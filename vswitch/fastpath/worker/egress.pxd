@@ -17,22 +17,19 @@ from vswitch.fastpath.ring.dispatch cimport (
 from vswitch.fastpath.ring.split cimport write_used_elem
 from vswitch.fastpath.shared.chain cimport miss_answered
 from vswitch.fastpath.shared.dirty cimport log_host
-from vswitch.fastpath.shared.types cimport (
-    BURST,
+from vswitch.fastpath.shared.port cimport KIND_TAP
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport BURST, FINISH_BATCH
+from vswitch.fastpath.shared.view cimport PortView, View
+from vswitch.fastpath.shared.virtio cimport VringUsedElem
+from vswitch.fastpath.shared.words cimport (
     DROP_BAD_GSO,
     DROP_BUFFER_PIECES,
     DROP_EGRESS_MTU,
     DROP_NO_BUFFER,
-    FINISH_BATCH,
-    KIND_TAP,
     Counters,
-    Frame,
-    PortView,
-    RingC,
-    View,
-    VringUsedElem,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_likely, vs_load32, vs_pause, vs_trylock, vs_unlikely, vs_unlock
 from vswitch.fastpath.worker.buffers cimport copy_frame, copy_piece, deliver_chains, fault_drop, held, put_header
 from vswitch.fastpath.worker.events cimport report_fault

@@ -2,19 +2,18 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport EVENT_RESERVE, EVENT_SLOTS
+from vswitch.fastpath.shared.words cimport (
     EVENT_IOTLB_MISS,
     EVENT_MAC_LEARNED,
     EVENT_MAC_MOVED,
-    EVENT_RESERVE,
     EVENT_RING_FAULT,
-    EVENT_SLOTS,
     FAULT_IOTLB_MISS,
     EventC,
     EventKind,
-    RingC,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_fence,
     vs_load32,

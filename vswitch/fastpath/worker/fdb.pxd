@@ -13,7 +13,7 @@ between, and each order that is asked for here.
 
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.types cimport FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.shared.fdb cimport FdbBucket, FdbC, FdbEntryC
 from vswitch.fastpath.sys.atomics cimport (
     vs_cas64,
     vs_likely,

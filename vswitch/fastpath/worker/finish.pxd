@@ -7,17 +7,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    HEADERS_MAX,
-    OFFLOAD_CSUM,
-    OFFLOAD_NEVER_CSUM,
-    OFFLOAD_VALID,
-    SEG_POOL,
-    VNET_HDR_MAX,
-    Frame,
-    WorkerC,
-)
+from vswitch.fastpath.shared.sizes cimport BURST, HEADERS_MAX, SEG_POOL, VNET_HDR_MAX
+from vswitch.fastpath.shared.virtio cimport OFFLOAD_CSUM, OFFLOAD_NEVER_CSUM, OFFLOAD_VALID
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_compiler_barrier, vs_get16, vs_get32
 from vswitch.fastpath.worker.headers cimport (
     F_NEEDS_CSUM,

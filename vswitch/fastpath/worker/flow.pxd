@@ -5,7 +5,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from vswitch.fastpath.shared.ethernet cimport ETHERTYPE_IPV4_LE, ETHERTYPE_IPV6_LE, is_tag
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.types cimport ETH_HLEN, Frame, WorkerC
+from vswitch.fastpath.shared.sizes cimport ETH_HLEN
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_get16, vs_get32
 from vswitch.fastpath.worker.headers cimport IP_FRAGMENT_LE
 

@@ -8,29 +8,25 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK, is_tag, vlan_bits
+from vswitch.fastpath.shared.fdb cimport FdbC
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.port cimport INGRESS_STORM, PortC
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport ETH_HLEN, HEAD_LEN, VLAN_HLEN
+from vswitch.fastpath.shared.view cimport View
+from vswitch.fastpath.shared.words cimport (
     DROP_BAD_SOURCE,
     DROP_EGRESS_DOWN,
     DROP_NO_DESTINATION,
     DROP_OVERSIZE,
     DROP_RUNT,
     DROP_SAME_PORT,
-    ETH_HLEN,
     EVENT_MAC_LEARNED,
     EVENT_MAC_LIMIT,
     EVENT_MAC_MOVED,
-    HEAD_LEN,
-    INGRESS_STORM,
-    VLAN_HLEN,
     Counters,
-    FdbC,
-    Frame,
-    PortC,
-    RingC,
-    View,
-    WorkerC,
 )
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_get16,
     vs_get64,

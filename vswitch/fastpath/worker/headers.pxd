@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from vswitch.fastpath.shared.ethernet cimport ETHERTYPE_IPV4_LE, ETHERTYPE_IPV6_LE, is_tag
-from vswitch.fastpath.shared.types cimport ETH_HLEN
+from vswitch.fastpath.shared.sizes cimport ETH_HLEN
 from vswitch.fastpath.sys.atomics cimport vs_get16
 
 

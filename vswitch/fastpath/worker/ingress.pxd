@@ -6,28 +6,19 @@ from libc.string cimport memcpy, memset
 
 from vswitch.fastpath.ring.dispatch cimport notify_driver, publish_used, put_used, take_chains, walk_chain
 from vswitch.fastpath.shared.chain cimport miss_answered
-from vswitch.fastpath.shared.memory cimport gpa_to_host
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    DROP_DISABLED,
-    DROP_LINK_DOWN,
-    DROP_RUNT,
-    EVENT_TAP_LOST,
-    MAX_CHAIN,
-    VNET_HDR_MAX,
+from vswitch.fastpath.shared.memory cimport Seg, gpa_to_host
+from vswitch.fastpath.shared.port cimport PortC
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport BURST, MAX_CHAIN, VNET_HDR_MAX
+from vswitch.fastpath.shared.view cimport View
+from vswitch.fastpath.shared.virtio cimport (
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
-    Counters,
-    Frame,
-    Inject,
-    PortC,
-    RingC,
-    Seg,
-    View,
     VringDesc,
-    WorkerC,
 )
+from vswitch.fastpath.shared.words cimport DROP_DISABLED, DROP_LINK_DOWN, DROP_RUNT, EVENT_TAP_LOST, Counters
+from vswitch.fastpath.shared.worker cimport Frame, Inject, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_exchange_ptr,
     vs_get16,

@@ -4,18 +4,11 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from vswitch.fastpath.ring.dispatch cimport has_work, want_kicks
 from vswitch.fastpath.shared.chain cimport miss_answered
+from vswitch.fastpath.shared.ring cimport RingC
+from vswitch.fastpath.shared.sizes cimport BURST, MAX_PORTS
 from vswitch.fastpath.shared.turns cimport end_turn
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    MAX_PORTS,
-    STATE_RUNNING,
-    STATE_SLEEPING,
-    STATE_STOPPED,
-    RingC,
-    View,
-    WorkerC,
-    WorkerView,
-)
+from vswitch.fastpath.shared.view cimport View, WorkerView
+from vswitch.fastpath.shared.worker cimport STATE_RUNNING, STATE_SLEEPING, STATE_STOPPED, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
     vs_fence,
     vs_load32,

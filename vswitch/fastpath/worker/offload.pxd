@@ -9,14 +9,8 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.types cimport (
-    DROP_BAD_CSUM,
-    DROP_BAD_GSO,
-    DROP_OFFLOAD_UNNEGOTIATED,
-    DROP_OVERSIZE,
-    ETH_HLEN,
-    HEADERS_MAX,
-    MAX_FRAME_LEN,
+from vswitch.fastpath.shared.sizes cimport ETH_HLEN, HEADERS_MAX, MAX_FRAME_LEN, VNET_HDR_MAX
+from vswitch.fastpath.shared.virtio cimport (
     OFFLOAD_CSUM,
     OFFLOAD_ECN,
     OFFLOAD_NEVER,
@@ -27,10 +21,14 @@ from vswitch.fastpath.shared.types cimport (
     OFFLOAD_USO4,
     OFFLOAD_USO6,
     OFFLOAD_VALID,
-    VNET_HDR_MAX,
-    Frame,
-    WorkerC,
 )
+from vswitch.fastpath.shared.words cimport (
+    DROP_BAD_CSUM,
+    DROP_BAD_GSO,
+    DROP_OFFLOAD_UNNEGOTIATED,
+    DROP_OVERSIZE,
+)
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_compiler_barrier, vs_get16
 from vswitch.fastpath.worker.finish cimport FRAGMENT_LEN
 from vswitch.fastpath.worker.headers cimport (

@@ -7,14 +7,8 @@ number, so that several workers share it without a lock.
 from libc.stdint cimport uint64_t
 
 from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK
-from vswitch.fastpath.shared.types cimport (
-    DROP_STORM_BROADCAST,
-    STORM_BROADCAST,
-    STORM_MULTICAST,
-    STORM_UNKNOWN,
-    Counters,
-    PortC,
-)
+from vswitch.fastpath.shared.port cimport STORM_BROADCAST, STORM_MULTICAST, STORM_UNKNOWN, PortC
+from vswitch.fastpath.shared.words cimport DROP_STORM_BROADCAST, Counters
 from vswitch.fastpath.sys.atomics cimport vs_cas64, vs_load64, vs_now_ns
 
 

@@ -9,24 +9,25 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.types cimport (
+from vswitch.fastpath.shared.port cimport PortC
+from vswitch.fastpath.shared.sizes cimport (
     BURST,
-    DROP_BAD_GSO,
-    DROP_EGRESS_MTU,
-    DROP_TAP_BUSY,
-    DROP_TAP_DOWN,
-    DROP_TAP_ERROR,
     FINISH_BATCH,
     MAX_CHAIN,
     MAX_FRAME_LEN,
     TAP_IOVECS,
     TAP_SHORT_LEN,
     VNET_HDR_MAX,
-    Counters,
-    Frame,
-    PortC,
-    WorkerC,
 )
+from vswitch.fastpath.shared.words cimport (
+    DROP_BAD_GSO,
+    DROP_EGRESS_MTU,
+    DROP_TAP_BUSY,
+    DROP_TAP_DOWN,
+    DROP_TAP_ERROR,
+    Counters,
+)
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport vs_load32, vs_unlikely
 from vswitch.fastpath.sys.uring cimport (
     VS_URING_SLOTS,

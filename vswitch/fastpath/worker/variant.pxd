@@ -9,17 +9,9 @@ for any other frame in pieces, and what its receiver cannot finish itself is fin
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
-from vswitch.fastpath.shared.types cimport (
-    BURST,
-    FINISH_BATCH,
-    HEAD_LEN,
-    SEG_POOL,
-    VARIANTS,
-    VARIANT_SEGS,
-    Frame,
-    Seg,
-    WorkerC,
-)
+from vswitch.fastpath.shared.memory cimport Seg
+from vswitch.fastpath.shared.sizes cimport BURST, FINISH_BATCH, HEAD_LEN, SEG_POOL, VARIANTS, VARIANT_SEGS
+from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 
 
 cdef inline bint variant_fits(const WorkerC *w, const Frame *frame) noexcept nogil:
