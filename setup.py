@@ -65,20 +65,23 @@ def extension(name: str) -> Extension:
 
 
 EXTENSIONS = [
+    extension("vswitch.fastpath.main.ahead"),
     extension("vswitch.fastpath.main.engine"),
+    extension("vswitch.fastpath.main.fdb"),
     extension("vswitch.fastpath.main.iotlb"),
     extension("vswitch.fastpath.main.joined"),
     extension("vswitch.fastpath.main.journal"),
     extension("vswitch.fastpath.main.mapping"),
+    extension("vswitch.fastpath.main.parts"),
     extension("vswitch.fastpath.main.port"),
     extension("vswitch.fastpath.main.pump"),
-    extension("vswitch.fastpath.main.fdb"),
+    extension("vswitch.fastpath.main.ring"),
     extension("vswitch.fastpath.shared.turns"),
     extension("vswitch.fastpath.shared.words"),
     extension("vswitch.lab.guest.driver"),
+    extension("vswitch.lab.guest.mapping"),
     extension("vswitch.lab.load.latency"),
     extension("vswitch.lab.load.load"),
-    extension("vswitch.lab.guest.mapping"),
 ]
 
 TOOLS = [

@@ -20,7 +20,9 @@ from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.fdb import mac_key
 from vswitch.fastpath.main.journal import SLOT_LEN, Journal
 from vswitch.fastpath.main.mapping import DirtyLog, Memory
-from vswitch.fastpath.main.port import MAX_VRINGS, Port, Ring, RingError
+from vswitch.fastpath.main.parts import RingError
+from vswitch.fastpath.main.port import MAX_VRINGS, Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.ports import offloads
 
 PAGE = 4096

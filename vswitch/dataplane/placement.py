@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from vswitch.api import QueueInfo
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 
 RATE_SMOOTHING = 0.5
 """Weight of the last second in a ring's rate."""

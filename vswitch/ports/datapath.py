@@ -12,7 +12,8 @@ from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.journal import Journal
 from vswitch.fastpath.main.mapping import SLOTS, Memory
-from vswitch.fastpath.main.port import MAX_VRINGS, Port, Ring
+from vswitch.fastpath.main.port import MAX_VRINGS, Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.ports import features
 from vswitch.ports.ethernet import ETH_OVERHEAD, rarp_frame
 from vswitch.ports.fault_process import unavailable

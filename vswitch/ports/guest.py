@@ -14,7 +14,8 @@ from vswitch.dataplane import addresses
 from vswitch.dataplane.handover import HandOver
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.ports import features, limits
 from vswitch.ports.datapath import PortDatapath
 from vswitch.ports.diagnosis import PortDiagnosis

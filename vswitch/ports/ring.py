@@ -28,7 +28,8 @@ from collections.abc import Callable
 from enum import Enum
 
 from vswitch.fastpath.main.mapping import DirtyLog
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.vhost_user.datapath import RingLog, RingSetup
 
 

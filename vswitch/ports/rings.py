@@ -8,7 +8,9 @@ from functools import partial
 
 from vswitch.dataplane.handover import HandOver
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.port import Port, Ring, RingError
+from vswitch.fastpath.main.parts import RingError
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.ports import offloads
 from vswitch.ports.health import PortHealth
 from vswitch.ports.iotlb import PortIotlb

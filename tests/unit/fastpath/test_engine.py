@@ -14,7 +14,9 @@ import pytest
 
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Port, Ring, RingError
+from vswitch.fastpath.main.parts import RingError
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 16 * PAGE

@@ -14,7 +14,8 @@ from vswitch.fastpath.main import joined
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.joined import Joined, pieces_in_use, why_apart
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Ring, RingError
+from vswitch.fastpath.main.parts import RingError
+from vswitch.fastpath.main.ring import Ring
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20

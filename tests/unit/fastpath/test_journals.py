@@ -10,7 +10,8 @@ import pytest
 
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.journal import SLOT_LEN
-from vswitch.fastpath.main.port import MAX_VRINGS, Ring
+from vswitch.fastpath.main.port import MAX_VRINGS
+from vswitch.fastpath.main.ring import Ring
 from vswitch.ports.journals import Journals, make_shared, open_shared
 
 

@@ -19,7 +19,7 @@ from tests.unit.fastpath.test_engine import DESC, SIZE, UVA, guest_file, start
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.journal import SLOT_LEN, Journal
 from vswitch.fastpath.main.mapping import Memory
-from vswitch.fastpath.main.port import Ring
+from vswitch.fastpath.main.ring import Ring
 
 RINGS = 256
 IDENTITY = 77

@@ -11,7 +11,8 @@ import pytest
 from tests.support.frames import ETHERTYPE_TEST
 from tests.support.ippackets import Packet
 from tests.support.rig import ALL, Rig, running, stepping
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.vhost_user.protocol import Feature
 

@@ -1,7 +1,8 @@
 from typing import Any, Self
 
 from vswitch.fastpath.main.fdb import Fdb
-from vswitch.fastpath.main.port import Port, Ring
+from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.ring import Ring
 from vswitch.fastpath.shared.turns import Turns
 
 def cycles() -> tuple[int, int]: ...

@@ -17,7 +17,8 @@ from vswitch.fastpath.shared.turns import open_schedstat
 from vswitch.fastpath.shared.words import DROP_REASONS, EVENT_NAMES
 
 from vswitch.fastpath.main.fdb cimport Fdb
-from vswitch.fastpath.main.port cimport Port, Ring
+from vswitch.fastpath.main.port cimport Port
+from vswitch.fastpath.main.ring cimport Ring
 from vswitch.fastpath.shared.port cimport PortC
 from vswitch.fastpath.shared.ring cimport RingC
 from vswitch.fastpath.shared.sizes cimport EVENT_SLOTS, LINEAR_LEN, MAX_PORTS, MAX_WORKERS
