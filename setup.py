@@ -76,6 +76,8 @@ EXTENSIONS = [
     extension("vswitch.fastpath.main.port"),
     extension("vswitch.fastpath.main.pump"),
     extension("vswitch.fastpath.main.ring"),
+    extension("vswitch.fastpath.main.view"),
+    extension("vswitch.fastpath.main.worker"),
     extension("vswitch.fastpath.shared.turns"),
     extension("vswitch.fastpath.shared.words"),
     extension("vswitch.lab.guest.driver"),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.errors import BenchmarkError, MissingError
 from vswitch._version import __version__
-from vswitch.fastpath.main.engine import cycles
+from vswitch.fastpath.shared.turns import cycles
 from vswitch.lab import programs
 
 HUGEPAGE_MIB = 2

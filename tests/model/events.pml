@@ -1,4 +1,4 @@
-/* post_event against Worker._check and Engine.arm_events (events.pxd, engine.pyx).
+/* post_event against Worker._check and Engine.arm_events (events.pxd, worker.pyx, engine.pyx).
  *
  * A ring of records with one writer and one reader, and an eventfd that is written only while the
  * reader has asked for it.

@@ -1,4 +1,4 @@
-/* arm_rings, take_split and sleep_until_event against a driver that adds buffers (virtqueue.pxd,
+/* arm_rings, take_split and sleep_until_event against a driver that adds buffers (split.pxd,
  * loop.pxd; VIRTIO 1.2, 2.7.10 and 2.7.13).
  *
  * With EVENT_IDX the driver kicks when it moves the index past avail_event; with FLAGS it kicks

@@ -1,6 +1,7 @@
 """The hand-over between threads, exhaustively, with spin: it holds, and each fence is needed.
 
-Models of what engine.pyx, loop.pxd, virtqueue.pxd and events.pxd do, by hand, under x86-TSO.
+Models of what engine.pyx, worker.pyx, loop.pxd, split.pxd and events.pxd do, by hand, under
+x86-TSO.
 docs/architecture.md says what they cover and what not.
 """
 

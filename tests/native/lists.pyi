@@ -1,5 +1,5 @@
 from collections.abc import Iterable
 
-from vswitch.fastpath.main.engine import Worker
+from vswitch.fastpath.main.worker import Worker
 
 def send(worker: Worker, data: bytes, ports: Iterable[int]) -> int: ...

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memset
 
-from vswitch.fastpath.main.engine cimport Worker
+from vswitch.fastpath.main.worker cimport Worker
 from vswitch.fastpath.shared.view cimport View
 from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.worker.cost cimport begin_turn

@@ -15,7 +15,9 @@ from typing import cast
 
 from vswitch.api import QueueInfo, WorkerInfo
 from vswitch.errors import ConfigError, VswitchError
-from vswitch.fastpath.main.engine import Engine, Worker, cycles
+from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.worker import Worker
+from vswitch.fastpath.shared.turns import cycles
 from vswitch.host.privileges import limit_capabilities
 
 log = logging.getLogger("vswitch.worker")

@@ -11,7 +11,7 @@ from Cython.Compiler.Options import CompilationOptions, get_directive_defaults
 
 ROOT = Path(__file__).parents[3]
 LOOPS = {
-    "vswitch/fastpath/main/engine.pyx": "vswitch_8fastpath",
+    "vswitch/fastpath/main/worker.pyx": "vswitch_8fastpath",
     "vswitch/lab/load/load.pyx": "vswitch_3lab",
 }
 PYTHON = re.compile(

@@ -1,19 +1,6 @@
-from libc.stdint cimport uint32_t
-
 from vswitch.fastpath.main.fdb cimport Fdb
-from vswitch.fastpath.shared.view cimport View
-from vswitch.fastpath.shared.worker cimport Shared, WorkerC
+from vswitch.fastpath.shared.worker cimport Shared
 from vswitch.fastpath.sys.notify cimport vs_notifier
-
-
-cdef class Worker:
-    cdef WorkerC *c
-    cdef readonly int id
-    cdef _check(self, uint32_t most)
-
-
-cdef class Shown:
-    cdef View *view            # freed with this object
 
 
 cdef class Engine:
@@ -30,4 +17,3 @@ cdef class Engine:
     cdef list injected         # addresses of Inject
     cdef unsigned long long tickets
     cdef int events_from       # the worker whose events are taken first
-    cdef View *_build(self) except NULL

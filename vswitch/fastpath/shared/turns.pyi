@@ -13,6 +13,7 @@ class Turns(TypedDict):
     last_minute: Longest
     since_start: Longest
 
+def cycles() -> tuple[int, int]: ...
 def open_schedstat() -> int: ...
 
 class Record:

@@ -7,7 +7,7 @@ import os
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 
-from vswitch.fastpath.sys.atomics cimport vs_load32, vs_load64, vs_load_acquire32, vs_now_ns
+from vswitch.fastpath.sys.atomics cimport vs_cycles, vs_load32, vs_load64, vs_load_acquire32, vs_now_ns
 
 cdef extern from "<dlfcn.h>" nogil:
     void *dlopen(const char *path, int flags)
@@ -19,7 +19,7 @@ WINDOWS = (("last_10_s", 10), ("last_minute", 60), ("since_start", None))
 
 
 cdef dict describe_turns(const Turns *t, uint64_t now_ns, uint64_t unfinished_ns):
-    """The longest turns by window, as control.api.TurnsInfo has them.
+    """The longest turns by window, as api.TurnsInfo has them.
 
     `unfinished_ns` is how long the present one lasts, 0 if it is not to count.
     """
@@ -57,6 +57,14 @@ cdef void keep_both(Longest *longest, const Longest *other) noexcept:
         longest.turn = turn
     if own > longest.own:
         longest.own = own
+
+
+def cycles():
+    """The machine's time-stamp counter, and nanoseconds of CLOCK_MONOTONIC at the same moment.
+
+    The counter is 0 where there is none that a program can read.
+    """
+    return vs_cycles(), vs_now_ns()
 
 
 def open_schedstat():
