@@ -6,7 +6,7 @@ cdef enum:
     MAX_QUEUE_PAIRS = 128
     MAX_RING_SIZE = 32768  # entries (VIRTIO 1.2, 2.7 and 2.8.10.1)
     BURST = 64             # frames taken from one ring before the next ring has its turn, and
-                           # copies that a turn may cost without others being waited for
+                           # copies that a turn may cost without others being waited for; a power of two
     MAX_CHAIN = 1023       # descriptors in a chain; vhost-net's limit, and fits IOV_MAX with a header
     SEG_POOL = 4096        # segments of a burst beyond the first of each frame
     MAX_REGIONS = 64       # memory regions of a port

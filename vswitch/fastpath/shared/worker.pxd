@@ -116,6 +116,8 @@ cdef struct WorkerC:
     uint64_t copied        # ... bytes
     uint32_t needs         # of all frames of the burst together
     uint16_t lookups       # of destinations in the FDB, in this burst
+    uint8_t stages         # INGRESS_* of the port that it came from
+    char head[24]          # first bytes of the frame that is looked at: what its way is decided on
     uint16_t touched[MAX_PORTS]
     uint32_t n_touched
     uint16_t egress_n[MAX_PORTS]

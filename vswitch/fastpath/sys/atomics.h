@@ -98,6 +98,14 @@ static inline void vs_copy_short(char *to, const char *from, uint32_t len) {
 #undef VS_PAIR
 }
 
+/* What a function returns that stays a function. Inlined where it is hardly ever called, it would take
+ * registers of what always runs. (noinline would be warned of beside `inline`, which Cython writes.) */
+#if defined(__has_attribute) && __has_attribute(noipa)
+#define VS_APART_VOID __attribute__((noipa)) void
+#else
+#define VS_APART_VOID __attribute__((noinline)) void
+#endif
+
 #define vs_likely(x) __builtin_expect(!!(x), 1)
 #define vs_unlikely(x) __builtin_expect(!!(x), 0)
 

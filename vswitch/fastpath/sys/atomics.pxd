@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "atomics.h" nogil:
+    ctypedef void vs_apart "VS_APART_VOID"
     uint16_t vs_load_acquire16(const uint16_t *p)
     uint32_t vs_load_acquire32(const uint32_t *p)
     uint64_t vs_load_acquire64(const uint64_t *p)

@@ -250,14 +250,21 @@ cdef inline void deliver_lists(WorkerC *w, const View *view) noexcept nogil:
     w.n_variants = w.n_variant_segs = 0
 
 
+cdef inline uint16_t begin_list(WorkerC *w, const View *view, uint16_t port) noexcept nogil:
+    """Note a port whose list is empty, or deliver one that is full; how many stand on it then: none."""
+    if w.egress_n[port]:
+        deliver_list(w, view, port)
+    else:
+        w.touched[w.n_touched] = port
+        w.n_touched += 1
+    return 0
+
+
 cdef inline void send_to(WorkerC *w, const View *view, uint16_t port, uint8_t i) noexcept nogil:
     """Put `frames[i]` on the list of an egress port; one may stand there more than once."""
     cdef uint16_t n = w.egress_n[port]
-    if n == 0:
-        w.touched[w.n_touched] = port
-        w.n_touched += 1
-    elif vs_unlikely(n == BURST):
-        deliver_list(w, view, port)
-        n = 0
+    # None stand there yet, or as many as there may be: one question for both.
+    if vs_unlikely(n & (BURST - 1) == 0):
+        n = begin_list(w, view, port)
     w.egress[port][n] = i
     w.egress_n[port] = n + 1

@@ -5,14 +5,13 @@ which changes what is copied but never where to.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK, is_tag, vlan_bits
 from vswitch.fastpath.shared.fdb cimport FdbC
 from vswitch.fastpath.shared.frame cimport gather_bytes
 from vswitch.fastpath.shared.port cimport INGRESS_STORM, PortC
 from vswitch.fastpath.shared.ring cimport RingC
-from vswitch.fastpath.shared.sizes cimport ETH_HLEN, HEAD_LEN, VLAN_HLEN
+from vswitch.fastpath.shared.sizes cimport ETH_HLEN, VLAN_HLEN
 from vswitch.fastpath.shared.view cimport View
 from vswitch.fastpath.shared.words cimport (
     DROP_BAD_SOURCE,
@@ -28,6 +27,7 @@ from vswitch.fastpath.shared.words cimport (
 )
 from vswitch.fastpath.shared.worker cimport Frame, WorkerC
 from vswitch.fastpath.sys.atomics cimport (
+    vs_apart,
     vs_get16,
     vs_get64,
     vs_likely,
@@ -58,7 +58,7 @@ cdef enum:
     MANY_LOOKUPS = 4       # in a burst: they will be so many in the next one
 
 
-cdef inline void learn(
+cdef inline vs_apart learn(
     WorkerC *w, uint64_t key, PortC *port, RingC *ring, uint32_t tick
 ) noexcept nogil:
     cdef FdbC *fdb = w.shared.fdb
@@ -113,7 +113,7 @@ cdef inline bint admit(
     `ring` is NULL for what comes from a TAP. (Not in one structure: the compiler would make one vector
     of both, and wait for memory to have what it has just written there, 5 ns a frame.)
     """
-    cdef char head[24]
+    cdef char *head = w.head
     cdef uint64_t vlan = 0
     cdef uint32_t have
     cdef uint8_t offloads = ring.offloads if ring != NULL else <uint8_t>port.offloads
@@ -168,20 +168,16 @@ cdef inline int32_t find_port(
 
 
 cdef inline uint8_t with_addresses(
-    WorkerC *w, const View *view, uint8_t i, uint64_t dst, uint64_t src
+    WorkerC *w, const View *view, uint8_t i
 ) noexcept nogil:
     """Frame `i` with the addresses that it was let through with, whatever its sender makes of them."""
-    cdef char head[HEAD_LEN]
-    memcpy(head, &dst, 6)
-    memcpy(head + 6, &src, 6)
     if vs_unlikely(not variant_fits(w, &w.frames[i])):
         deliver_lists(w, view)
-    return make_variant(w, &w.frames[i], head)
+    return make_variant(w, &w.frames[i], w.head)
 
 
-cdef inline void flood(
-    WorkerC *w, const View *view, PortC *port, uint8_t i, uint64_t dst, uint64_t src,
-    uint8_t stages, Counters *counters,
+cdef inline vs_apart flood(
+    WorkerC *w, const View *view, PortC *port, uint8_t i, Counters *counters
 ) noexcept nogil:
     """Multicast, broadcast and unknown: to everyone else.
 
@@ -190,10 +186,10 @@ cdef inline void flood(
     """
     cdef uint32_t k
     cdef bint sent = False
-    if vs_unlikely(stages & INGRESS_STORM):
-        if not storm_stage(port, dst, counters):
+    if vs_unlikely(w.stages & INGRESS_STORM):
+        if not storm_stage(port, w.head, counters):
             return
-        i = with_addresses(w, view, i, dst, src)
+        i = with_addresses(w, view, i)
     for k in range(view.n_flood):
         if view.flood[k] != port.id:
             send_to(w, view, view.flood[k], i)
@@ -202,20 +198,16 @@ cdef inline void flood(
         counters.drops[DROP_NO_DESTINATION] += 1
 
 
-cdef inline void classify(
-    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, uint8_t stages,
-    Counters *counters,
+cdef inline bint classify(
+    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
 ) noexcept nogil:
-    """Decide where frame `i` goes. `ring` is NULL for what comes from a TAP.
-
-    `stages` has the INGRESS_* that frames of this port pass.
-    """
+    """Decide where frame `i` goes; whether it is to be flooded. `ring` is NULL for what comes from a TAP."""
     cdef FdbC *fdb = w.shared.fdb
     cdef uint64_t dst, src
     cdef uint32_t generation, tick
     cdef int32_t out
     if not admit(w, port, ring, &w.frames[i], &dst, &src, counters):
-        return
+        return False
     generation = vs_load32(&fdb.generation)
     tick = vs_load32(&fdb.tick)
     if vs_unlikely(
@@ -223,17 +215,18 @@ cdef inline void classify(
         or ring.src_generation != generation
     ):
         learn(w, src, port, ring, tick)
-    if not dst & 1:
-        out = find_port(w, ring, dst, generation)
-        if vs_likely(out >= 0):
-            if vs_unlikely(out == port.id):
-                counters.drops[DROP_SAME_PORT] += 1
-            elif vs_unlikely(not view.ports[out].forwarding):
-                counters.drops[DROP_EGRESS_DOWN] += 1
-            else:
-                send_to(w, view, <uint16_t>out, i)
-            return
-    flood(w, view, port, i, dst, src, stages, counters)
+    if dst & 1:
+        return True
+    out = find_port(w, ring, dst, generation)
+    if vs_unlikely(out < 0):
+        return True
+    if vs_unlikely(out == port.id):
+        counters.drops[DROP_SAME_PORT] += 1
+    elif vs_unlikely(not view.ports[out].forwarding):
+        counters.drops[DROP_EGRESS_DOWN] += 1
+    else:
+        send_to(w, view, <uint16_t>out, i)
+    return False
 
 
 cdef inline uint32_t forward_burst(
@@ -243,7 +236,6 @@ cdef inline uint32_t forward_burst(
     cdef Counters *counters = &w.counters[port.id]
     cdef uint64_t total = 0
     cdef uint32_t i
-    cdef uint8_t stages = vs_load8(&port.ingress)
     for i in range(n):
         vs_prefetch(w.frames[i].seg.ptr)
         total += w.frames[i].len
@@ -256,8 +248,10 @@ cdef inline uint32_t forward_burst(
         prefetch_lookups(w, ring, n)
     w.needs = w.copies = 0
     w.lookups = 0
+    w.stages = vs_load8(&port.ingress)
     for i in range(n):
-        classify(w, view, port, ring, <uint8_t>i, stages, counters)
+        if classify(w, view, port, ring, <uint8_t>i, counters):
+            flood(w, view, port, <uint8_t>i, counters)
     if ring != NULL:
         ring.lookups = w.lookups
     deliver_lists(w, view)

@@ -9,7 +9,7 @@ from libc.stdint cimport uint64_t
 from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK
 from vswitch.fastpath.shared.port cimport STORM_BROADCAST, STORM_MULTICAST, STORM_UNKNOWN, PortC
 from vswitch.fastpath.shared.words cimport DROP_STORM_BROADCAST, Counters
-from vswitch.fastpath.sys.atomics cimport vs_cas64, vs_load64, vs_now_ns
+from vswitch.fastpath.sys.atomics cimport vs_cas64, vs_get64, vs_load64, vs_now_ns
 
 
 cdef inline bint storm_allows(PortC *port, int kind) noexcept nogil:
@@ -29,11 +29,12 @@ cdef inline bint storm_allows(PortC *port, int kind) noexcept nogil:
             return True
 
 
-cdef inline bint storm_stage(PortC *port, uint64_t dst, Counters *counters) noexcept nogil:
-    """Whether a frame of a port with INGRESS_STORM may be flooded; it is counted if not."""
+cdef inline bint storm_stage(PortC *port, const char *head, Counters *counters) noexcept nogil:
+    """Whether a frame of a port with INGRESS_STORM may be flooded, by its address; it is counted if not."""
+    cdef uint64_t dst = vs_get64(head) & VS_MAC_MASK
     cdef int kind = STORM_UNKNOWN
     if dst & 1:
-        kind = STORM_BROADCAST if dst & VS_MAC_MASK == VS_MAC_MASK else STORM_MULTICAST
+        kind = STORM_BROADCAST if dst == VS_MAC_MASK else STORM_MULTICAST
     if storm_allows(port, kind):
         return True
     counters.drops[DROP_STORM_BROADCAST + kind] += 1
