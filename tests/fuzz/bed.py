@@ -331,7 +331,7 @@ class Bed:
         log = DirtyLog(self.log_fd, LOG_LEN, LOG_OFFSET)
         self.reached["logged"] += 1
         for ring in self.rings.values():
-            ring.set_log(log, used_gpa)
+            ring.set_dirty_log(log, used_gpa)
 
     def unplug(self, which: int) -> None:
         """Take a region away from running rings, and give it back in the next case."""

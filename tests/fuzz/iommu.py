@@ -268,7 +268,7 @@ class IommuBed(Bed):
     def log(self, used_gpa: int | None) -> None:
         self.reached["logged"] += 1
         with self._watched():
-            done(self.vhost.datapath.set_log(self.log_fd, LogArea(LOG_LEN, LOG_OFFSET)))
+            done(self.vhost.datapath.set_dirty_log(self.log_fd, LogArea(LOG_LEN, LOG_OFFSET)))
             logs: dict[int, RingLog | None] = {index: RingLog(used_gpa) for index in self._running}
             done(self.vhost.datapath.log_rings(logs))
 

@@ -95,7 +95,7 @@ class Rig:
         ring.set_call(queue.call_fd)
         addr = guest.vring_addr(queue)
         if log is not None:
-            ring.set_log(log, queue.layout.used_gpa)
+            ring.set_dirty_log(log, queue.layout.used_gpa)
         ring.start(
             memory,
             queue.layout.size,

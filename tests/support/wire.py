@@ -76,9 +76,9 @@ class RecordingDatapath:
                 assert not region.uva <= uva < region.uva + region.size, "a ring runs in there"
         self._note("remove_memory", region)
 
-    async def set_log(self, fd: int, area: LogArea) -> None:
+    async def set_dirty_log(self, fd: int, area: LogArea) -> None:
         os.fstat(fd)
-        self._note("set_log", *area)
+        self._note("set_dirty_log", *area)
 
     async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
         assert logs.keys() <= self.running.keys()

@@ -129,14 +129,14 @@ class PortDatapath:
         if old is not None:
             await forget_pages(old.parts(memory))
 
-    async def set_log(self, fd: int, area: LogArea) -> None:
+    async def set_dirty_log(self, fd: int, area: LogArea) -> None:
         old = self.memory.use_log(fd, area)
-        await self.rings.log(self.rings.logs)
+        await self.rings.log_writes(self.rings.logged)
         if old is not None:
             await forget_pages([old])
 
     async def log_rings(self, logs: dict[int, RingLog | None]) -> None:
-        await self.rings.log(logs)
+        await self.rings.log_writes(logs)
 
     # Rings
 

@@ -114,7 +114,7 @@ class GuestRing:
         """The place where it was to go on and could not: not tried twice."""
         self.enabled = False
         """What the frontend says, whatever the link is."""
-        self.log: RingLog | None = None
+        self.logged: RingLog | None = None
         """What is to be logged of it, when there is a log."""
         self.fault: str | None = None
         """What its driver did wrong: until it starts again, for its frontend may stop it at once
@@ -203,14 +203,14 @@ class GuestRing:
         """Carry frames if its driver enabled it and the port's link is up; discard them if not."""
         self.fast.enabled = self.enabled and link_up
 
-    def set_log(self, dirty_log: DirtyLog | None, log: RingLog | None) -> DirtyLog | None:
-        """Log its writes there, if `log` says so; returns the log that it had."""
-        self.log = log
-        old = self.fast.log
-        if log is None or dirty_log is None:
-            self.fast.set_log(None, None)
+    def set_dirty_log(self, dirty_log: DirtyLog | None, logged: RingLog | None) -> DirtyLog | None:
+        """Log its writes there, if `logged` says so; returns the log that it had."""
+        self.logged = logged
+        old = self.fast.dirty_log
+        if logged is None or dirty_log is None:
+            self.fast.set_dirty_log(None, None)
         else:
-            self.fast.set_log(dirty_log, log.used_gpa)
+            self.fast.set_dirty_log(dirty_log, logged.used_gpa)
         return old
 
     def watch(self, kicked: Callable[[GuestRing], None]) -> None:

@@ -101,17 +101,17 @@ class GuestRings:
         ring.fast.set_call(setup.call_fd)
         if setup.quiet and translation is None and can_hold(ring, setup):
             ring.fast.enabled = False
-            ring.log = setup.log
+            ring.logged = setup.logged
             self._parking.hold(ring)
             return setup.base
         self._memory.look_for_sharing(place or setup)
         ring.carry(not self._port.link_down)
         base = setup.base
         if place is None:
-            ring.set_log(self._memory.dirty_log, setup.log)
+            ring.set_dirty_log(self._memory.dirty_log, setup.logged)
             ring.become(RingState.LATE)
         else:
-            base = self._run(ring, place, setup.log)
+            base = self._run(ring, place, setup.logged)
         ring.fault = ring.astray = None
         self._health.forgive(self.all)
         self._engine.attach(ring.fast, setup.kick_fd, self._choose(ring.fast))
@@ -170,17 +170,17 @@ class GuestRings:
 
     # Memory
 
-    async def log(self, logs: dict[int, RingLog | None]) -> None:
+    async def log_writes(self, logs: dict[int, RingLog | None]) -> None:
         """Begin or end to log the writes of running rings, which go on meanwhile."""
-        for index, log in logs.items():
+        for index, logged in logs.items():
             ring = self.by_index[index]
-            self._handover.retire(ring.set_log(self._memory.dirty_log, log))
+            self._handover.retire(ring.set_dirty_log(self._memory.dirty_log, logged))
         await self._handover.settle()
 
     @property
-    def logs(self) -> dict[int, RingLog | None]:
+    def logged(self) -> dict[int, RingLog | None]:
         """What is logged of rings that run."""
-        return {index: ring.log for index, ring in self.by_index.items() if ring.fast.started}
+        return {index: ring.logged for index, ring in self.by_index.items() if ring.fast.started}
 
     async def use_memory(self) -> None:
         """Go on with another table, in which all that run lie where they lay."""
@@ -268,7 +268,7 @@ class GuestRings:
             if self._memory.table is None or self._memory.lost:
                 raise DatapathError(f"vring {ring.index}: its memory is gone")
             self._memory.look_for_sharing(setup)
-            self._run(ring, setup, ring.log)
+            self._run(ring, setup, ring.logged)
             ring.fault = None
             self._health.forgive(self.all)
             self._engine.attach(ring.fast, setup.kick_fd, self._choose(ring.fast))
@@ -287,7 +287,7 @@ class GuestRings:
         else:
             base = ring.fast.mark_stopped()
             try:
-                self._run(ring, replace(place, base=base), ring.log)
+                self._run(ring, replace(place, base=base), ring.logged)
             except DatapathError as exc:
                 ring.astray = str(exc)
                 self._health.fail(str(exc))
@@ -300,7 +300,7 @@ class GuestRings:
         """Run a LATE ring whose own memory has come, if it can; no worker has seen it yet."""
         setup = ring.known_setup
         try:
-            self._run(ring, setup, ring.log)
+            self._run(ring, setup, ring.logged)
         except DatapathError as exc:
             self._health.fail(str(exc))
             return False
@@ -314,13 +314,13 @@ class GuestRings:
         if ring.fast.call_fd >= 0:
             self._engine.signal(ring.fast.call_fd)
 
-    def _run(self, ring: GuestRing, setup: RingSetup, log: RingLog | None) -> int:
+    def _run(self, ring: GuestRing, setup: RingSetup, logged: RingLog | None) -> int:
         """Point a stopped ring to its memory, whose addresses are the frontend's; it is RUNNING.
 
         Returns where it goes on. Raises DatapathError.
         """
         assert self._memory.table is not None
-        ring.set_log(self._memory.dirty_log, log)
+        ring.set_dirty_log(self._memory.dirty_log, logged)
         features = setup.features
         modern = bool(features & (Feature.VERSION_1 | Feature.MRG_RXBUF))
         tables = None if self.translation is None else self.translation.tables

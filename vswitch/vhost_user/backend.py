@@ -216,7 +216,7 @@ class Backend(MemoryRequests, RingRequests, IotlbRequests):
         if features ^ self.features == Feature.LOG_ALL:
             # Migration begins or ends: nobody should notice.
             self.features = features
-            await self._datapath.log_rings({v.index: v.log(features) for v in self._running()})
+            await self._datapath.log_rings({v.index: v.logged(features) for v in self._running()})
             return
         running = await self._stop(self._running())
         renewed = self.features and Feature.RING_PACKED in features ^ self.features

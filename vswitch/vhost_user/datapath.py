@@ -43,10 +43,11 @@ class RingSetup:
     them so, see `Datapath.use_iotlb`; `base` is the avail index to go on from;
     `kick_fd` -1 means that the driver cannot kick and the ring is polled, `call_fd` -1 that the
     driver polls. Both descriptors stay the backend's, which closes neither while the ring runs.
-    `log` is None unless writes are to be logged (LOG_ALL). `quiet`: its driver disabled it and may
-    be gone; where it lies may be anything, and nobody touches that until it is enabled or kicked.
-    `pieces` says for each part, in the order of `areas`, where it lies when that is one piece for
-    the driver only, as (address, bytes) of the frontend's; empty when every part is in one piece.
+    `logged` is None unless writes are to be logged (LOG_ALL). `quiet`: its driver disabled it and
+    may be gone; where it lies may be anything, and nobody touches that until it is enabled or
+    kicked. `pieces` says for each part, in the order of `areas`, where it lies when that is one
+    piece for the driver only, as (address, bytes) of the frontend's; empty when every part is in
+    one piece.
     """
 
     size: int
@@ -58,7 +59,7 @@ class RingSetup:
     enabled: bool
     kick_fd: int
     call_fd: int
-    log: RingLog | None = None
+    logged: RingLog | None = None
     quiet: bool = False
     pieces: tuple[Pieces, ...] = ()
 
@@ -115,7 +116,7 @@ class Datapath(Protocol):
         """
         ...
 
-    async def set_log(self, fd: int, area: LogArea) -> None:
+    async def set_dirty_log(self, fd: int, area: LogArea) -> None:
         """Log writes of the rings that are to be logged in another bitmap from now on.
 
         `fd` may be closed afterwards. Raises DatapathError, and then nothing has changed.

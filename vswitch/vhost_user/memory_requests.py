@@ -139,7 +139,7 @@ class MemoryRequests(PostcopyRequests):
 
     async def _set_log_base(self, message: Message) -> bytes | None:
         area = protocol.decode_log(message.payload)
-        await self._datapath.set_log(message.fds[0], area)
+        await self._datapath.set_dirty_log(message.fds[0], area)
         # With LOG_SHMFD there is always a reply. QEMU sends no NEED_REPLY here and waits for one
         # all the same, whose payload nobody has defined: others send none.
         return None if self._wants_ack(message) else b""

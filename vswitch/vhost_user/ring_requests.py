@@ -54,7 +54,7 @@ class RingRequests(Device):
         if log_gpa != vring.log_gpa:
             vring.log_gpa = log_gpa
             if vring.started and Feature.LOG_ALL in self.features:
-                await self._datapath.log_rings({vring.index: vring.log(self.features)})
+                await self._datapath.log_rings({vring.index: vring.logged(self.features)})
         new = {name: getattr(addr, name) for name, _ in _ALIGNMENT}
         vring.homeless = False
         if not vring.placed or any(getattr(vring, name) != value for name, value in new.items()):

@@ -70,11 +70,11 @@ class Vring:
             enabled=self.enabled(features),
             kick_fd=self.kick_fd,
             call_fd=self.call_fd,
-            log=self.log(features),
+            logged=self.logged(features),
             quiet=self.retired and not self.enabled(features),
         )
 
-    def log(self, features: Feature) -> RingLog | None:
+    def logged(self, features: Feature) -> RingLog | None:
         """What is to be logged of it."""
         return RingLog(self.log_gpa) if Feature.LOG_ALL in features else None
 

@@ -163,7 +163,7 @@ def test_a_port_has_its_memory_and_logs_taken_apart(monkeypatch: pytest.MonkeyPa
         await port.set_memory([first], [fd])
         assert gone == [LEN, 2 * LEN]
         for size in (LEN, 3 * LEN):
-            await port.set_log(fd, LogArea(size, 0))
+            await port.set_dirty_log(fd, LogArea(size, 0))
         assert gone == [LEN, 2 * LEN, LEN]
         await port.set_memory([], [])
         assert gone == [LEN, 2 * LEN, LEN, LEN, 3 * LEN]

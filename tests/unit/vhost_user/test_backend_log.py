@@ -50,8 +50,8 @@ def test_there_is_always_a_reply() -> None:
         await negotiate(peer)
         assert await set_log_base(peer) == b""
         assert await set_log_base(peer, flags=FLAG_NEED_REPLY) == u64(0)
-        assert peer.datapath.calls == [("set_log", 0x1000, 0x2000)] * 2
-        peer.datapath.refuse["set_log"] = "the log's size is 0"
+        assert peer.datapath.calls == [("set_dirty_log", 0x1000, 0x2000)] * 2
+        peer.datapath.refuse["set_dirty_log"] = "the log's size is 0"
         assert await set_log_base(peer, flags=FLAG_NEED_REPLY) == u64(1)
 
     with_peer(test)
@@ -60,7 +60,7 @@ def test_there_is_always_a_reply() -> None:
 def test_a_log_that_cannot_be_ends_a_blind_connection() -> None:
     async def test(peer: Peer) -> None:
         await negotiate(peer)
-        peer.datapath.refuse["set_log"] = "the log's size is 0"
+        peer.datapath.refuse["set_dirty_log"] = "the log's size is 0"
         fd = memory_fd()
         await peer.send(Request.SET_LOG_BASE, AREA, [fd])
         os.close(fd)
@@ -108,17 +108,17 @@ def test_rings_that_start_or_move_meanwhile() -> None:
         await running(peer)
         await peer.send(Request.SET_FEATURES, u64(LOGGING))
         await start(peer, 1)
-        assert peer.datapath.running[1].log == RingLog(None)
+        assert peer.datapath.running[1].logged == RingLog(None)
         await peer.send(Request.SET_VRING_ADDR, addr(1, flags=1, log_gpa=0x5000, avail_uva=0x2100))
         await peer.ask(Request.GET_FEATURES)
-        assert peer.datapath.running[1].log == RingLog(0x5000)
+        assert peer.datapath.running[1].logged == RingLog(0x5000)
         # Another change as well: rings stop for it, and log when they go on.
         await peer.send(Request.SET_FEATURES, u64(LOGGING & ~Feature.MRG_RXBUF))
         await peer.ask(Request.GET_FEATURES)
-        assert peer.datapath.running[1].log == RingLog(0x5000)
+        assert peer.datapath.running[1].logged == RingLog(0x5000)
         await peer.send(Request.SET_FEATURES, u64(ALL))
         await peer.ask(Request.GET_FEATURES)
-        assert peer.datapath.running[1].log is None
+        assert peer.datapath.running[1].logged is None
 
     with_peer(test)
 
@@ -131,7 +131,7 @@ def test_a_reset_ends_logging() -> None:
         await peer.send(Request.RESET_DEVICE)
         await negotiate(peer)
         await start(peer)
-        assert peer.datapath.running[0].log is None
+        assert peer.datapath.running[0].logged is None
         await peer.send(Request.SET_FEATURES, u64(LOGGING))
         await peer.ask(Request.GET_FEATURES)
         assert peer.datapath.calls[-1] == ("log_rings", {0: RingLog(None)})

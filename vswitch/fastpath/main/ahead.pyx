@@ -46,7 +46,7 @@ cdef list untranslated(const RingC *ring, MemTable *table, int most, int ahead):
     cdef int got, looked = 0, entries = 0
     cdef int rounds = 2
     found = []
-    probe.log = NULL
+    probe.dirty_log = NULL
     # Acquire: as a worker that goes on from there would. Nothing before this is offered any more.
     probe.last_avail = vs_load_acquire16(&ring.last_avail)
     probe.cached_avail = probe.last_avail
@@ -58,9 +58,9 @@ cdef list untranslated(const RingC *ring, MemTable *table, int most, int ahead):
             if transmits or rounds == 0:
                 break
             rounds -= 1
-            probe.log = ring.log
+            probe.dirty_log = ring.dirty_log
             want_kicks(&probe)
-            probe.log = NULL
+            probe.dirty_log = NULL
             # Full fence: our wish for kicks before another look. Pairs with the driver's fence
             # between offering buffers and reading what we wish (2.7.10.3).
             vs_fence()

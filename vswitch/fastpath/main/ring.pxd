@@ -13,7 +13,7 @@ cdef class Ring:
     cdef readonly Port port
     cdef readonly Memory memory        # kept mapped for as long as the ring points into it
     cdef readonly IotlbTables iotlb    # what buffers are translated by; None without an IOMMU
-    cdef readonly DirtyLog log         # kept mapped as well
+    cdef readonly DirtyLog dirty_log   # kept mapped as well
     cdef readonly tuple areas          # of a started ring's parts: (user address, len) of each piece
     cdef RingPlace place               # kept mapped as well; None if its parts are in one piece each
     cdef readonly bint started

@@ -131,7 +131,7 @@ cdef class Ring:
         vs_store32(&c.fault, FAULT_NONE)
         # Polling to begin with; a worker asks for kicks before it sleeps.
         refuse_kicks(c)
-        if c.log != NULL:
+        if c.dirty_log != NULL:
             # What was given back of an earlier switch's, wherever that was.
             log_used(c, 0, 4 if packed else 6 + 8 * size)
             if packed:
@@ -231,7 +231,7 @@ cdef class Ring:
             return []
         return untranslated(self.c, self.iotlb.for_ring(not self.is_transmitq), most, ahead)
 
-    def set_log(self, DirtyLog log, used_gpa):
+    def set_dirty_log(self, DirtyLog log, used_gpa):
         """Log writes from now on, or no longer with None; takes effect at the next quiescence.
 
         `used_gpa` is what the used ring's first byte is logged as, None if its writes are not to be
@@ -246,8 +246,8 @@ cdef class Ring:
             # Never back to NULL under a worker, which has looked once and loads the pointer again.
             c = &EMPTY_LOG
         # Release: the rest before the pointer that makes it count.
-        vs_store_release_ptr(<void **>&self.c.log, c)
-        self.log = log
+        vs_store_release_ptr(<void **>&self.c.dirty_log, c)
+        self.dirty_log = log
 
     def unpublish(self):
         """Leave the ring out of what is published from now on."""
@@ -298,7 +298,7 @@ cdef class Ring:
         self.started = self.published = self.moving = False
         self.memory = None
         self.iotlb = None
-        self.set_log(None, None)
+        self.set_dirty_log(None, None)
         self.c.desc = NULL
         self.c.mem = self.c.guest_mem = self.c.own_mem = NULL
         self.place = None

@@ -127,7 +127,7 @@ cdef inline uint16_t prepare_buffers(WorkerC *w, RingC *ring, uint16_t n) noexce
 
 cdef inline bint used_in_place(const RingC *ring) noexcept nogil:
     """Whether giving a buffer back takes write_used_elem and nothing else before publish_used."""
-    return not ring.packed and ring.log == NULL
+    return not ring.packed and ring.dirty_log == NULL
 
 
 cdef inline void put_used(

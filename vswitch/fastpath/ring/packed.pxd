@@ -162,14 +162,14 @@ cdef inline void want_kicks_packed(RingC *ring) noexcept nogil:
     else:
         vs_store16(ring.used_hdr + 1, RING_EVENT_FLAGS_ENABLE)
     ring.armed = 1
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_used(ring, 0, 4)
 
 
 cdef inline void refuse_kicks_packed(RingC *ring) noexcept nogil:
     vs_store16(ring.used_hdr + 1, RING_EVENT_FLAGS_DISABLE)
     ring.armed = 0
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_used(ring, 0, 4)
 
 
@@ -271,7 +271,7 @@ cdef inline void flush_packed(WorkerC *w, RingC *ring) noexcept nogil:
         ring.last_wrap = ring.used_wrap
         packed_step(ring, &ring.last_used, &ring.used_wrap, w.used[i].count)
     w.n_used = 0
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_packed(ring, first, ring.last_used)
 
 

@@ -152,7 +152,7 @@ cdef inline void want_kicks_split(RingC *ring) noexcept nogil:
     else:
         vs_store16(ring.used_hdr, 0)
     ring.armed = 1
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_event_split(ring)
 
 
@@ -161,7 +161,7 @@ cdef inline void refuse_kicks_split(RingC *ring) noexcept nogil:
     if not ring.event_idx:
         vs_store16(ring.used_hdr, VRING_USED_F_NO_NOTIFY)
     ring.armed = 0
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_event_split(ring)
 
 
@@ -233,7 +233,7 @@ cdef inline void publish_split(RingC *ring) noexcept nogil:
     # Release: elements and buffers before the index. Pairs with the driver's read barrier after it
     # read used.idx (2.7.14).
     vs_store_release16(ring.used_hdr + 1, ring.last_used)
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_used_elements(ring, ring.published, ring.last_used)
     ring.published = ring.last_used
 

@@ -47,14 +47,14 @@ cdef inline uint64_t log_piece(
 
 cdef inline void log_host(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
     """Mark what was written into a buffer; the range lies in one region."""
-    log_piece(ring.log, ring.guest_mem, host, length)
+    log_piece(ring.dirty_log, ring.guest_mem, host, length)
 
 
 cdef inline void log_own(const RingC *ring, const char *host, uint64_t length) noexcept nogil:
     """Mark what was written into the ring itself, whose parts may be in several pieces."""
     cdef uint64_t done
     while length:
-        done = log_piece(ring.log, ring.own_mem, host, length)
+        done = log_piece(ring.dirty_log, ring.own_mem, host, length)
         if vs_unlikely(done == 0):
             return
         host += done
@@ -83,7 +83,7 @@ cdef inline void log_used(const RingC *ring, uint32_t offset, uint32_t length) n
     if not ring.log_used:
         return
     if ring.mem == ring.guest_mem:
-        log_range(ring.log, ring.log_gpa + offset, length)
+        log_range(ring.dirty_log, ring.log_gpa + offset, length)
     else:
         log_own(ring, <char *>ring.used_hdr + offset, length)
 

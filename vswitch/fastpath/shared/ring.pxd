@@ -51,7 +51,7 @@ cdef struct RingC:
     PortC *port
     JournalC *journal
     MemTable *own_mem      # atomic; where the ring itself lies, for the log: guest_mem, or its pieces
-    LogC *log              # atomic; NULL unless writes are to be logged
+    LogC *dirty_log        # atomic; NULL unless writes are to be logged
     uint64_t log_gpa       # what the first byte of the used ring is logged as ...
     uint8_t log_used       # ... if its writes are to be logged
     uint16_t size

@@ -180,7 +180,7 @@ cdef inline int deliver_chains(WorkerC *w, RingC *ring, const Frame *frame) noex
     seg = &w.segs[frame.more]
     for i in range(<uint32_t>frame.nseg - 1):
         scatter(w.rx_segs, &at, &offset, seg[i].ptr, seg[i].len)
-    if vs_unlikely(ring.log != NULL):
+    if vs_unlikely(ring.dirty_log != NULL):
         log_segs(ring, w.rx_segs, need)
     keep_together(w, ring, chains)
     for i in range(chains):

@@ -106,7 +106,7 @@ cdef inline void deliver_locked(
             head = w.rx_heads[at]
             put_header(host, frame, ring.hdr_len, 1)
             copy_frame(w, host + ring.hdr_len, frame)
-            if vs_unlikely(ring.log != NULL):
+            if vs_unlikely(ring.dirty_log != NULL):
                 log_host(ring, host, need)
             put_used(w, ring, head, 1, need)
             take_one(ring)
