@@ -19,14 +19,20 @@ from typing import (
 )
 
 from vswitch.bounds import PAGE_MAX as PAGE_MAX
+from vswitch.config.kind_names import PortKind
 
 if TYPE_CHECKING:
     # The client imports this module and must start quickly, hence without pydantic.
-    from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+    from vswitch.config.settings import (
+        AnySettings,
+        PortSettings,
+        Settings,
+        SwitchSettings,
+        UplinkSettings,
+    )
 
 T = TypeVar("T")
 
-PortKind = Literal["vhost-user", "tap"]
 PortState = Literal["listening", "connecting", "connected", "ready", "fault", "up", "down"]
 EventName = Literal[
     "port-added",
@@ -292,9 +298,7 @@ class SwitchApi(Protocol):
         """What `settings` does not tell of what runs."""
         ...
 
-    def port_settings(
-        self, after: int = 0, most: int = PAGE_MAX
-    ) -> Page[PortSettings | UplinkSettings]:
+    def port_settings(self, after: int = 0, most: int = PAGE_MAX) -> Page[AnySettings]:
         """The ports and uplinks of `settings`, a page of them."""
         ...
 

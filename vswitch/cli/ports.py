@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vswitch.cli.state import State, command, complete_ports, pass_state
+from vswitch.config.kind_names import UPLINK_KINDS
 from vswitch.errors import NotFoundError, VswitchError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _check_ports(switch: Client, names: Iterable[str]) -> None:
     problems = []
     for name in names:
         try:
-            if switch.port(name)["kind"] != "vhost-user":
+            if switch.port(name)["kind"] in UPLINK_KINDS:
                 problems.append(f'"{name}" is an uplink (vswitchctl uplink del {name})')
         except NotFoundError:
             problems.append(f'there is no port "{name}"')

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vswitch.cli.layout import Facts, Indented, Layout, Line, Styled, Table
+from vswitch.config.kind_names import UPLINK_KINDS
 
 if TYPE_CHECKING:
     from vswitch.api import (
@@ -49,7 +50,7 @@ def ports_in_brief(ports: Sequence[dict[str, Any]]) -> list[Layout]:
             port["id"],
             port["kind"],
             _state(port["state"]),
-            _state(port["link"]) if port["kind"] == "vhost-user" else None,
+            None if port["kind"] in UPLINK_KINDS else _state(port["link"]),
             port["mode"],
             port["socket"],
         )
@@ -109,7 +110,7 @@ def _facts(port: PortInfo) -> Iterator[tuple[str, object]]:
             "link",
             Styled(f"down, nothing passes: vswitchctl set-link {port['name']} up", "red"),
         )
-    elif port["kind"] == "vhost-user":
+    elif port["kind"] not in UPLINK_KINDS:
         yield "link", "up"
     yield "queues", f"{port['queues']}{mtu}"
     yield "addresses", f"{port['macs']} learned, {port['max_macs']} at most"
@@ -120,7 +121,7 @@ def _facts(port: PortInfo) -> Iterator[tuple[str, object]]:
     for name, value in port["limits"].items():
         if value is not None and name != "max_macs" and not name.startswith("storm_"):
             yield name.replace("_", " "), str(value)
-    if port["kind"] != "vhost-user":
+    if port["kind"] in UPLINK_KINDS:
         return
     connects = f"{port['connects']} connection{'s' * (port['connects'] != 1)}"
     if port["connected_since"] is not None:

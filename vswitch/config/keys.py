@@ -23,6 +23,7 @@ from typing import (
 
 from vswitch.bounds import MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX, WORKERS_MAX
 from vswitch.config.feature_names import Frontend
+from vswitch.config.kind_names import UplinkKind
 
 OFFLOADS = ("csum", "tso4", "tso6", "ecn", "uso", "ufo")
 """What `offloads` can name. All but csum rest on csum (VIRTIO 1.2, 5.1.3.1)."""
@@ -112,7 +113,7 @@ class PortKeys(_Keys):
 class UplinkKeys(_Keys):
     """An `[uplink]`, besides `RuntimeKeys`."""
 
-    type: Annotated[Literal["tap"], Key("kind of uplink")] = "tap"
+    type: Annotated[UplinkKind, Key("kind of uplink")] = "tap"
     name: Annotated[str, Key("interface name, unique among ports and uplinks")]
     mtu: Annotated[int | None, Key("MTU to set on the interface, in bytes", MTU_MIN, MTU_MAX)] = (
         None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,8 +26,11 @@ from vswitch.bounds import WORKERS_MAX
 from vswitch.config import checks
 from vswitch.config.checks import bad
 from vswitch.config.keys import MACS_MAX, LogLevel, PortKeys, RuntimeKeys, UplinkKeys
+from vswitch.config.kind_names import GuestKind, UplinkKind
 
 Polling = Literal["adaptive", "busy", "sleep"]
+Table = Literal["ports", "uplinks"]
+"""The lists of `Settings`."""
 
 
 Name = Annotated[str, AfterValidator(checks.check_name)]
@@ -111,6 +114,8 @@ class SwitchSettings(_Model):
 class PortSettings(RuntimeKeys, PortKeys, _Model):
     """One `[[port]]` table: a vhost-user socket that a frontend is connected through."""
 
+    table: ClassVar[Table] = "ports"
+
     _name = field_validator("name")(checks.check_name)
     _socket = field_validator("socket", mode="before")(checks.socket_path)
     _owner = field_validator("owner")(_if_told(checks.check_owner))
@@ -127,6 +132,15 @@ class PortSettings(RuntimeKeys, PortKeys, _Model):
         return value
 
     @property
+    def kind(self) -> GuestKind:
+        return "vhost-user"
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """What nobody else may have, as `find_clashes` takes it."""
+        return {"name": self.name, "socket": self.socket}
+
+    @property
     def permission_bits(self) -> int | None:
         """`permissions` as a number, e.g. 0o660; None where the umask decides."""
         return None if self.permissions is None else int(self.permissions, 8)
@@ -134,6 +148,8 @@ class PortSettings(RuntimeKeys, PortKeys, _Model):
 
 class UplinkSettings(RuntimeKeys, UplinkKeys, _Model):
     """One `[uplink]` table: a TAP interface that joins the switch to the host."""
+
+    table: ClassVar[Table] = "uplinks"
 
     _name = field_validator("name")(checks.check_interface_name)
     _bridge = field_validator("bridge")(_if_told(checks.check_interface_name))
@@ -146,6 +162,19 @@ class UplinkSettings(RuntimeKeys, UplinkKeys, _Model):
             raise bad("must be another interface than the uplink itself")
         return bridge
 
+    @property
+    def kind(self) -> UplinkKind:
+        return self.type
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """What nobody else may have, as `find_clashes` takes it."""
+        return {"name": self.name}
+
+
+AnySettings = PortSettings | UplinkSettings
+"""What a port of the switch is told. `kind` says what makes one of it, `table` where it belongs."""
+
 
 class Settings(_Model):
     """A whole configuration: what a file says, or what runs now."""
@@ -156,9 +185,9 @@ class Settings(_Model):
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
-        ports: list[dict[str, Any]] = [{"name": p.name, "socket": p.socket} for p in self.ports]
-        uplinks: list[dict[str, Any]] = [{"name": u.name} for u in self.uplinks]
-        clashes = find_clashes(self.switch.control, ports, uplinks)
+        clashes = find_clashes(
+            self.switch.control, [p.claim for p in self.ports], [u.claim for u in self.uplinks]
+        )
         if clashes:
             raise bad("; ".join(f"{kind}[{i}].{key} {why}" for kind, i, key, why in clashes))
         for i, port in enumerate(self.ports, 1):

@@ -140,8 +140,7 @@ class Methods:
         while after is not None:
             page = self._switch.port_settings(after, params.limit or PAGE_MAX)
             for each in page.items:
-                kind = "ports" if isinstance(each, PortSettings) else "uplinks"
-                tables[kind].append(pack(each.model_dump(mode="json")))
+                tables[each.table].append(pack(each.model_dump(mode="json")))
             after = page.next
             if params.limit is not None:
                 break

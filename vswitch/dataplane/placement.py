@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from vswitch.api import QueueInfo
+from vswitch.errors import NotFoundError
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.port import Port
 from vswitch.fastpath.main.ring import Ring
@@ -34,11 +35,23 @@ class Placement:
         self._seen: dict[int, dict[int, _Seen]] = {}
         """By port and ring."""
         self._pins: dict[str, int] = {}
-
-    @property
-    def pins(self) -> dict[str, int]:
         """Ports by name, and the worker that is to poll all of their transmitqs."""
-        return self._pins
+
+    def check_worker(self, number: int | None) -> None:
+        """Raise NotFoundError for a worker that is not there; None is any."""
+        workers = len(self._engine.workers)
+        if number is not None and not 0 <= number < workers:
+            raise NotFoundError(
+                f"there is no worker {number}",
+                hint=f"there are {workers}, counted from 0 (workers in [switch])",
+            )
+
+    def pin(self, port: str, worker: int | None) -> None:
+        """Have one worker poll all transmitqs of a port from the next `plan` on, or any (None)."""
+        if worker is None:
+            self._pins.pop(port, None)
+        else:
+            self._pins[port] = worker
 
     def count(self, port: Port) -> None:
         """Once a second: bring the rates of a port's rings up to date."""
@@ -60,6 +73,7 @@ class Placement:
     def forget(self, port: Port) -> None:
         """A port is gone."""
         self._seen.pop(port.id, None)
+        self._pins.pop(port.name, None)
 
     def choose(self, ring: Ring) -> int:
         """The worker for a ring that starts: pinned, or with the least to do."""

@@ -6,20 +6,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
-from vswitch.api import MemoryRegion, PortInfo, PortState, RingInfo
+from vswitch.api import EventName, MemoryRegion, PortInfo, PortState, RingInfo
+from vswitch.config.keys import RUNTIME_KEYS
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane import addresses
 from vswitch.dataplane.handover import HandOver
 from vswitch.errors import ProtocolError
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.port import Port
+from vswitch.fastpath.main.port import MAX_VRINGS, Port
 from vswitch.fastpath.main.ring import Ring
 from vswitch.ports import features, limits
 from vswitch.ports.datapath import PortDatapath
 from vswitch.ports.diagnosis import PortDiagnosis
 from vswitch.ports.health import Notify, PortHealth
+from vswitch.ports.journals import Journals
+from vswitch.ports.kinds import Parts, register
 from vswitch.ports.ring import GuestRing
 from vswitch.relay.process import Relay
 from vswitch.vhost_user.connection import Connection
@@ -35,7 +38,7 @@ class VhostPort:
     """One `[[port]]`: has a socket, a datapath with its guest's memory and rings, and a health.
 
     Its socket is `relay`'s. `choose` names the worker for a ring, `notify` hears of the port's
-    events.
+    events. One of `journals` is its rings', so that these survive a restart.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class VhostPort:
         handover: HandOver,
         choose: Callable[[Ring], int],
         notify: Notify,
+        journals: Journals | None = None,
     ) -> None:
         self.fast = port
         self._engine = engine
@@ -59,6 +63,7 @@ class VhostPort:
             self._diagnosis.of_fault, self._rings_changed,
         )  # fmt: skip
         self._rings = self.datapath.rings
+        self._journals = journals
         self._endpoint: Endpoint
         if settings.mode == "server":
             self._endpoint = Listener(
@@ -91,11 +96,17 @@ class VhostPort:
 
     # Life
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Listen, or begin to connect. Raises SocketError."""
         self._endpoint.open()
+        if self._journals is not None:
+            # Not before: a port that cannot be opened leaves none behind.
+            journal = self._journals.open(self.name, MAX_VRINGS, 2 * self.settings.queues)
+            if journal is not None:
+                self.fast.use_journal(journal)
         self._diagnosis.opened()
         self._task = asyncio.create_task(self._serve_for_ever(), name=f"port {self.name}")
+        log.info("port %s: %s %s", self.name, self.state, self.settings.socket)
 
     async def close(self) -> None:
         """Disconnect the frontend, free its memory and close the socket."""
@@ -104,6 +115,19 @@ class VhostPort:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         self._endpoint.close()
+
+    def free(self) -> None:
+        """Its frontend's end, in `close`, left nothing that workers use."""
+
+    def forget(self) -> None:
+        if self._journals is not None:
+            self._journals.forget(self.name)
+
+    def hear(self, event: str, value: int) -> None:
+        if event == "ring-fault":
+            self.ring_fault(value)
+        elif event == "iotlb-miss":
+            self.iotlb_missed(value)
 
     def check(self) -> None:
         """Once a second: notice what happens to the socket and say it once.
@@ -189,28 +213,32 @@ class VhostPort:
         )  # fmt: skip
 
     def change(self, changes: dict[str, int | None]) -> None:
-        """Go on with other limits."""
+        """Go on with other limits, or with another worker, which is the placement's to obey."""
         self.settings = self.settings.model_copy(update=changes)
-        limits.apply(self.settings, self.fast, self._engine.fdb)
+        if not changes.keys().isdisjoint(RUNTIME_KEYS):
+            limits.apply(self.settings, self.fast, self._engine.fdb)
 
     @property
     def link(self) -> Literal["up", "down"]:
         """What `set_link` said."""
         return "down" if self.fast.link_down else "up"
 
-    async def set_link(self, up: bool) -> None:
-        """Let frames through or not, whatever frontends say.
+    async def set_link(self, up: bool) -> bool:
+        """Let frames through or not, whatever frontends say; whether that is news.
 
         While the link is down the port is to others as one that is down is in a bridge: what its
         guest sends is dropped, its learned addresses are forgotten, so that frames for them are
         flooded to the others, and what is for its static ones is dropped.
         """
+        if self.link == ("up" if up else "down"):
+            return False
         self.fast.link_down = not up
         await self._rings.set_link(up)
         if not up:
             # Its addresses are nobody's now: what is for them is flooded to the others.
             await addresses.flush(self._engine.fdb, self.fast.id)
         self._rings_changed()
+        return True
 
     # State
 
@@ -241,7 +269,7 @@ class VhostPort:
         return PortInfo(
             name=self.name,
             id=self.fast.id,
-            kind="vhost-user",
+            kind=self.settings.kind,
             state=self.state,
             link=self.link,
             socket=str(self.settings.socket),
@@ -327,3 +355,21 @@ def _ring_info(ring: GuestRing) -> RingInfo:
         used_idx=fast.used_idx,
         fault=fault[1] if fault else None,
     )
+
+
+@register("vhost-user", fdb_share=8)  # behind it there is a guest, and not a network
+def make(settings: PortSettings, parts: Parts) -> VhostPort:
+    """A port with the worker that it is pinned to, if it is. Raises NotFoundError."""
+    parts.placement.check_worker(settings.worker)
+    port = VhostPort(
+        settings,
+        parts.engine,
+        parts.join(settings.name),
+        parts.relay,
+        parts.handover,
+        parts.placement.choose,
+        lambda event, reason: parts.notify(settings.name, cast(EventName, event), reason),
+        parts.journals,
+    )
+    parts.placement.pin(settings.name, settings.worker)
+    return port

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from vswitch.config.keys import RUNTIME_KEYS
-from vswitch.config.settings import PortSettings, UplinkSettings
+from vswitch.config.settings import AnySettings
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port
 from vswitch.fastpath.shared.words import STORM_KINDS
+from vswitch.ports.kinds import kind_of
 
-_GUEST_SHARE = 8
-_UPLINK_SHARE = 2
 _MACS_MIN = 8
 """What a port may learn in the smallest of tables."""
 
 
-def max_macs(settings: PortSettings | UplinkSettings, fdb: Fdb) -> int:
-    """The most addresses learned from a port: as configured, or a part of the FDB.
-
-    Behind an uplink there is a network, behind a port a guest.
-    """
-    share = _GUEST_SHARE if isinstance(settings, PortSettings) else _UPLINK_SHARE
-    wanted = settings.max_macs or max(_MACS_MIN, fdb.size // share)
+def max_macs(settings: AnySettings, fdb: Fdb) -> int:
+    """The most addresses learned from a port: as configured, or a part of the FDB."""
+    wanted = settings.max_macs or max(_MACS_MIN, fdb.size // kind_of(settings).fdb_share)
     return min(wanted, fdb.size)
 
 
-def apply(settings: PortSettings | UplinkSettings, port: Port, fdb: Fdb) -> None:
+def apply(settings: AnySettings, port: Port, fdb: Fdb) -> None:
     """Have workers keep to the limits of a port from now on."""
     fdb.limit(port.id, max_macs(settings, fdb))
     port.mac_limit_told = False
@@ -32,11 +27,11 @@ def apply(settings: PortSettings | UplinkSettings, port: Port, fdb: Fdb) -> None
     port.set_storm(rates, settings.storm_burst)
 
 
-def storm_info(settings: PortSettings | UplinkSettings) -> dict[str, int | None]:
+def storm_info(settings: AnySettings) -> dict[str, int | None]:
     """The limits of storm control as `show` has them."""
     return {kind: getattr(settings, f"storm_{kind}") for kind in (*STORM_KINDS, "burst")}
 
 
-def told(settings: PortSettings | UplinkSettings) -> dict[str, int | None]:
+def told(settings: AnySettings) -> dict[str, int | None]:
     """What `set_port` changes, as it is at present."""
     return {name: getattr(settings, name) for name in RUNTIME_KEYS}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from vswitch.api import PortInfo, PortState
 from vswitch.config.settings import UplinkSettings
-from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.port import Port
-from vswitch.host.tap import Tap, link_state
-from vswitch.ports import limits
+from vswitch.host.tap import Tap, link_state, open_tap
+from vswitch.ports import limits, offloads
 from vswitch.ports.ethernet import ETH_OVERHEAD
+from vswitch.ports.kinds import Parts, register
+from vswitch.ports.table import no_guests_port
 
 log = logging.getLogger("vswitch.uplink")
 
@@ -18,10 +20,11 @@ log = logging.getLogger("vswitch.uplink")
 class TapPort:
     """One `[uplink]`; owns its TAP."""
 
-    def __init__(self, settings: UplinkSettings, tap: Tap, engine: Engine, port: Port) -> None:
+    def __init__(self, settings: UplinkSettings, tap: Tap, port: Port, parts: Parts) -> None:
         self.settings = settings
         self.fast = port
-        self._fdb = engine.fdb
+        self._parts = parts
+        self._fdb = parts.engine.fdb
         limits.apply(settings, port, self._fdb)
         self._tap = tap
         port.offloads = tap.offloads
@@ -35,6 +38,26 @@ class TapPort:
     def name(self) -> str:
         return self.settings.name
 
+    async def open(self) -> None:
+        await self._parts.handover.settle()
+        log.info("uplink %s: %s", self.name, self.state)
+        if error := self._parts.engine.uring_error:
+            log.info(
+                "uplink %s: each frame to it costs a system call, for the kernel gives no "
+                "io_uring (%s)",
+                self.name,
+                os.strerror(error),
+            )
+
+    async def close(self) -> None:
+        """Nobody is connected to a TAP but the host."""
+
+    def free(self) -> None:
+        self._tap.close()
+
+    def forget(self) -> None:
+        """The interface goes with its descriptor, or stays if it was there before."""
+
     def check(self) -> None:
         """Once a second: follow the interface's MTU, which anybody may change."""
         state = link_state(self._tap.name)
@@ -47,14 +70,17 @@ class TapPort:
         self.settings = self.settings.model_copy(update=changes)
         limits.apply(self.settings, self.fast, self._fdb)
 
-    def close(self) -> None:
-        """Close the TAP; no worker may be using it any more."""
-        self._tap.close()
+    def check_memory(self) -> None:
+        """Nobody shares memory with it."""
 
-    def lost(self) -> str:
-        """The interface was deleted under us; returns what to tell people."""
-        self._lost = True
-        return self._lost_text
+    async def set_link(self, up: bool) -> bool:  # noqa: ARG002
+        raise no_guests_port(self.name)
+
+    def hear(self, event: str, value: int) -> None:  # noqa: ARG002
+        if event == "tap-lost":
+            self._lost = True
+            log.error("uplink %s: %s", self.name, self._lost_text)
+            self._parts.notify(self.name, "port-fault", self._lost_text)
 
     @property
     def _lost_text(self) -> str:
@@ -78,7 +104,7 @@ class TapPort:
         return PortInfo(
             name=self.name,
             id=self.fast.id,
-            kind="tap",
+            kind=self.settings.kind,
             state=state,
             link="up",
             socket=None,
@@ -101,3 +127,19 @@ class TapPort:
             memory=[],
             rings=[],
         )
+
+
+@register("tap", fdb_share=2)  # behind an uplink there is a network
+def make(settings: UplinkSettings, parts: Parts) -> TapPort:
+    """Open the interface, or make it. Raises UplinkError."""
+    tap = open_tap(
+        settings.name,
+        mtu=settings.mtu,
+        bridge=settings.bridge,
+        offloads=offloads.mask(settings.offloads),
+    )
+    try:
+        return TapPort(settings, tap, parts.join(settings.name, tap.fd), parts)
+    except BaseException:
+        tap.close()
+        raise

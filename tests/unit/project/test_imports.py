@@ -34,9 +34,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "vswitch.host": BASE,
     # What clients know as well: plain Python.
     "vswitch.config.feature_names": (),
-    "vswitch.config.keys": ("vswitch.bounds", "vswitch.config.feature_names"),
+    "vswitch.config.kind_names": (),
+    "vswitch.config.keys": (
+        "vswitch.bounds",
+        "vswitch.config.feature_names",
+        "vswitch.config.kind_names",
+    ),
     "vswitch.config": (*BASE, "vswitch.host.accounts"),
-    "vswitch.api": ("vswitch.bounds", "vswitch.config.settings"),
+    "vswitch.api": ("vswitch.bounds", "vswitch.config.kind_names", "vswitch.config.settings"),
     # The client and what it shares with the server: a program that only talks to a switch.
     "vswitch.control.protocol": BASE,
     "vswitch.control.channel": (
@@ -90,7 +95,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "vswitch.config.settings",
         "vswitch.dataplane",
         "vswitch.fastpath",
-        "vswitch.host.tap",
         "vswitch.ports",
         "vswitch.relay",
     ),

@@ -1,0 +1,117 @@
+"""The ports of a switch: by name, by number, and page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from vswitch.api import PAGE_MAX, Page
+from vswitch.config.settings import AnySettings, find_clashes
+from vswitch.errors import ExistsError, NotFoundError
+from vswitch.ports.kinds import SwitchPort
+
+T = TypeVar("T")
+
+PORT_WEIGHT = 8
+"""What a port takes on a page, in elements; each ring and region takes one more."""
+
+
+class PortTable:
+    """All ports of a switch, in the order in which they were added.
+
+    `control` is the path of its control socket, which is no port's.
+    """
+
+    def __init__(self, control: Path | None) -> None:
+        self._control = control
+        self._ports: dict[str, SwitchPort] = {}
+        self._by_id: dict[int, SwitchPort] = {}
+        self._serials: dict[str, int] = {}
+        self._next_serial = count(1)
+
+    def __iter__(self) -> Iterator[SwitchPort]:
+        """Those that are there now, whoever comes or goes meanwhile."""
+        return iter(list(self._ports.values()))
+
+    def __len__(self) -> int:
+        return len(self._ports)
+
+    def enter(self, port: SwitchPort) -> None:
+        self._ports[port.name] = port
+        self._serials[port.name] = next(self._next_serial)
+        self._by_id[port.fast.id] = port
+
+    def remove(self, port: SwitchPort) -> None:
+        self._by_id.pop(port.fast.id, None)
+        self._ports.pop(port.name, None)
+        self._serials.pop(port.name, None)
+
+    def by_id(self, number: int) -> SwitchPort | None:
+        """The port with a number of the engine's; None for one that is just being removed."""
+        return self._by_id.get(number)
+
+    def find(self, name: str) -> SwitchPort:
+        """Raises NotFoundError."""
+        try:
+            return self._ports[name]
+        except KeyError:
+            raise NotFoundError(
+                f'there is no port or uplink "{name}"', hint="vswitchctl list-ports lists them"
+            ) from None
+
+    def guest(self, name: str) -> SwitchPort:
+        """A `[[port]]`. Raises NotFoundError."""
+        port = self.find(name)
+        if port.settings.table != "ports":
+            raise no_guests_port(name)
+        return port
+
+    def uplink(self, name: str) -> SwitchPort:
+        """An `[uplink]`. Raises NotFoundError."""
+        port = self.find(name)
+        if port.settings.table != "uplinks":
+            raise NotFoundError(
+                f'"{name}" is a port, not an uplink', hint=f"vswitchctl del-port {name}"
+            )
+        return port
+
+    def check_free(self, new: AnySettings) -> None:
+        """Raise ExistsError if the name or the socket is in use."""
+        if new.name in self._ports:
+            raise ExistsError(
+                f'there is a port or uplink "{new.name}" already', hint="choose another name"
+            )
+        claims = [port.settings.claim for port in self._ports.values()]
+        for _, _, key, reason in find_clashes(self._control, [*claims, new.claim], []):
+            raise ExistsError(
+                f'port "{new.name}": {key} {new.claim[key]} {reason}', hint="choose another path"
+            )
+
+    def page(self, after: int, most: int, one: Callable[[SwitchPort], tuple[T, int]]) -> Page[T]:
+        """What `one` makes of each port, from the one on that was added after number `after`.
+
+        It also says what that weighs: a page is full with `most` of them, or PAGE_MAX of weight.
+        """
+        items: list[T] = []
+        room = PAGE_MAX
+        last = after
+        for name, port in self._ports.items():
+            if self._serials[name] <= after:
+                continue
+            if room <= 0 or len(items) == most:
+                return Page(items, last)
+            item, weight = one(port)
+            items.append(item)
+            room -= weight
+            last = self._serials[name]
+        return Page(items, None)
+
+
+def no_guests_port(name: str) -> NotFoundError:
+    """What cannot be done to an uplink."""
+    return NotFoundError(
+        f'"{name}" is an uplink, not a guest\'s port',
+        hint="uplinks are changed with `vswitchctl uplink` and `ip link`",
+    )
