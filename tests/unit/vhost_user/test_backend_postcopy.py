@@ -154,6 +154,30 @@ def test_every_queue_pair_gets_the_answers_that_it_waits_for(says_it: bool, stat
     with_peer(test)
 
 
+def test_queue_pairs_are_counted_anew_in_the_next_migration() -> None:
+    """On one connection: what was answered ahead in the first is answered ahead in the second."""
+
+    async def pair_starts(peer: Peer) -> None:
+        await peer.send(Request.SET_FEATURES, u64(int(peer.backend.features)))
+        await peer.ask(Request.GET_STATUS)
+
+    async def test(peer: Peer) -> None:
+        for _ in range(2):
+            await listening(peer, pairs=2)
+            await peer.send(Request.SET_PROTOCOL_FEATURES, u64(int(PROTOCOL_FEATURES)))
+            await pair_starts(peer)
+            assert await add(peer, REGION) == based(peer, REGION)
+            await pair_starts(peer)
+            request, _, answer = await peer.reply()
+            assert request == Request.ADD_MEM_REG
+            assert protocol.decode_mem_region(answer) == based(peer, REGION)
+            for _ in range(2):
+                assert await peer.ask(Request.POSTCOPY_END) == u64(0)
+            assert await peer.ack(Request.REM_MEM_REG, protocol.encode_mem_region(REGION)) == 0
+
+    with_peer(test)
+
+
 def test_the_end_starts_rings_anew() -> None:
     async def test(peer: Peer) -> None:
         await listening(peer, pairs=3)
