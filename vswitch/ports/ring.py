@@ -181,8 +181,9 @@ class GuestRing:
         """STOPPING has ended: no worker uses it. Returns the avail index to go on from."""
         ran = self.fast.started
         base = self.fast.mark_stopped()
-        self.become(RingState.STOPPED)
-        return base if ran else self.known_setup.base
+        if self.state is not RingState.STOPPED:
+            self.become(RingState.STOPPED)
+        return base if ran or self.setup is None else self.setup.base
 
     def suspend(self) -> None:
         """Keep it from the workers, for where it lies is not known any more."""

@@ -127,8 +127,10 @@ class GuestRings:
         """Stop rings; returns the avail index of each to go on from later."""
         rings = [self.by_index[index] for index in indices]
         for ring in rings:
-            # Nor may it go on when what it waits for comes in the midst of this.
-            ring.become(RingState.STOPPING)
+            # One whose start failed for a reason that nobody thought of has nothing to stop.
+            if ring.state is not RingState.STOPPED:
+                # Nor may it go on when what it waits for comes in the midst of this.
+                ring.become(RingState.STOPPING)
             self._engine.detach(ring.fast)
         await self._handover.settle()
         bases = [ring.stop() for ring in rings]

@@ -146,6 +146,21 @@ def test_a_stop_is_where_it_is_however_it_was_kept(bench: Bench) -> None:
     assert bench.do(bench.rings.stop([TRANSMIT])) == [0]
 
 
+def test_a_ring_whose_start_failed_can_be_stopped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever went wrong in it: its frontend's other rings have to stop, too."""
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(bench.rings, "_run", fail)
+    with pytest.raises(RuntimeError):
+        bench.start(base=9)
+    assert bench.do(bench.rings.stop([TRANSMIT])) == [9]
+    assert bench.rings.by_index[TRANSMIT].state is RingState.STOPPED
+
+
 def test_the_text_of_a_fault_outlives_a_stop(bench: Bench) -> None:
     """QEMU stops a device that reports an error; its user looks some time later."""
     ring = bench.start()
