@@ -72,6 +72,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.main.joined"),
     extension("vswitch.fastpath.main.journal"),
     extension("vswitch.fastpath.main.mapping"),
+    extension("vswitch.fastpath.main.network"),
     extension("vswitch.fastpath.main.parts"),
     extension("vswitch.fastpath.main.port"),
     extension("vswitch.fastpath.main.pump"),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     # The client imports this module and must start quickly, hence without pydantic.
     from vswitch.config.settings import (
         AnySettings,
+        LinkSettings,
+        NetworkSettings,
         PortSettings,
         Settings,
         SwitchSettings,
@@ -48,7 +50,15 @@ EventName = Literal[
     "mac-limit",
     "uplink-added",
     "uplink-removed",
+    "network-added",
+    "network-removed",
+    "link-added",
+    "link-removed",
 ]
+
+
+Changes = dict[str, int | str | None]
+"""New values of settings by their names; None is what it is when nothing is said."""
 
 
 class Page(NamedTuple, Generic[T]):
@@ -87,6 +97,7 @@ class RingInfo(TypedDict):
 class PortInfo(TypedDict):
     """A guest's port or an uplink.
 
+    `network` is the one that it is in, and None at the end of a cable, whose other end is `peer`.
     `link` is what `set_link` said, `mtu` is in bytes, `connected_since` a Unix time in seconds,
     `frontend` is that of the settings, `withheld` names the features that are not offered because
     of it or of `features` (both for guests' ports only),
@@ -101,6 +112,8 @@ class PortInfo(TypedDict):
     kind: PortKind
     state: PortState
     link: Literal["up", "down"]
+    network: str | None
+    peer: str | None
     socket: str | None
     mode: str | None
     queues: int
@@ -151,11 +164,34 @@ class PortStats(PortCounters):
     drops: dict[str, int]
 
 
+class NetworkInfo(TypedDict):
+    """A broadcast domain: `macs` of at most `fdb_size` MAC addresses are known in it.
+
+    An address is forgotten after `mac_aging_s` seconds of silence (0: never). `ports` are the names
+    of those in it.
+    """
+
+    name: str
+    learning: bool
+    mac_aging_s: int
+    fdb_size: int
+    macs: int
+    ports: list[str]
+
+
+class LinkInfo(TypedDict):
+    """A cable between two ports, or uplinks, of these names."""
+
+    name: str
+    ports: list[str]
+
+
 class FdbEntry(TypedDict):
     """A MAC address the switch knows; `vlan` 0 is untagged, `age_s` seconds since last seen."""
 
     mac: str
     vlan: int
+    network: str
     port: str
     static: bool
     age_s: int
@@ -258,6 +294,7 @@ class VersionInfo(HelloInfo):
 class Event(TypedDict):
     """Something that happened at `time` (Unix time in seconds), to `port` if to one.
 
+    `network` and `cable` come with the `network-*` and `link-*` events and name what came or went.
     `mac` and `vlan` come with the `mac-*` events, `previous_port` with `mac-moved`, `link` with
     `port-link`, `reason` with `port-fault` and `port-disconnected` where one is known.
     """
@@ -265,6 +302,8 @@ class Event(TypedDict):
     event: EventName
     time: float
     port: str | None
+    network: NotRequired[str]
+    cable: NotRequired[str]
     mac: NotRequired[str]
     vlan: NotRequired[int]
     previous_port: NotRequired[str]
@@ -298,8 +337,10 @@ class SwitchApi(Protocol):
         """What `settings` does not tell of what runs."""
         ...
 
-    def port_settings(self, after: int = 0, most: int = PAGE_MAX) -> Page[AnySettings]:
-        """The ports and uplinks of `settings`, a page of them."""
+    def tables(
+        self, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[AnySettings | NetworkSettings | LinkSettings]:
+        """Networks, ports and uplinks, and links of `settings`, a page of them."""
         ...
 
     @property
@@ -337,20 +378,56 @@ class SwitchApi(Protocol):
         """Counters of one port or of all. NotFoundError."""
         ...
 
-    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
-        """The MAC addresses known, in no order."""
+    async def add_network(self, settings: NetworkSettings) -> NetworkInfo:
+        """Add a network without ports. ExistsError."""
+        ...
+
+    async def del_network(self, name: str) -> None:
+        """Delete a network that no port is in. NotFoundError, ExistsError."""
+        ...
+
+    def networks(self, after: int = 0, most: int = PAGE_MAX) -> Page[NetworkInfo]:
+        """All networks, in the order in which they were added; the default one is the first."""
+        ...
+
+    def network(self, name: str) -> NetworkInfo:
+        """One network. NotFoundError."""
+        ...
+
+    async def add_link(self, settings: LinkSettings) -> LinkInfo:
+        """Plug a cable into two ports that are in no network of their own.
+
+        NotFoundError (port), ExistsError (name or end in use).
+        """
+        ...
+
+    async def del_link(self, name: str) -> None:
+        """Pull a cable; its ends are in the default network then. NotFoundError."""
+        ...
+
+    def links(self, after: int = 0, most: int = PAGE_MAX) -> Page[LinkInfo]:
+        """All cables, in the order in which they were added."""
+        ...
+
+    def fdb(
+        self, network: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[FdbEntry]:
+        """The MAC addresses known, of one network or all, in no order. NotFoundError."""
         ...
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
         """Add a static entry, in place of a dynamic one. NotFoundError (port), ExistsError."""
         ...
 
-    def fdb_del(self, mac: str, vlan: int = 0) -> None:
-        """Delete an entry, static or dynamic. NotFoundError."""
+    def fdb_del(self, mac: str, vlan: int = 0, network: str | None = None) -> None:
+        """Delete an entry, static or dynamic, of a network: by default, of the only one with it.
+
+        NotFoundError, ExistsError if several networks have it.
+        """
         ...
 
-    async def fdb_flush(self, port: str | None = None) -> int:
-        """Delete the dynamic entries, of one port or all; returns how many. NotFoundError."""
+    async def fdb_flush(self, port: str | None = None, network: str | None = None) -> int:
+        """Delete the dynamic entries, of one port, one network or all; how many. NotFoundError."""
         ...
 
     def workers(self, after: int = 0, most: int = PAGE_MAX) -> Page[WorkerInfo]:
@@ -372,8 +449,11 @@ class SwitchApi(Protocol):
         """Switch a port's link on or off. NotFoundError; not for uplinks."""
         ...
 
-    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
-        """Change limits of a port or uplink by the names of their settings. NotFoundError."""
+    async def set_port(self, name: str, changes: Changes) -> PortInfo:
+        """Change limits and network of a port or uplink by the names of their settings.
+
+        NotFoundError (port, network), ExistsError for the network of a cable's end.
+        """
         ...
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:

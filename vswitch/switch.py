@@ -17,8 +17,11 @@ from typing import Any, Literal, Self, cast
 
 from vswitch.api import (
     PAGE_MAX,
+    Changes,
     Event,
     FdbEntry,
+    LinkInfo,
+    NetworkInfo,
     Page,
     PortInfo,
     PortStats,
@@ -28,29 +31,37 @@ from vswitch.api import (
 )
 from vswitch.config.settings import (
     AnySettings,
+    LinkSettings,
+    NetworkSettings,
     PortSettings,
     Settings,
     SwitchSettings,
     UplinkSettings,
 )
-from vswitch.dataplane.addresses import Aging
-from vswitch.dataplane.events import WorkerEvents
+from vswitch.dataplane.events import WorkerEvent, WorkerEvents
 from vswitch.dataplane.handover import HandOver
 from vswitch.dataplane.placement import Placement
 from vswitch.dataplane.threads import WorkerThreads
 from vswitch.dataplane.ticker import Ticker
+from vswitch.errors import ExistsError
 from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.fdb import Fdb
 from vswitch.ports import every_kind as every_kind
 from vswitch.ports import rounds
+from vswitch.ports.cables import Cables
 from vswitch.ports.events import Events
 from vswitch.ports.fault_process import unavailable
 from vswitch.ports.fdb_entries import FdbEntries
 from vswitch.ports.journals import Journals
 from vswitch.ports.kinds import Parts, SwitchPort, kind_of
+from vswitch.ports.networks import Networks, grow, show, withdraw
 from vswitch.ports.table import PORT_WEIGHT, PortTable
 from vswitch.relay.process import Relay
 
 log = logging.getLogger("vswitch.switch")
+
+_SERIAL_BITS = 32
+"""Of where a page goes on within tables of one kind."""
 
 
 class Switch:
@@ -60,7 +71,11 @@ class Switch:
         switch = settings.switch
         idle_ns = {"adaptive": switch.idle_us * 1000, "sleep": 0, "busy": None}[switch.polling]
         self._switch_settings = switch
-        self._engine = Engine(workers=switch.workers, fdb_size=switch.fdb_size, idle_ns=idle_ns)
+        fdb_size, learning = Networks.of_default(switch, settings.networks)
+        self._engine = Engine(
+            workers=switch.workers, fdb_size=fdb_size, idle_ns=idle_ns, learning=learning
+        )
+        self._networks = Networks(switch, settings.networks, self._engine)
         self._handover = HandOver(self._engine)
         self._say_how_to_notify()
         if (reason := unavailable()) is not None:
@@ -68,19 +83,27 @@ class Switch:
         self._placement = Placement(self._engine)
         self._threads = WorkerThreads(self._engine, switch.cpus)
         self._ports = PortTable(switch.control)
+        self._cables = Cables(settings.links, self._ports.fast)
         self._events = Events(self._engine, self._ports)
-        self._worker_events = WorkerEvents(self._engine, self._events.hear, self._check_memory)
+        self._worker_events = WorkerEvents(self._engine, self._hear, self._check_memory)
         self._parts = Parts(
             engine=self._engine,
             handover=self._handover,
+            networks=self._networks,
+            cables=self._cables,
             placement=self._placement,
             relay=relay,
             journals=None if journals is None else Journals(journals),
             notify=self._events.emit,
         )
-        self._fdb_entries = FdbEntries(self._engine.fdb, self._ports)
-        aging = Aging(self._engine.fdb, switch.mac_aging_s, self._events.aged)
-        self._ticker = Ticker(aging.clock, aging.round, self._handover.collect, self._look)
+        self._fdb_entries = FdbEntries(self._networks, self._ports, self._grow)
+        self._ticker = Ticker(
+            self._networks.clock,
+            lambda: self._networks.age(self._events.aged),
+            lambda: self._networks.grow(self._handover),
+            self._handover.collect,
+            self._look,
+        )
         self._lock = asyncio.Lock()
 
     @classmethod
@@ -143,17 +166,38 @@ class Switch:
             tables[port.settings.table].append(port.settings)
         # Without validation: each of them has been, and that their paths differ has as well.
         return Settings.model_construct(
-            switch=self._switch_settings, ports=tables["ports"], uplinks=tables["uplinks"]
+            switch=self._switch_settings,
+            networks=self._networks.settings,
+            ports=tables["ports"],
+            uplinks=tables["uplinks"],
+            links=self._cables.settings,
         )
 
     def unsaved(self) -> Unsaved:
         return Unsaved(
-            static_macs=sum(self._engine.fdb.pinned(port.fast.id) for port in self._ports),
+            static_macs=sum(
+                port.fast.network.fdb.pinned(port.fast.id)
+                for port in self._ports
+                if port.fast.network is not None
+            ),
             links_down=[port.name for port in self._ports if port.fast.link_down],
         )
 
-    def port_settings(self, after: int = 0, most: int = PAGE_MAX) -> Page[AnySettings]:
-        return self._ports.page(after, most, lambda port: (port.settings, PORT_WEIGHT))
+    def tables(
+        self, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[AnySettings | NetworkSettings | LinkSettings]:
+        sources: tuple[Callable[[int, int], Page[Any]], ...] = (
+            self._networks.declared,
+            lambda at, most: self._ports.page(at, most, lambda port: (port.settings, PORT_WEIGHT)),
+            self._cables.declared,
+        )
+        number, at = after >> _SERIAL_BITS, after & (1 << _SERIAL_BITS) - 1
+        if number >= len(sources):
+            return Page([], None)
+        items, following = sources[number](at, most)
+        if following is not None:
+            return Page(items, number << _SERIAL_BITS | following)
+        return Page(items, number + 1 << _SERIAL_BITS if number + 1 < len(sources) else None)
 
     @property
     def n_ports(self) -> tuple[int, int]:
@@ -199,6 +243,7 @@ class Switch:
         return port
 
     async def _delete(self, port: SwitchPort) -> None:
+        self._cables.check_free(port.name, "it cannot be deleted")
         await self._remove(port)
         port.forget()
 
@@ -238,9 +283,16 @@ class Switch:
             self._events.send(Event(event="port-link", time=time.time(), port=name, link=link))
         return port.info()
 
-    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
+    async def set_port(self, name: str, changes: Changes) -> PortInfo:
         port = self._ports.find(name)
-        port.change(changes)
+        if "network" in changes:
+            async with self._lock:
+                network = self._networks.find(cast("str | None", changes["network"]))
+                self._cables.check_free(name, "it can be in no network")
+                await self._networks.move(port.fast, network, self._handover)
+                port.change(changes)
+        else:
+            port.change(changes)
         log.info(
             "port %s: %s", name, ", ".join(f"{k} = {v or 'default'}" for k, v in changes.items())
         )
@@ -251,7 +303,75 @@ class Switch:
             port.check_memory()
 
     def _look(self) -> Iterator[None]:
-        return rounds.look(self._ports, self._placement, self._engine.fdb)
+        return rounds.look(self._ports, self._placement)
+
+    def _hear(self, event: WorkerEvent) -> None:
+        if event.kind == "fdb-grows":
+            port = self._ports.by_id(event.port)
+            if port is not None and port.fast.network is not None:
+                self._grow(port.fast.network.fdb)
+        else:
+            self._events.hear(event)
+
+    def _grow(self, fdb: Fdb) -> None:
+        grow(fdb, self._handover)
+        self._handover.publish()
+
+    # Networks and cables
+
+    async def add_network(self, settings: NetworkSettings) -> NetworkInfo:
+        network = self._networks.add(settings)
+        log.info("network %s: added", network.name)
+        self._events.send(
+            Event(event="network-added", time=time.time(), port=None, network=network.name)
+        )
+        return self._networks.info(network)
+
+    async def del_network(self, name: str) -> None:
+        async with self._lock:
+            self._networks.remove(name)
+        log.info("network %s: removed", name)
+        self._events.send(Event(event="network-removed", time=time.time(), port=None, network=name))
+
+    def networks(self, after: int = 0, most: int = PAGE_MAX) -> Page[NetworkInfo]:
+        return self._networks.page(after, most)
+
+    def network(self, name: str) -> NetworkInfo:
+        return self._networks.info(self._networks.find(name))
+
+    async def add_link(self, settings: LinkSettings) -> LinkInfo:
+        async with self._lock:
+            ends = [self._ports.find(name) for name in settings.ports]
+            for end in ends:
+                if end.settings.network is not None:
+                    raise ExistsError(
+                        f'"{end.name}" is in network "{end.settings.network}": a cable is in none',
+                        hint=f'have it leave: vswitchctl set-port {end.name} --network ""',
+                    )
+            self._cables.add(settings)
+            await withdraw(self._handover, *(end.fast for end in ends))
+            self._cables.plug(ends[0].fast)
+            await show(self._handover, *(end.fast for end in ends))
+        log.info("link %s: between %s and %s", settings.title, *settings.ports)
+        self._events.send(
+            Event(event="link-added", time=time.time(), port=None, cable=settings.title)
+        )
+        return LinkInfo(name=settings.title, ports=settings.ports)
+
+    async def del_link(self, name: str) -> None:
+        async with self._lock:
+            link = self._cables.remove(name)
+            ends = [self._ports.find(end) for end in link.ports]
+            await withdraw(self._handover, *(end.fast for end in ends))
+            for end in ends:
+                end.fast.join(self._engine.default)
+                end.change({"network": None})  # its limits are those of a network again
+            await show(self._handover, *(end.fast for end in ends))
+        log.info("link %s: removed", name)
+        self._events.send(Event(event="link-removed", time=time.time(), port=None, cable=name))
+
+    def links(self, after: int = 0, most: int = PAGE_MAX) -> Page[LinkInfo]:
+        return self._cables.page(after, most)
 
     # Workers
 
@@ -299,17 +419,19 @@ class Switch:
 
     # FDB
 
-    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
-        return self._fdb_entries.page(after, most)
+    def fdb(
+        self, network: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[FdbEntry]:
+        return self._fdb_entries.page(network, after, most)
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
         self._fdb_entries.add(mac, port, vlan)
 
-    def fdb_del(self, mac: str, vlan: int = 0) -> None:
-        self._fdb_entries.delete(mac, vlan)
+    def fdb_del(self, mac: str, vlan: int = 0, network: str | None = None) -> None:
+        self._fdb_entries.delete(mac, vlan, network)
 
-    async def fdb_flush(self, port: str | None = None) -> int:
-        return await self._fdb_entries.flush(port)
+    async def fdb_flush(self, port: str | None = None, network: str | None = None) -> int:
+        return await self._fdb_entries.flush(port, network)
 
     # Events
 

@@ -9,8 +9,11 @@ from typing import Any, Literal, cast
 
 from vswitch.api import (
     PAGE_MAX,
+    Changes,
     Event,
     FdbEntry,
+    LinkInfo,
+    NetworkInfo,
     Page,
     PortCounters,
     PortInfo,
@@ -19,8 +22,16 @@ from vswitch.api import (
     Unsaved,
     WorkerInfo,
 )
-from vswitch.config.keys import RUNTIME_KEYS
-from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.config.keys import LIMIT_KEYS
+from vswitch.config.settings import (
+    AnySettings,
+    LinkSettings,
+    NetworkSettings,
+    PortSettings,
+    Settings,
+    SwitchSettings,
+    UplinkSettings,
+)
 from vswitch.errors import ExistsError, NotFoundError, SocketError
 from vswitch.host.unixsocket import listen, unlink_if_ours
 
@@ -37,6 +48,8 @@ class FakeSwitch:
         self._callbacks: list[Callable[[Event], None]] = []
         self._ids: dict[str, int] = {}
         self._links: dict[str, Literal["up", "down"]] = {}
+        self._networks = {"default": NetworkSettings(name="default")}
+        self._cables: dict[str, LinkSettings] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
         self.page_max = PAGE_MAX
@@ -75,10 +88,12 @@ class FakeSwitch:
             "links_down": [name for name, link in self._links.items() if link == "down"],
         }
 
-    def port_settings(
+    def tables(
         self, after: int = 0, most: int = PAGE_MAX
-    ) -> Page[PortSettings | UplinkSettings]:
-        return self._page([*self._ports.values(), *self._uplinks.values()], after, most)
+    ) -> Page[AnySettings | NetworkSettings | LinkSettings]:
+        named = [each for each in self._networks.values() if each.name != "default"]
+        ports = [*self._ports.values(), *self._uplinks.values()]
+        return self._page([*named, *ports, *self._cables.values()], after, most)
 
     @property
     def n_ports(self) -> tuple[int, int]:
@@ -95,6 +110,8 @@ class FakeSwitch:
     def settings(self) -> Settings:
         return Settings(
             switch=self._switch,
+            networks=[each for each in self._networks.values() if each.name != "default"],
+            links=list(self._cables.values()),
             ports=list(self._ports.values()),
             uplinks=list(self._uplinks.values()),
         )
@@ -156,6 +173,8 @@ class FakeSwitch:
             "kind": "tap",
             "state": "up",
             "link": self._links.get(name, "up"),
+            "network": "default",
+            "peer": None,
             "socket": None,
             "mode": None,
             "queues": 1,
@@ -172,7 +191,7 @@ class FakeSwitch:
             "macs": 0,
             "max_macs": 8192,
             "storm": {"broadcast": None, "multicast": None, "unknown": None, "burst": None},
-            "limits": dict.fromkeys(RUNTIME_KEYS),
+            "limits": dict.fromkeys(LIMIT_KEYS),
             "memory": [],
             "rings": [],
         }
@@ -193,7 +212,7 @@ class FakeSwitch:
                         "unknown": port.storm_unknown,
                         "burst": port.storm_burst,
                     },
-                    "limits": {name: getattr(port, name) for name in RUNTIME_KEYS},
+                    "limits": {name: getattr(port, name) for name in LIMIT_KEYS},
                     "features": 1 << 32 | 1 << 15,
                     "feature_names": ["MRG_RXBUF", "VERSION_1"],
                     "protocol_features": 1,
@@ -258,11 +277,72 @@ class FakeSwitch:
         ]
         return self._page(stats, after, most)
 
-    def fdb(self, after: int = 0, most: int = PAGE_MAX) -> Page[FdbEntry]:
+    async def add_network(self, settings: NetworkSettings) -> NetworkInfo:
+        if settings.name in self._networks:
+            raise ExistsError(f'network "{settings.name}" exists', hint="choose another name")
+        self._networks[settings.name] = settings
+        self.emit("network-added", network=settings.name)
+        return self.network(settings.name)
+
+    async def del_network(self, name: str) -> None:
+        self.network(name)
+        del self._networks[name]
+        self.emit("network-removed", network=name)
+
+    def networks(self, after: int = 0, most: int = PAGE_MAX) -> Page[NetworkInfo]:
+        return self._page([self.network(name) for name in self._networks], after, most)
+
+    def network(self, name: str) -> NetworkInfo:
+        if name not in self._networks:
+            raise NotFoundError(f'no network "{name}"')
+        return {
+            "name": name,
+            "learning": self._networks[name].learning,
+            "mac_aging_s": self._networks[name].mac_aging_s or 0,
+            "fdb_size": self._networks[name].fdb_size or 65536,
+            "macs": 2,
+            "ports": list(self._ids) if name == "default" else [],
+        }
+
+    async def add_link(self, settings: LinkSettings) -> LinkInfo:
+        if settings.title in self._cables:
+            raise ExistsError(f'link "{settings.title}" exists', hint="choose another name")
+        for end in settings.ports:
+            self.port(end)
+        self._cables[settings.title] = settings
+        self.emit("link-added", cable=settings.title)
+        return {"name": settings.title, "ports": settings.ports}
+
+    async def del_link(self, name: str) -> None:
+        if name not in self._cables:
+            raise NotFoundError(f'no link "{name}"')
+        del self._cables[name]
+        self.emit("link-removed", cable=name)
+
+    def links(self, after: int = 0, most: int = PAGE_MAX) -> Page[LinkInfo]:
+        found = [LinkInfo(name=each.title, ports=each.ports) for each in self._cables.values()]
+        return self._page(found, after, most)
+
+    def fdb(
+        self, network: str | None = None, after: int = 0, most: int = PAGE_MAX
+    ) -> Page[FdbEntry]:
+        if network is not None:
+            self.network(network)
         return self._page(list(self._fdb.values()), after, most)
 
+    def _entry(self, mac: str, port: str, vlan: int, static: bool) -> FdbEntry:
+        age_s = 0 if static else 9
+        return {
+            "mac": mac,
+            "vlan": vlan,
+            "network": "default",
+            "port": port,
+            "static": static,
+            "age_s": age_s,
+        }
+
     def learn(self, mac: str, port: str, vlan: int = 0) -> None:
-        self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": False, "age_s": 9}
+        self._fdb[mac, vlan] = self._entry(mac, port, vlan, False)
         self.emit("mac-learned", port, mac=mac, vlan=vlan)
 
     def fdb_add(self, mac: str, port: str, vlan: int = 0) -> None:
@@ -270,14 +350,18 @@ class FakeSwitch:
         entry = self._fdb.get((mac, vlan))
         if entry is not None and entry["static"]:
             raise ExistsError(f"{mac} is a static entry already", hint="delete it first")
-        self._fdb[mac, vlan] = {"mac": mac, "vlan": vlan, "port": port, "static": True, "age_s": 0}
+        self._fdb[mac, vlan] = self._entry(mac, port, vlan, True)
 
-    def fdb_del(self, mac: str, vlan: int = 0) -> None:
+    def fdb_del(self, mac: str, vlan: int = 0, network: str | None = None) -> None:
+        if network is not None:
+            self.network(network)
         if (mac, vlan) not in self._fdb:
             raise NotFoundError(f"no entry for {mac} in VLAN {vlan}")
         del self._fdb[mac, vlan]
 
-    async def fdb_flush(self, port: str | None = None) -> int:
+    async def fdb_flush(self, port: str | None = None, network: str | None = None) -> int:
+        if network is not None:
+            self.network(network)
         if port is not None:
             self.port(port)
         dynamic = [
@@ -339,7 +423,7 @@ class FakeSwitch:
         self.emit("port-link", name, link=self._links[name])
         return self.port(name)
 
-    async def set_port(self, name: str, changes: dict[str, int | None]) -> PortInfo:
+    async def set_port(self, name: str, changes: Changes) -> PortInfo:
         self.port(name)
         if name in self._ports:
             self._ports[name] = self._ports[name].model_copy(update=changes)

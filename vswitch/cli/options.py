@@ -9,14 +9,26 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from vswitch.config.feature_names import OF_OFFLOADS, OFFERED
-from vswitch.config.keys import RUNTIME_KEYS, PortKeys, Row, RuntimeKeys, UplinkKeys, rows
+from vswitch.config.keys import (
+    RUNTIME_KEYS,
+    NetworkKeys,
+    PortKeys,
+    Row,
+    RuntimeKeys,
+    UplinkKeys,
+    rows,
+)
 
-_Keys = type[PortKeys] | type[UplinkKeys] | type[RuntimeKeys]
+_Keys = type[PortKeys] | type[UplinkKeys] | type[RuntimeKeys] | type[NetworkKeys]
 
 
 def _words(_ctx: click.Context, _: click.Parameter, value: str | None) -> list[str] | None:
     """Words with commas between them; which there are, the switch knows."""
     return value if value is None else value.split(",") if value else []
+
+
+def _switch(_ctx: click.Context, _: click.Parameter, value: str | None) -> bool | None:
+    return None if value is None else value == "on"
 
 
 def _switch_or_words(
@@ -47,6 +59,8 @@ def _spelling(row: Row) -> dict[str, Any]:
         return {"callback": _words, "metavar": "LIST"}
     if list[str] in kinds:
         return {"callback": _switch_or_words, "metavar": "LIST"}
+    if kinds == [bool]:
+        return {"type": click.Choice(["on", "off"]), "callback": _switch}
     if get_origin(kinds[0]) is Literal:
         return {"type": click.Choice(get_args(kinds[0]))}
     # Which numbers there are, the switch knows.
@@ -81,5 +95,6 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: value for name, value in options.items() if value is not None}
     for name in RUNTIME_KEYS:
         if name in told:
-            told[name] = told.pop(name) or None  # in the order of the table
+            # In the order of the table. "" as well, of a network.
+            told[name] = told.pop(name) or None
     return told

@@ -72,7 +72,7 @@ def list_ports(state: State) -> None:
 
     with state.connect() as switch:
         ports = switch.ports()
-    keys = ("name", "id", "kind", "state", "link", "mode", "socket")
+    keys = ("name", "id", "kind", "state", "link", "network", "peer", "mode", "socket")
     state.show([{key: port[key] for key in keys} for port in ports], tables.ports_in_brief)  # type: ignore[literal-required]  # the keys are in PortInfo
 
 

@@ -31,7 +31,10 @@ def add_port(state: State, /, name: str, socket: str, client: bool, **options: A
 @keys(RuntimeKeys)
 @pass_state
 def set_port(state: State, /, name: str, **options: Any) -> None:
-    """Change limits of the port or uplink NAME while it runs; 0 takes a limit away."""
+    """Change limits or network of the port or uplink NAME.
+
+    0 takes a limit away, an empty network is the default one.
+    """
     changes = given(options)
     if not changes:
         raise click.UsageError("say what to change; `vswitchctl show` has what is set")

@@ -94,11 +94,23 @@ command = partial(click.command, cls=Command)
 
 def complete_ports(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """The names of ports and uplinks; none if the switch cannot be asked."""
-    root = ctx.find_root()
-    state = State(socket=root.params.get("socket"), timeout=1.0)
+    return _named(ctx, incomplete, lambda client: [port["name"] for port in client.ports()])
+
+
+def complete_networks(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The same of networks."""
+    return _named(ctx, incomplete, lambda client: [each["name"] for each in client.networks()])
+
+
+def complete_links(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The same of cables."""
+    return _named(ctx, incomplete, lambda client: [link["name"] for link in client.links()])
+
+
+def _named(ctx: click.Context, incomplete: str, names: Callable[[Client], list[str]]) -> list[str]:
+    state = State(socket=ctx.find_root().params.get("socket"), timeout=1.0)
     try:
         with state.connect() as client:
-            names = [port["name"] for port in client.ports()]
+            return [name for name in names(client) if name.startswith(incomplete)]
     except VswitchError:
         return []
-    return [name for name in names if name.startswith(incomplete)]

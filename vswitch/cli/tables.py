@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from vswitch.cli.layout import Facts, Indented, Layout, Line, Styled, Table
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
         Event,
         EventLoopInfo,
         FdbEntry,
+        LinkInfo,
         LongestTurn,
+        NetworkInfo,
         PortInfo,
         WorkerInfo,
     )
@@ -43,7 +46,7 @@ def _size(n_bytes: int) -> str:
 
 def ports_in_brief(ports: Sequence[dict[str, Any]]) -> list[Layout]:
     """`list-ports`."""
-    table = Table("NAME", ">ID", "KIND", "STATE", "LINK", "MODE", "SOCKET")
+    table = Table("NAME", ">ID", "KIND", "STATE", "LINK", "NETWORK", "PEER", "MODE", "SOCKET")
     for port in ports:
         table.add(
             port["name"],
@@ -51,6 +54,8 @@ def ports_in_brief(ports: Sequence[dict[str, Any]]) -> list[Layout]:
             port["kind"],
             _state(port["state"]),
             None if port["kind"] in UPLINK_KINDS else _state(port["link"]),
+            port["network"],
+            port["peer"],
             port["mode"],
             port["socket"],
         )
@@ -113,7 +118,11 @@ def _facts(port: PortInfo) -> Iterator[tuple[str, object]]:
     elif port["kind"] not in UPLINK_KINDS:
         yield "link", "up"
     yield "queues", f"{port['queues']}{mtu}"
-    yield "addresses", f"{port['macs']} learned, {port['max_macs']} at most"
+    if port["network"] is None:
+        yield "cable", f"to {port['peer']}" if port["peer"] else "to nobody: that port is missing"
+    else:
+        yield "network", port["network"]
+        yield "addresses", f"{port['macs']} learned, {port['max_macs']} at most"
     storm = [f"{kind} {n}/s" for kind, n in port["storm"].items() if kind != "burst" and n]
     if storm:
         burst = port["storm"]["burst"]
@@ -137,14 +146,53 @@ def _facts(port: PortInfo) -> Iterator[tuple[str, object]]:
     yield "protocol features", f"{port['protocol_features']:#x} {names}".rstrip()
 
 
+def networks(networks: Sequence[NetworkInfo]) -> list[Layout]:
+    """`network list`."""
+    table = Table("NAME", ">PORTS", ">ADDRESSES", ">AT MOST", ">AGING", "LEARNING")
+    for each in networks:
+        table.add(
+            each["name"],
+            len(each["ports"]),
+            each["macs"],
+            each["fdb_size"],
+            _aging(each),
+            "learning" if each["learning"] else "hub",
+        )
+    return [table]
+
+
+def network(network: NetworkInfo) -> list[Layout]:
+    """`network show`."""
+    facts = (
+        ("learning", "yes" if network["learning"] else "no, it is a hub"),
+        ("addresses", f"{network['macs']} known, {network['fdb_size']} at most"),
+        ("aging", _aging(network)),
+        ("ports", " ".join(network["ports"]) or "none"),
+    )
+    return [Line(Styled(network["name"], "bold")), Indented(Facts(facts))]
+
+
+def _aging(network: NetworkInfo) -> str:
+    return f"{network['mac_aging_s']} s" if network["mac_aging_s"] else "never"
+
+
+def links(links: Sequence[LinkInfo]) -> list[Layout]:
+    """`link list`."""
+    table = Table("NAME", "PORT", "OTHER")
+    for each in links:
+        table.add(each["name"], *each["ports"])
+    return [table]
+
+
 def fdb(entries: Sequence[FdbEntry]) -> list[Layout]:
     """`fdb show`."""
-    table = Table("MAC", ">VLAN", "PORT", "TYPE", ">AGE")
-    for entry in sorted(entries, key=lambda each: (each["port"], each["vlan"], each["mac"])):
+    table = Table("MAC", ">VLAN", "NETWORK", "PORT", "TYPE", ">AGE")
+    for entry in sorted(entries, key=itemgetter("network", "port", "vlan", "mac")):
         static = entry["static"]
         table.add(
             entry["mac"],
             entry["vlan"],
+            entry["network"],
             entry["port"],
             "static" if static else "learned",
             None if static else f"{entry['age_s']} s",

@@ -36,6 +36,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 MACS_MAX = 1 << 20
 """MAC addresses that a switch can know, and so a port."""
+FDB_SIZE_MIN = 16
+AGING_MAX_S = 1_000_000
+DEFAULT_NETWORK = "default"
+"""The network that always exists, and that ports are in that name none."""
 STORM_RATE_MAX = 10_000_000
 """Frames a second."""
 
@@ -125,9 +129,31 @@ class UplinkKeys(_Keys):
     ] = True
 
 
+class NetworkKeys(_Keys):
+    """A `[[network]]`: a broadcast domain of its own."""
+
+    name: Annotated[str, Key("unique among networks")]
+    learning: Annotated[bool, Key("learn where addresses are; without, it is a hub")] = True
+    mac_aging_s: Annotated[
+        int | None,
+        Key("seconds until a silent MAC is forgotten; default: [switch]'s", 0, AGING_MAX_S),
+    ] = None
+    fdb_size: Annotated[
+        int | None, Key("most MAC addresses kept; default: [switch]'s", FDB_SIZE_MIN, MACS_MAX)
+    ] = None
+
+
+class LinkKeys(_Keys):
+    """A `[[link]]`: a cable between two ports, either of which may be an uplink."""
+
+    name: Annotated[str | None, Key("unique among links; default: its ends")] = None
+    ports: Annotated[list[str], Key("its two ends, by their names")]
+
+
 class RuntimeKeys(_Keys):
     """What a port and an uplink can be told while they run (`set_port`), too; None: as if never."""
 
+    network: Annotated[str | None, Key(f"network that it is in; default: {DEFAULT_NETWORK}")] = None
     max_macs: Annotated[int | None, Key("most MAC addresses learned from it", 1, MACS_MAX)] = None
     storm_broadcast: Annotated[
         int | None, Key("broadcast frames a second that it may send", 1, STORM_RATE_MAX)
@@ -144,6 +170,7 @@ class RuntimeKeys(_Keys):
 
 
 RUNTIME_KEYS = tuple(RuntimeKeys.__annotations__)
+LIMIT_KEYS = tuple(name for name in RUNTIME_KEYS if name != "network")
 
 
 def rows(table: type[_Keys]) -> Mapping[str, Row]:

@@ -11,24 +11,29 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from vswitch.config.relations import Kind, Tables, find_clashes
 from vswitch.config.settings import (
+    LinkSettings,
+    NetworkSettings,
     PortSettings,
     Settings,
     SwitchSettings,
     UplinkSettings,
-    find_clashes,
-    no_such_worker,
 )
 from vswitch.errors import ConfigError, shorten
 
 __all__ = [
     "ConfigFileError",
+    "LinkSettings",
+    "NetworkSettings",
     "PortSettings",
     "Problem",
     "Settings",
     "SwitchSettings",
     "UplinkSettings",
+    "link_settings",
     "load",
+    "network_settings",
     "parse",
     "port_settings",
     "problems_of",
@@ -38,7 +43,17 @@ __all__ = [
 
 _FILE_LEN_MAX = 16 << 20
 _KEY_LEN_MAX = 64  # of an unknown key, to guess what was meant
-_TABLES = ("switch", "port", "uplink")
+_MODELS: dict[Kind, type[BaseModel]] = {
+    "network": NetworkSettings,
+    "port": PortSettings,
+    "uplink": UplinkSettings,
+    "link": LinkSettings,
+}
+_TABLES = ("switch", *_MODELS)
+_RELATED = ("name", "socket", "worker", "network", "ports")
+"""Keys that have to do with other tables."""
+_NEEDED = {"name": "x", "socket": "/x", "ports": ["x", "y"]}
+_NAMED: tuple[Kind, ...] = ("port", "uplink", "network")
 _AT_LINE = re.compile(r" \(at (line (\d+), column \d+|end of document)\)$")
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -115,6 +130,16 @@ def port_settings(values: Mapping[str, Any], *, base: Path | None = None) -> Por
     return _one(PortSettings, "port", values, base)
 
 
+def network_settings(values: Mapping[str, Any]) -> NetworkSettings:
+    """Validate one network's values from anywhere; ConfigError with all mistakes, one a line."""
+    return _one(NetworkSettings, "network", values, None)
+
+
+def link_settings(values: Mapping[str, Any]) -> LinkSettings:
+    """Validate one cable's values from anywhere; ConfigError with all mistakes, one a line."""
+    return _one(LinkSettings, "link", values, None)
+
+
 def uplink_settings(values: Mapping[str, Any]) -> UplinkSettings:
     """Validate one uplink's values from anywhere; ConfigError with all mistakes, one a line."""
     return _one(UplinkSettings, "uplink", values, None)
@@ -144,41 +169,38 @@ def _settings(document: dict[str, Any], file: Path | str, base: Path) -> Setting
         else:
             problems.append(Problem("switch", f"must be one table, [switch] (got {_show(table)})"))
 
-    port_tables = _tables(document, "port", problems)
-    uplink_tables = _tables(document, "uplink", problems)
-    ports = [
-        _validate(PortSettings, table, _label("port", i, table, port_tables), base, problems)
-        for i, table in enumerate(port_tables, 1)
-    ]
-    uplinks = [
-        _validate(UplinkSettings, table, _label("uplink", i, table, uplink_tables), base, problems)
-        for i, table in enumerate(uplink_tables, 1)
-    ]
-
-    control = None if switch is None else switch.control
+    tables = {kind: _tables(document, kind, problems) for kind in _MODELS}
+    found: dict[Kind, list[Any]] = {
+        kind: [
+            _validate(model, table, _label(kind, i, table, tables[kind]), base, problems)
+            for i, table in enumerate(tables[kind], 1)
+        ]
+        for kind, model in _MODELS.items()
+    }
+    usable = {
+        kind: [_usable(model, table, base) for table in tables[kind]]
+        for kind, model in _MODELS.items()
+    }
     clashes = find_clashes(
-        control,
-        [_usable(PortSettings, table, base) for table in port_tables],
-        [_usable(UplinkSettings, table, base) for table in uplink_tables],
+        None if switch is None else switch.control,
+        None if switch is None else switch.workers,
+        Tables(usable["port"], usable["uplink"], usable["network"], usable["link"]),
+        # A name that is not there may be the one that could not be read.
+        complete=all("name" in one for kind in _NAMED for one in usable[kind]),
     )
     for kind, i, key, reason in clashes:
-        tables = port_tables if kind == "port" else uplink_tables
-        label = _label(kind, i, tables[i - 1], tables)
-        problems.append(Problem(f"{label}.{key}", f"{reason} (got {_show(tables[i - 1][key])})"))
-
-    for i, (port, table) in enumerate(zip(ports, port_tables, strict=True), 1):
-        if port is not None and switch is not None:
-            why = no_such_worker(port.worker, switch)
-            if why is not None:
-                label = _label("port", i, table, port_tables)
-                problems.append(Problem(f"{label}.worker", f"{why} (got {port.worker})"))
+        table = tables[kind][i - 1]
+        label = _label(kind, i, table, tables[kind])
+        problems.append(Problem(f"{label}.{key}", f"{reason} (got {_show(table[key])})"))
 
     if problems or switch is None:
         raise ConfigFileError(file, problems)
     return Settings(
         switch=switch,
-        ports=[port for port in ports if port is not None],
-        uplinks=[uplink for uplink in uplinks if uplink is not None],
+        networks=found["network"],
+        ports=found["port"],
+        uplinks=found["uplink"],
+        links=found["link"],
     )
 
 
@@ -222,16 +244,12 @@ def _validate(
 
 
 def _usable(model: type[BaseModel], table: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The values of a table's `name` and `socket` as far as they are valid by themselves."""
-    values: dict[str, Any] = {key: table[key] for key in ("name", "socket") if key in table}
-    values = {key: value for key, value in values.items() if key in model.model_fields}
+    """The values of keys that have to do with other tables, as far as they are valid alone."""
+    known = {key for key in _RELATED if key in model.model_fields}
+    values = {key: table[key] for key in known if key in table}
+    needed = {key: value for key, value in _NEEDED.items() if key in model.model_fields}
     try:
-        whole = model.model_validate(
-            {"name": "x", "socket": "/x", **values}
-            if "socket" in model.model_fields
-            else {"name": "x", **values},
-            context={"base": base},
-        )
+        whole = model.model_validate(needed | values, context={"base": base})
     except ValidationError as exc:
         wrong = {error["loc"][0] for error in exc.errors(include_url=False) if error["loc"]}
         good = {key: value for key, value in values.items() if key not in wrong}

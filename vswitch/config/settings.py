@@ -6,10 +6,9 @@ control socket, so that both accept the same values and complain in the same wor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -25,11 +24,22 @@ from pydantic import (
 from vswitch.bounds import WORKERS_MAX
 from vswitch.config import checks
 from vswitch.config.checks import bad
-from vswitch.config.keys import MACS_MAX, LogLevel, PortKeys, RuntimeKeys, UplinkKeys
+from vswitch.config.keys import (
+    AGING_MAX_S,
+    FDB_SIZE_MIN,
+    MACS_MAX,
+    LinkKeys,
+    LogLevel,
+    NetworkKeys,
+    PortKeys,
+    RuntimeKeys,
+    UplinkKeys,
+)
 from vswitch.config.kind_names import GuestKind, UplinkKind
+from vswitch.config.relations import Tables, find_clashes
 
 Polling = Literal["adaptive", "busy", "sleep"]
-Table = Literal["ports", "uplinks"]
+Table = Literal["networks", "ports", "uplinks", "links"]
 """The lists of `Settings`."""
 
 
@@ -86,10 +96,12 @@ class SwitchSettings(_Model):
     mac_aging_s: int = Field(
         default=300,
         ge=0,
-        le=1_000_000,
+        le=AGING_MAX_S,
         description="seconds until a silent MAC is forgotten, 0 = never",
     )
-    fdb_size: int = Field(default=65536, ge=16, le=MACS_MAX, description="most MAC addresses kept")
+    fdb_size: int = Field(
+        default=65536, ge=FDB_SIZE_MIN, le=MACS_MAX, description="most MAC addresses kept"
+    )
     log_level: LogLevel = Field(default="info", description="least level that is logged")
 
     @field_validator("group")
@@ -136,11 +148,6 @@ class PortSettings(RuntimeKeys, PortKeys, _Model):
         return "vhost-user"
 
     @property
-    def claim(self) -> dict[str, Any]:
-        """What nobody else may have, as `find_clashes` takes it."""
-        return {"name": self.name, "socket": self.socket}
-
-    @property
     def permission_bits(self) -> int | None:
         """`permissions` as a number, e.g. 0o660; None where the umask decides."""
         return None if self.permissions is None else int(self.permissions, 8)
@@ -166,84 +173,57 @@ class UplinkSettings(RuntimeKeys, UplinkKeys, _Model):
     def kind(self) -> UplinkKind:
         return self.type
 
-    @property
-    def claim(self) -> dict[str, Any]:
-        """What nobody else may have, as `find_clashes` takes it."""
-        return {"name": self.name}
-
 
 AnySettings = PortSettings | UplinkSettings
 """What a port of the switch is told. `kind` says what makes one of it, `table` where it belongs."""
+
+
+class NetworkSettings(NetworkKeys, _Model):
+    """One `[[network]]` table: a broadcast domain, with a table of addresses of its own."""
+
+    table: ClassVar[Table] = "networks"
+
+    _name = field_validator("name")(checks.check_name)
+
+
+class LinkSettings(LinkKeys, _Model):
+    """One `[[link]]` table: what enters one end leaves the other."""
+
+    table: ClassVar[Table] = "links"
+
+    _name = field_validator("name")(_if_told(checks.check_name))
+
+    @field_validator("ports")
+    @classmethod
+    def _two_ends(cls, ports: list[str]) -> list[str]:
+        if len(ports) != 2:
+            raise bad("must be the names of its two ends")
+        for name in ports:
+            checks.check_name(name)
+        if ports[0] == ports[1]:
+            raise bad("has the same end twice")
+        return ports
+
+    @property
+    def title(self) -> str:
+        """Its name, or what it is called without."""
+        return self.name or "--".join(self.ports)
 
 
 class Settings(_Model):
     """A whole configuration: what a file says, or what runs now."""
 
     switch: SwitchSettings = SwitchSettings()
+    networks: list[NetworkSettings] = []
     ports: list[PortSettings] = []
     uplinks: list[UplinkSettings] = []
+    links: list[LinkSettings] = []
 
     @model_validator(mode="after")
-    def _unique(self) -> Self:
-        clashes = find_clashes(
-            self.switch.control, [p.claim for p in self.ports], [u.claim for u in self.uplinks]
-        )
+    def _fits_together(self) -> Self:
+        kinds = (self.ports, self.uplinks, self.networks, self.links)
+        tables = Tables(*([dict(one) for one in some] for some in kinds))
+        clashes = find_clashes(self.switch.control, self.switch.workers, tables)
         if clashes:
             raise bad("; ".join(f"{kind}[{i}].{key} {why}" for kind, i, key, why in clashes))
-        for i, port in enumerate(self.ports, 1):
-            if (reason := no_such_worker(port.worker, self.switch)) is not None:
-                raise bad(f"port[{i}].worker {reason}")
         return self
-
-
-def no_such_worker(number: int | None, switch: SwitchSettings) -> str | None:
-    """Why a port cannot have this worker; None if it can."""
-    if number is None or number < switch.workers:
-        return None
-    return f"must be below {switch.workers}, the number of workers in [switch]"
-
-
-Clash = tuple[Literal["port", "uplink"], int, str, str]
-"""Table kind, position counted from 1, key, reason."""
-
-
-def find_clashes(
-    control: Path | None, ports: list[dict[str, Any]], uplinks: list[dict[str, Any]]
-) -> list[Clash]:
-    """Names and sockets used twice, among tables whose other keys need not be valid.
-
-    Each element of `ports` and `uplinks` holds `name` and `socket` as far as they are usable
-    (missing otherwise); sockets are absolute paths.
-    """
-    clashes: list[Clash] = []
-    names: dict[str, str] = {}
-    sockets: dict[str, str] = {}
-    if control is not None:
-        sockets[_same_file_key(control)] = "switch.control"
-    for i, port in enumerate(ports, 1):
-        name, socket = port.get("name"), port.get("socket")
-        if name is not None:
-            if name in names:
-                clashes.append(("port", i, "name", f"is already the name of {names[name]}"))
-            else:
-                names[name] = f"port[{i}]"
-        if socket is not None:
-            key = _same_file_key(socket)
-            if key in sockets:
-                clashes.append(("port", i, "socket", f"is already the socket of {sockets[key]}"))
-            else:
-                sockets[key] = f'port "{name}"' if name is not None else f"port[{i}]"
-    for i, uplink in enumerate(uplinks, 1):
-        name = uplink.get("name")
-        if name is None:
-            continue
-        if name in names:
-            clashes.append(("uplink", i, "name", f"is already the name of {names[name]}"))
-        else:
-            names[name] = f"uplink[{i}]"
-    return clashes
-
-
-def _same_file_key(path: Path) -> str:
-    """Equal for two spellings of one path (`//`, `..`, links among its directories)."""
-    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118

@@ -15,7 +15,14 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import AoT
 
 from vswitch.config.read import parse
-from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.config.settings import (
+    LinkSettings,
+    NetworkSettings,
+    PortSettings,
+    Settings,
+    SwitchSettings,
+    UplinkSettings,
+)
 from vswitch.errors import ConfigError
 
 _HEADER = "Ports and uplinks of a vswitch; config/ports.toml of the source explains every key."
@@ -26,10 +33,13 @@ _NOT_RUNNING = (
     "runs with other settings",
     "runs and is not in the file",
 )
+Named = NetworkSettings | PortSettings | UplinkSettings | LinkSettings
 _ALWAYS = {
     SwitchSettings: (),
+    NetworkSettings: ("name",),
     PortSettings: ("name", "socket", "mode"),
     UplinkSettings: ("type", "name"),
+    LinkSettings: ("name", "ports"),
 }
 """Keys written even where they have their default, because a reader looks for them."""
 
@@ -71,6 +81,21 @@ def save(settings: Settings, path: Path | str, *, known: Sequence[Settings] | No
     return target
 
 
+def _kinds(settings: Settings) -> tuple[tuple[str, Sequence[Named]], ...]:
+    """The tables of which there may be several, in the order in which they are written."""
+    return (
+        ("network", settings.networks),
+        ("port", settings.ports),
+        ("uplink", settings.uplinks),
+        ("link", settings.links),
+    )
+
+
+def _key(model: Named) -> str:
+    """What tells a table from others of its kind."""
+    return model.title if isinstance(model, LinkSettings) else model.name
+
+
 def _check_known(
     there: Settings, now: Settings, known: Sequence[Settings], path: Path | str
 ) -> None:
@@ -80,10 +105,7 @@ def _check_known(
     before, words = (known[0], _EDITED) if known else (now, _NOT_RUNNING)
     differences = [
         f'{kind} "{name}" {what}'
-        for kind, in_file, of_before in (
-            ("port", there.ports, before.ports),
-            ("uplink", there.uplinks, before.uplinks),
-        )
+        for (kind, in_file), (_, of_before) in zip(_kinds(there), _kinds(before), strict=True)
         for name, what in _differences(in_file, of_before, words)
     ]
     if there.switch != before.switch:
@@ -99,17 +121,17 @@ def _check_known(
 
 
 def _differences(
-    there: Sequence[PortSettings | UplinkSettings],
-    before: Sequence[PortSettings | UplinkSettings],
+    there: Sequence[Named],
+    before: Sequence[Named],
     words: tuple[str, str, str],
 ) -> Iterator[tuple[str, str]]:
     """Names of tables that are only there, different, or only before, and the word for each."""
-    earlier = {model.name: model for model in before}
+    earlier = {_key(model): model for model in before}
     for model in there:
-        if model.name not in earlier:
-            yield model.name, words[0]
-        elif earlier.pop(model.name) != model:
-            yield model.name, words[1]
+        if _key(model) not in earlier:
+            yield _key(model), words[0]
+        elif earlier.pop(_key(model)) != model:
+            yield _key(model), words[1]
     for name in earlier:
         yield name, words[2]
 
@@ -141,7 +163,7 @@ def _fresh(settings: Settings) -> str:
     _set_keys(switch, None, settings.switch)
     if switch:
         document.add("switch", switch)
-    for key, models in (("port", settings.ports), ("uplink", settings.uplinks)):
+    for key, models in _kinds(settings):
         if models:
             document.add(key, _tables(models, {}, {}))
     return tomlkit.dumps(document)
@@ -153,10 +175,7 @@ def _update(existing: str, before: Settings, settings: Settings) -> str:
         if "switch" not in document:
             document.add("switch", tomlkit.table())
         _set_keys(document["switch"], before.switch, settings.switch)
-    for key, old, new in (
-        ("port", before.ports, settings.ports),
-        ("uplink", before.uplinks, settings.uplinks),
-    ):
+    for (key, old), (_, new) in zip(_kinds(before), _kinds(settings), strict=True):
         _update_tables(document, key, old, new)
     return tomlkit.dumps(document)
 
@@ -164,8 +183,8 @@ def _update(existing: str, before: Settings, settings: Settings) -> str:
 def _update_tables(
     document: tomlkit.TOMLDocument,
     key: str,
-    old: Sequence[PortSettings | UplinkSettings],
-    new: Sequence[PortSettings | UplinkSettings],
+    old: Sequence[Named],
+    new: Sequence[Named],
 ) -> None:
     if list(old) == list(new):
         return
@@ -177,9 +196,10 @@ def _update_tables(
         return
     held: Any = document[key]
     if isinstance(held, AoT):
-        tables = {table["name"]: table for table in held}
-        document[key] = _tables(new, tables, {model.name: model for model in old})
-    elif len(old) == 1 and [model.name for model in new] == [old[0].name]:
+        # As many as in `old`, and in its order: they were read from these.
+        tables = {_key(model): table for model, table in zip(old, held, strict=True)}
+        document[key] = _tables(new, tables, {_key(model): model for model in old})
+    elif len(old) == 1 and [_key(model) for model in new] == [_key(old[0])]:
         _set_keys(held, old[0], new[0])
     else:
         document.remove(key)
@@ -187,19 +207,19 @@ def _update_tables(
 
 
 def _tables(
-    models: Sequence[PortSettings | UplinkSettings],
+    models: Sequence[Named],
     tables: dict[str, Any],
     old: dict[str, Any],
 ) -> AoT:
     array = tomlkit.aot()
     for model in models:
-        table = tables.get(model.name)
+        table = tables.get(_key(model))
         if table is None:
             table = tomlkit.table()
             table.trivia.indent = "\n"
             _set_keys(table, None, model)
         else:
-            _set_keys(table, old[model.name], model)
+            _set_keys(table, old[_key(model)], model)
         array.append(table)
     return array
 

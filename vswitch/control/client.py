@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         EventName,
         FdbEntry,
         HelloInfo,
+        LinkInfo,
+        NetworkInfo,
         PortInfo,
         PortStats,
         Unsaved,
@@ -105,13 +107,14 @@ class Client:
         return cast("VersionInfo", self._call("version"))
 
     def settings(self) -> dict[str, Any]:
-        """The running configuration: `switch`, `ports`, `uplinks` with the keys of ports.toml."""
+        """The running configuration: the tables of ports.toml with their keys.
+
+        `switch` is one of them; `networks`, `ports`, `uplinks` and `links` are lists.
+        """
         pages = list(self._pages("settings"))
-        return {
-            "switch": pages[-1]["switch"],
-            "ports": [port for page in pages for port in page["ports"]],
-            "uplinks": [uplink for page in pages for uplink in page["uplinks"]],
-        }
+        lists = ("networks", "ports", "uplinks", "links")
+        found: dict[str, Any] = {"switch": pages[-1]["switch"]}
+        return found | {name: [each for page in pages for each in page[name]] for name in lists}
 
     def log_level(self, level: str | None = None) -> str:
         """The level of the log: debug, info, warning or error; sets it first if one is given."""
@@ -187,7 +190,7 @@ class Client:
         """Spread the queues over the workers by their load; returns how many moved."""
         return int(self._call("worker_rebalance")["moved"])
 
-    def set_port(self, name: str, **changes: int | None) -> PortInfo:
+    def set_port(self, name: str, **changes: int | str | None) -> PortInfo:
         """Change what can be changed while a port or uplink runs; None for the default.
 
         `changes`: keys of its table, those of `RuntimeKeys` in vswitch/config/keys.py.
@@ -198,29 +201,59 @@ class Client:
         """Switch a port's link on or off: while off, all frames from and to it are dropped."""
         return cast("PortInfo", self._call("set_link", name=name, up=up))
 
+    # Networks and cables.
+
+    def add_network(self, name: str, **settings: Any) -> NetworkInfo:
+        """Add a network. `settings` are keys of a `[[network]]` table (config/ports.toml)."""
+        return cast("NetworkInfo", self._call("add_network", name=name, **settings))
+
+    def del_network(self, name: str) -> None:
+        """Delete a network that no port is in."""
+        self._call("del_network", name=name)
+
+    def networks(self) -> list[NetworkInfo]:
+        """All networks."""
+        return self._all("networks")
+
+    def network(self, name: str) -> NetworkInfo:
+        """One network."""
+        return cast("NetworkInfo", self._call("network", name=name))
+
+    def add_link(self, port: str, other: str, *, name: str | None = None) -> LinkInfo:
+        """Plug a cable into two ports."""
+        return cast("LinkInfo", self._call("add_link", name=name, ports=[port, other]))
+
+    def del_link(self, name: str) -> None:
+        """Pull a cable."""
+        self._call("del_link", name=name)
+
+    def links(self) -> list[LinkInfo]:
+        """All cables."""
+        return self._all("links")
+
     # MAC addresses.
 
-    def fdb(self) -> list[FdbEntry]:
-        """All MAC addresses known, by VLAN and address.
+    def fdb(self, network: str | None = None) -> list[FdbEntry]:
+        """All MAC addresses known, of one network or all, by network, VLAN and address.
 
         They are asked for a page at a time: what is learned or forgotten meanwhile may be among
         them or not.
         """
-        entries: list[FdbEntry] = self._all("fdb")
-        entries.sort(key=itemgetter("vlan", "mac"))
+        entries: list[FdbEntry] = self._all("fdb", network=network)
+        entries.sort(key=itemgetter("network", "vlan", "mac"))
         return entries
 
     def fdb_add(self, mac: str, port: str, *, vlan: int = 0) -> None:
         """Add a static entry."""
         self._call("fdb_add", mac=mac, port=port, vlan=vlan)
 
-    def fdb_del(self, mac: str, *, vlan: int = 0) -> None:
-        """Delete an entry."""
-        self._call("fdb_del", mac=mac, vlan=vlan)
+    def fdb_del(self, mac: str, *, vlan: int = 0, network: str | None = None) -> None:
+        """Delete an entry of a network, by default of the only one that has it."""
+        self._call("fdb_del", mac=mac, vlan=vlan, network=network)
 
-    def fdb_flush(self, port: str | None = None) -> int:
-        """Delete the learned entries, of one port or all; returns how many."""
-        return int(self._call("fdb_flush", port=port)["removed"])
+    def fdb_flush(self, port: str | None = None, *, network: str | None = None) -> int:
+        """Delete the learned entries, of one port, one network or all; returns how many."""
+        return int(self._call("fdb_flush", port=port, network=network)["removed"])
 
     # Events.
 

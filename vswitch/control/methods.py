@@ -26,13 +26,21 @@ from vswitch.api import (
     TurnsInfo,
     VersionInfo,
 )
-from vswitch.config.settings import PortSettings, Settings, UplinkSettings
+from vswitch.config.settings import (
+    LinkSettings,
+    NetworkSettings,
+    PortSettings,
+    Settings,
+    Table,
+    UplinkSettings,
+)
 from vswitch.control.params import (
     FdbAddParams,
+    FdbFlushParams,
     FdbKeyParams,
+    FdbParams,
     HelloParams,
     LogLevelParams,
-    MaybePortParams,
     NameParams,
     NoParams,
     PageParams,
@@ -135,10 +143,10 @@ class Methods:
         )
 
     async def _settings(self, params: PageParams, session: Session) -> Any:
-        tables: dict[str, list[bytes]] = {"ports": [], "uplinks": []}
+        tables: dict[str, list[bytes]] = {name: [] for name in get_args(Table)}
         after: int | None = params.after
         while after is not None:
-            page = self._switch.port_settings(after, params.limit or PAGE_MAX)
+            page = self._switch.tables(after, params.limit or PAGE_MAX)
             for each in page.items:
                 tables[each.table].append(pack(each.model_dump(mode="json")))
             after = page.next
@@ -206,17 +214,38 @@ class Methods:
         changes = params.model_dump(exclude_unset=True)
         return await self._switch.set_port(changes.pop("name"), changes)
 
-    async def _fdb(self, params: PageParams, session: Session) -> Any:
-        return await _listed(self._switch.fdb, params, session)
+    async def _add_network(self, params: NetworkSettings, session: Session) -> Any:  # noqa: ARG002
+        return await self._switch.add_network(params)
+
+    async def _del_network(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
+        await self._switch.del_network(params.name)
+
+    async def _networks(self, params: PageParams, session: Session) -> Any:
+        return await _listed(self._switch.networks, params, session)
+
+    async def _network(self, params: NameParams, session: Session) -> Any:  # noqa: ARG002
+        return self._switch.network(params.name)
+
+    async def _add_link(self, params: LinkSettings, session: Session) -> Any:  # noqa: ARG002
+        return await self._switch.add_link(params)
+
+    async def _del_link(self, params: NameParams, session: Session) -> None:  # noqa: ARG002
+        await self._switch.del_link(params.name)
+
+    async def _links(self, params: PageParams, session: Session) -> Any:
+        return await _listed(self._switch.links, params, session)
+
+    async def _fdb(self, params: FdbParams, session: Session) -> Any:
+        return await _listed(partial(self._switch.fdb, params.network), params, session)
 
     async def _fdb_add(self, params: FdbAddParams, session: Session) -> None:  # noqa: ARG002
         self._switch.fdb_add(params.mac, params.port, params.vlan)
 
     async def _fdb_del(self, params: FdbKeyParams, session: Session) -> None:  # noqa: ARG002
-        self._switch.fdb_del(params.mac, params.vlan)
+        self._switch.fdb_del(params.mac, params.vlan, params.network)
 
-    async def _fdb_flush(self, params: MaybePortParams, session: Session) -> Any:  # noqa: ARG002
-        return {"removed": await self._switch.fdb_flush(params.port)}
+    async def _fdb_flush(self, params: FdbFlushParams, session: Session) -> Any:  # noqa: ARG002
+        return {"removed": await self._switch.fdb_flush(params.port, params.network)}
 
     async def _log_level(self, params: LogLevelParams, session: Session) -> Any:  # noqa: ARG002
         logger = logging.getLogger("vswitch")
@@ -310,10 +339,17 @@ METHODS: Mapping[str, tuple[type[BaseModel], _Function]] = {
     "worker_rebalance": (NoParams, Methods._worker_rebalance),
     "set_port": (SetPortParams, Methods._set_port),
     "set_link": (SetLinkParams, Methods._set_link),
-    "fdb": (PageParams, Methods._fdb),
+    "add_network": (NetworkSettings, Methods._add_network),
+    "del_network": (NameParams, Methods._del_network),
+    "networks": (PageParams, Methods._networks),
+    "network": (NameParams, Methods._network),
+    "add_link": (LinkSettings, Methods._add_link),
+    "del_link": (NameParams, Methods._del_link),
+    "links": (PageParams, Methods._links),
+    "fdb": (FdbParams, Methods._fdb),
     "fdb_add": (FdbAddParams, Methods._fdb_add),
     "fdb_del": (FdbKeyParams, Methods._fdb_del),
-    "fdb_flush": (MaybePortParams, Methods._fdb_flush),
+    "fdb_flush": (FdbFlushParams, Methods._fdb_flush),
     "subscribe": (SubscribeParams, Methods._subscribe),
     "unsubscribe": (NoParams, Methods._unsubscribe),
     "log_level": (LogLevelParams, Methods._log_level),
@@ -332,6 +368,9 @@ READ_ONLY = frozenset(
         "stats",
         "event_loop",
         "workers",
+        "networks",
+        "network",
+        "links",
         "fdb",
         "subscribe",
         "unsubscribe",

@@ -102,7 +102,7 @@ class SetLinkParams(_Params):
 
 
 class SetPortParams(RuntimeKeys, _Params):
-    """A port's or uplink's name and its new limits; nil for the default, those not named stay."""
+    """A port's or uplink's name and what changes; nil for the default, keys not named stay."""
 
     name: str
 
@@ -114,16 +114,31 @@ class WorkerPinParams(_Params):
     worker: int | None = None
 
 
+class FdbParams(PageParams):
+    """A network's name; all of them without."""
+
+    network: str | None = None
+
+
+class FdbFlushParams(MaybePortParams):
+    """A port's or uplink's name, or a network's; all of them without."""
+
+    network: str | None = None
+
+
 class FdbKeyParams(_Params):
-    """An address in a VLAN."""
+    """An address in a VLAN, and its network; without, the only one that has it."""
 
     mac: Mac
     vlan: Vlan = 0
+    network: str | None = None
 
 
-class FdbAddParams(FdbKeyParams):
+class FdbAddParams(_Params):
     """An address in a VLAN and the port it is behind."""
 
+    mac: Mac
+    vlan: Vlan = 0
     port: str
 
 

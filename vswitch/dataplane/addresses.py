@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 
 from vswitch.fastpath.main.fdb import Fdb
+from vswitch.fastpath.main.port import Port
 
 
 async def flush(fdb: Fdb, port: int | None, statics: bool = False) -> int:
@@ -23,31 +23,20 @@ async def flush(fdb: Fdb, port: int | None, statics: bool = False) -> int:
     return removed + some
 
 
-class Aging:
-    """The FDB's clock, and addresses that have been silent for longer than `after_s`; 0: none.
+async def flush_port(port: Port, statics: bool = False) -> int:
+    """The same for a port in the network that it is in; none at the end of a cable."""
+    return 0 if port.network is None else await flush(port.network.fdb, port.id, statics)
 
-    `gone` gets the key of each that is forgotten, and the number of the port that it was behind.
+
+def age(fdb: Fdb, after_s: int, gone: Callable[[int, int], None]) -> Iterator[None]:
+    """Forget addresses that have been silent for so long: a round, with others' turns in it.
+
+    `gone` gets the key of each, and the number of the port that it was behind.
     """
-
-    def __init__(self, fdb: Fdb, after_s: int, gone: Callable[[int, int], None]) -> None:
-        self._fdb = fdb
-        self._after_s = after_s
-        self._gone = gone
-        self._started = time.monotonic()
-
-    def clock(self) -> None:
-        """Once a second."""
-        # From 1: 0 in an entry's stamp would look like one that was never set.
-        self._fdb.tick = 1 + int(time.monotonic() - self._started)
-
-    def round(self) -> Iterator[None]:
-        """Once a second: a round through the table."""
-        if not self._after_s or not len(self._fdb):
-            return
-        start: int | None = 0
-        while start is not None:
-            gone, start = self._fdb.age_on(start, self._after_s)
-            for key, port in gone:
-                self._gone(key, port)
-            if start is not None:
-                yield
+    start: int | None = 0 if len(fdb) else None
+    while start is not None:
+        some, start = fdb.age_on(start, after_s)
+        for key, port in some:
+            gone(key, port)
+        if start is not None:
+            yield

@@ -58,7 +58,7 @@ class Events:
         if port is None:
             return
         if event.kind == "mac-limit":
-            most = limits.max_macs(port.settings, self._engine.fdb)
+            _, most = limits.macs(port.settings, port.fast)
             reason = f"{most} MAC addresses were learned, the most it may have (max_macs)"
             log.warning("port %s: %s; further ones are not", port.name, reason)
             self.emit(port.name, "mac-limit", reason)

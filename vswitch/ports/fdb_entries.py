@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vswitch.api import FdbEntry, Page
 from vswitch.dataplane import addresses
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.main.fdb import Fdb, key_mac, mac_key
+from vswitch.ports.networks import Networks
 from vswitch.ports.table import PortTable
+
+_PLACE_BITS = 26
+"""Of a place in an FDB, as Fdb.page has it."""
 
 
 class FdbEntries:
     """What clients ask of the FDB, as `vswitch.api.SwitchApi` has it."""
 
-    def __init__(self, fdb: Fdb, ports: PortTable) -> None:
-        self._fdb = fdb
+    def __init__(self, networks: Networks, ports: PortTable, grow: Callable[[Fdb], None]) -> None:
+        self._networks = networks
+        self._grow = grow
         self._ports = ports
 
-    def page(self, after: int, most: int) -> Page[FdbEntry]:
-        entries, following = self._fdb.page(after, most)
+    def page(self, network: str | None, after: int, most: int) -> Page[FdbEntry]:
+        """A page begins within one network, and ends there."""
+        serial, start = after >> _PLACE_BITS, after & (1 << _PLACE_BITS) - 1
+        some = self._networks if network is None else [self._networks.find(network)]
+        left = [one for one in some if one.serial >= serial]
+        if not left:
+            return Page([], None)
+        here = left[0]
+        entries, following = here.fdb.page(start if here.serial == serial else 0, most)
         found = []
         for key, number, static, age in entries:
             port = self._ports.by_id(number)
             if port is None:
                 continue  # it is just being removed
             mac, vlan = key_mac(key)
-            found.append(FdbEntry(mac=mac, vlan=vlan, port=port.name, static=static, age_s=age))
-        return Page(found, following)
+            found.append(
+                FdbEntry(
+                    mac=mac, vlan=vlan, network=here.name, port=port.name, static=static, age_s=age
+                )
+            )
+        if following is not None:
+            return Page(found, here.serial << _PLACE_BITS | following)
+        return Page(found, left[1].serial << _PLACE_BITS if len(left) > 1 else None)
 
     def add(self, mac: str, port: str, vlan: int) -> None:
         key = _key(mac, vlan)
         target = self._ports.find(port)
-        number, static = self._fdb.find(key) or (-1, False)
+        network = self._networks.of(target.fast)
+        if network is None:
+            raise ExistsError(
+                f'"{port}" is the end of a cable, which has no addresses',
+                hint="vswitchctl link list has its other end",
+            )
+        fdb = network.fdb
+        number, static = fdb.find(key) or (-1, False)
         owner = self._ports.by_id(number) if static else None
         if owner is not None and owner is not target:
             raise ExistsError(
@@ -38,21 +65,42 @@ class FdbEntries:
                 hint="delete it first: vswitchctl fdb del "
                 + (mac if not vlan else f"{mac} --vlan {vlan}"),
             )
-        if not self._fdb.add_static(key, target.fast.id):
+        added = fdb.add_static(key, target.fast.id)
+        if fdb.must_grow:
+            self._grow(fdb)
+            added = added or fdb.add_static(key, target.fast.id)
+        if not added:
             raise VswitchError(
-                f"no room for {mac} in the FDB ({self._fdb.size} addresses)",
-                hint="flush it, or set a greater fdb_size in [switch]",
+                f"no room for {mac} in the FDB of network {network.name} ({fdb.size} addresses)",
+                hint="flush it, or set a greater fdb_size for the network",
             )
 
-    def delete(self, mac: str, vlan: int) -> None:
-        if not self._fdb.delete(_key(mac, vlan)):
+    def delete(self, mac: str, vlan: int, network: str | None) -> None:
+        key = _key(mac, vlan)
+        some = self._networks if network is None else [self._networks.find(network)]
+        having = [one for one in some if one.fdb.find(key) is not None]
+        if not having:
             raise NotFoundError(
-                f"{mac} (VLAN {vlan}) is not in the FDB", hint="vswitchctl fdb show lists it"
+                f"{mac} (VLAN {vlan}) is not in the FDB"
+                + ("" if network is None else f" of network {network}"),
+                hint="vswitchctl fdb show lists it",
             )
+        if len(having) > 1:
+            names = ", ".join(one.name for one in having)
+            raise ExistsError(
+                f"{mac} (VLAN {vlan}) is in several networks: {names}", hint="name one: --network"
+            )
+        having[0].fdb.delete(key)
 
-    async def flush(self, port: str | None) -> int:
-        number = None if port is None else self._ports.find(port).fast.id
-        return await addresses.flush(self._fdb, number)
+    async def flush(self, port: str | None, network: str | None) -> int:
+        """Of a port, of a network, or all; of a port in another network there is nothing."""
+        some = [self._networks.find(network)] if network is not None else list(self._networks)
+        if port is None:
+            return sum([await addresses.flush(one.fdb, None) for one in some])
+        fast = self._ports.find(port).fast
+        if fast.network not in [one.fast for one in some]:
+            return 0
+        return await addresses.flush_port(fast)
 
 
 def _key(mac: str, vlan: int) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, cast
 
-from vswitch.api import EventName, MemoryRegion, PortInfo, PortState, RingInfo
+from vswitch.api import Changes, EventName, MemoryRegion, PortInfo, PortState, RingInfo
 from vswitch.config.keys import RUNTIME_KEYS
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane import addresses
@@ -80,7 +80,7 @@ class VhostPort:
         self._connected_at: float | None = None
         self._was_ready = False
         self._problem_logged: str | None = None
-        limits.apply(settings, port, engine.fdb)
+        limits.apply(settings, port)
 
     @property
     def settings(self) -> PortSettings:
@@ -200,7 +200,7 @@ class VhostPort:
             self._was_ready = False
             self._health.disconnected()
             self.datapath.disconnected()
-            await addresses.flush(self._engine.fdb, self.fast.id)
+            await addresses.flush_port(self.fast)
             self._diagnosis.disconnected(self._health.last_error)
             log.log(self._diagnosis.level, "port %s: disconnected: %s", self.name, reason)
             self._notify("port-disconnected", reason)
@@ -212,11 +212,11 @@ class VhostPort:
             self.name, pid or "unknown",
         )  # fmt: skip
 
-    def change(self, changes: dict[str, int | None]) -> None:
+    def change(self, changes: Changes) -> None:
         """Go on with other limits, or with another worker, which is the placement's to obey."""
         self.settings = self.settings.model_copy(update=changes)
         if not changes.keys().isdisjoint(RUNTIME_KEYS):
-            limits.apply(self.settings, self.fast, self._engine.fdb)
+            limits.apply(self.settings, self.fast)
 
     @property
     def link(self) -> Literal["up", "down"]:
@@ -236,7 +236,7 @@ class VhostPort:
         await self._rings.set_link(up)
         if not up:
             # Its addresses are nobody's now: what is for them is flooded to the others.
-            await addresses.flush(self._engine.fdb, self.fast.id)
+            await addresses.flush_port(self.fast)
         self._rings_changed()
         return True
 
@@ -266,12 +266,15 @@ class VhostPort:
         backend = self._backend
         negotiated = backend.features if backend else Feature(0)
         protocol_features = backend.protocol_features if backend else ProtocolFeature(0)
+        macs, max_macs = limits.macs(self.settings, self.fast)
         return PortInfo(
             name=self.name,
             id=self.fast.id,
             kind=self.settings.kind,
             state=self.state,
             link=self.link,
+            network=None if self.fast.network is None else self.fast.network.name,
+            peer=None if self.fast.peer is None else self.fast.peer.name,
             socket=str(self.settings.socket),
             mode=self.settings.mode,
             queues=self.settings.queues,
@@ -287,8 +290,8 @@ class VhostPort:
             connected_since=self._connected_at,
             error=self._error(),
             warning=self._health.warning or self._postcopy_note() or self._note(),
-            macs=self._engine.fdb.learned(self.fast.id),
-            max_macs=limits.max_macs(self.settings, self._engine.fdb),
+            macs=macs,
+            max_macs=max_macs,
             storm=limits.storm_info(self.settings),
             limits=limits.told(self.settings),
             memory=self._memory_info(),
@@ -364,7 +367,7 @@ def make(settings: PortSettings, parts: Parts) -> VhostPort:
     port = VhostPort(
         settings,
         parts.engine,
-        parts.join(settings.name),
+        parts.join(settings),
         parts.relay,
         parts.handover,
         parts.placement.choose,

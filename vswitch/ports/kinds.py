@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vswitch.api import EventName, PortInfo
+from vswitch.api import Changes, EventName, PortInfo
 from vswitch.config.settings import AnySettings
 from vswitch.dataplane import addresses
 from vswitch.dataplane.handover import HandOver
@@ -19,7 +19,9 @@ from vswitch.dataplane.placement import Placement
 from vswitch.errors import VswitchError
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.port import Port
+from vswitch.ports.cables import Cables
 from vswitch.ports.journals import Journals
+from vswitch.ports.networks import Networks
 from vswitch.relay.process import Relay
 
 
@@ -77,8 +79,11 @@ class SwitchPort(Protocol):
         """
         ...
 
-    def change(self, changes: dict[str, int | None]) -> None:
-        """Go on with other values of these settings: limits, and the worker where there is one."""
+    def change(self, changes: Changes) -> None:
+        """Go on with other values of these settings: limits, and the worker where there is one.
+
+        And the network, which it is in already.
+        """
         ...
 
     async def set_link(self, up: bool) -> bool:
@@ -102,28 +107,39 @@ class Parts:
 
     engine: Engine
     handover: HandOver
+    networks: Networks
+    cables: Cables
     placement: Placement
     relay: Relay
     journals: Journals | None
     notify: Notify
 
-    def join(self, name: str, tap_fd: int = -1) -> Port:
+    def join(self, settings: AnySettings, tap_fd: int = -1) -> Port:
         """A port of the engine, `tap_fd` of which frames are read from, if it has one.
 
-        Workers see it after the next publish. Raises VswitchError when there are too many.
+        It is in its network, or at the end of its cable. Workers see it after the next publish.
+        Raises NotFoundError for an unknown network, ExistsError for a network at the end of a
+        cable, and VswitchError when there are too many ports.
         """
+        network = self.networks.find(settings.network)
+        if settings.network is not None:
+            self.cables.check_free(settings.name, "it can be in no network")
         try:
-            return self.engine.add_port(name, tap_fd)
+            port = self.engine.add_port(settings.name, tap_fd)
         except OSError as exc:
-            raise VswitchError(f'port "{name}": {exc}') from exc
+            raise VswitchError(f'port "{settings.name}": {exc}') from exc
+        if not self.cables.plug(port):
+            port.join(network.fast)
+        return port
 
     async def leave(self, port: Port) -> None:
         """Take a port out of the engine and wait until no worker knows it."""
         # Both flush the FDB, which has little of the port any more: that takes turns.
-        await addresses.flush(self.engine.fdb, port.id, statics=True)
+        await addresses.flush_port(port, statics=True)
         self.engine.remove_port(port)
+        self.cables.unplug(port)
         await self.handover.settle()
-        await addresses.flush(self.engine.fdb, port.id, statics=True)
+        await addresses.flush_port(port, statics=True)
         self.engine.forget(port)
         self.placement.forget(port)
 

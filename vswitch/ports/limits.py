@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vswitch.config.keys import RUNTIME_KEYS
+from vswitch.config.keys import LIMIT_KEYS
 from vswitch.config.settings import AnySettings
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port
@@ -19,9 +19,18 @@ def max_macs(settings: AnySettings, fdb: Fdb) -> int:
     return min(wanted, fdb.size)
 
 
-def apply(settings: AnySettings, port: Port, fdb: Fdb) -> None:
-    """Have workers keep to the limits of a port from now on."""
-    fdb.limit(port.id, max_macs(settings, fdb))
+def macs(settings: AnySettings, port: Port) -> tuple[int, int]:
+    """How many addresses were learned from a port, and the most: none at the end of a cable."""
+    if port.network is None:
+        return 0, 0
+    fdb = port.network.fdb
+    return fdb.learned(port.id), max_macs(settings, fdb)
+
+
+def apply(settings: AnySettings, port: Port) -> None:
+    """Have workers keep to the limits of a port, in the network that it is in, from now on."""
+    if port.network is not None:
+        port.network.fdb.limit(port.id, max_macs(settings, port.network.fdb))
     port.mac_limit_told = False
     rates = [getattr(settings, f"storm_{kind}") for kind in STORM_KINDS]
     port.set_storm(rates, settings.storm_burst)
@@ -33,5 +42,5 @@ def storm_info(settings: AnySettings) -> dict[str, int | None]:
 
 
 def told(settings: AnySettings) -> dict[str, int | None]:
-    """What `set_port` changes, as it is at present."""
-    return {name: getattr(settings, name) for name in RUNTIME_KEYS}
+    """The limits that `set_port` changes, as they are at present."""
+    return {name: getattr(settings, name) for name in LIMIT_KEYS}

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from itertools import islice
 
 from vswitch.dataplane.placement import Placement
-from vswitch.fastpath.main.fdb import Fdb
 from vswitch.ports import limits
 from vswitch.ports.table import PortTable
 
 _PORTS_A_TURN = 16
 
 
-def look(ports: PortTable, placement: Placement, fdb: Fdb) -> Iterator[None]:
+def look(ports: PortTable, placement: Placement) -> Iterator[None]:
     """What nobody tells of ports, and what came through their rings; others' turn at each yield."""
     there = iter(ports)
     while some := list(islice(there, _PORTS_A_TURN)):
@@ -22,6 +21,7 @@ def look(ports: PortTable, placement: Placement, fdb: Fdb) -> Iterator[None]:
                 continue  # removed meanwhile
             placement.count(port.fast)
             port.check()
-            if 2 * fdb.learned(port.fast.id) < limits.max_macs(port.settings, fdb):
+            learned, most = limits.macs(port.settings, port.fast)
+            if 2 * learned < most:
                 port.fast.mac_limit_told = False  # to be told again, should it come to that again
         yield

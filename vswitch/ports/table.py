@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from vswitch.api import PAGE_MAX, Page
-from vswitch.config.settings import AnySettings, find_clashes
+from vswitch.config.relations import Tables, find_clashes
+from vswitch.config.settings import AnySettings
 from vswitch.errors import ExistsError, NotFoundError
+from vswitch.fastpath.main.port import Port
 from vswitch.ports.kinds import SwitchPort
 
 T = TypeVar("T")
@@ -52,6 +54,11 @@ class PortTable:
         """The port with a number of the engine's; None for one that is just being removed."""
         return self._by_id.get(number)
 
+    def fast(self, name: str) -> Port | None:
+        """The fast path's port of this name, None if there is none."""
+        port = self._ports.get(name)
+        return None if port is None else port.fast
+
     def find(self, name: str) -> SwitchPort:
         """Raises NotFoundError."""
         try:
@@ -83,10 +90,14 @@ class PortTable:
             raise ExistsError(
                 f'there is a port or uplink "{new.name}" already', hint="choose another name"
             )
-        claims = [port.settings.claim for port in self._ports.values()]
-        for _, _, key, reason in find_clashes(self._control, [*claims, new.claim], []):
+        there = Tables(*(
+            [dict(one) for one in (*(port.settings for port in self), new) if one.table == table]
+            for table in ("ports", "uplinks")
+        ))  # fmt: skip
+        for kind, _, key, reason in find_clashes(self._control, None, there, complete=False):
             raise ExistsError(
-                f'port "{new.name}": {key} {new.claim[key]} {reason}', hint="choose another path"
+                f'{kind} "{new.name}": {key} {getattr(new, key)} {reason}',
+                hint="choose another path",
             )
 
     def page(self, after: int, most: int, one: Callable[[SwitchPort], tuple[T, int]]) -> Page[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from vswitch.api import PortInfo, PortState
+from vswitch.api import Changes, PortInfo, PortState
 from vswitch.config.settings import UplinkSettings
 from vswitch.fastpath.main.port import Port
 from vswitch.host.tap import Tap, link_state, open_tap
@@ -24,8 +24,7 @@ class TapPort:
         self.settings = settings
         self.fast = port
         self._parts = parts
-        self._fdb = parts.engine.fdb
-        limits.apply(settings, port, self._fdb)
+        limits.apply(settings, port)
         self._tap = tap
         port.offloads = tap.offloads
         self._lost = False
@@ -65,10 +64,10 @@ class TapPort:
             self._mtu = state[1]
         self.fast.max_len = self._mtu + ETH_OVERHEAD
 
-    def change(self, changes: dict[str, int | None]) -> None:
+    def change(self, changes: Changes) -> None:
         """Go on with other limits."""
         self.settings = self.settings.model_copy(update=changes)
-        limits.apply(self.settings, self.fast, self._fdb)
+        limits.apply(self.settings, self.fast)
 
     def check_memory(self) -> None:
         """Nobody shares memory with it."""
@@ -98,6 +97,7 @@ class TapPort:
 
     def info(self) -> PortInfo:
         state = self.state
+        macs, max_macs = limits.macs(self.settings, self.fast)
         warning = self._tap.warning
         if state == "down":
             warning = f"the interface is down; bring it up: ip link set {self._tap.name} up"
@@ -107,6 +107,8 @@ class TapPort:
             kind=self.settings.kind,
             state=state,
             link="up",
+            network=None if self.fast.network is None else self.fast.network.name,
+            peer=None if self.fast.peer is None else self.fast.peer.name,
             socket=None,
             mode=None,
             queues=1,
@@ -120,8 +122,8 @@ class TapPort:
             connected_since=None,
             error=self._lost_text if self._lost else None,
             warning=warning if state != "fault" else None,
-            macs=self._fdb.learned(self.fast.id),
-            max_macs=limits.max_macs(self.settings, self._fdb),
+            macs=macs,
+            max_macs=max_macs,
             storm=limits.storm_info(self.settings),
             limits=limits.told(self.settings),
             memory=[],
@@ -139,7 +141,7 @@ def make(settings: UplinkSettings, parts: Parts) -> TapPort:
         offloads=offloads.mask(settings.offloads),
     )
     try:
-        return TapPort(settings, tap, parts.join(settings.name, tap.fd), parts)
+        return TapPort(settings, tap, parts.join(settings, tap.fd), parts)
     except BaseException:
         tap.close()
         raise

@@ -83,8 +83,12 @@ def test_ports(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     assert run("del-port", "vm3", "vm4", "vm5").code == 0
 
     table = run("list-ports").out.splitlines()
-    assert table[0].split() == ["NAME", "ID", "KIND", "STATE", "LINK", "MODE", "SOCKET"]
-    assert table[1].split() == ["vm1", "0", "vhost-user", "ready", "up", "server", str(socket)]
+    assert table[0].split() == [
+        "NAME", "ID", "KIND", "STATE", "LINK", "NETWORK", "PEER", "MODE", "SOCKET",
+    ]  # fmt: skip
+    assert table[1].split() == [
+        "vm1", "0", "vhost-user", "ready", "up", "default", "-", "server", str(socket),
+    ]  # fmt: skip
     assert [port["name"] for port in run("list-ports", "--json").json] == ["vm1", "vm2"]
 
     shown = run("show", "vm1").out
@@ -151,6 +155,8 @@ def test_the_link_of_a_port_is_seen(run: Run, tmp_path: Path) -> None:
         "1",
         "tap",
         "up",
+        "-",
+        "default",
         "-",
         "-",
         "-",
@@ -241,15 +247,52 @@ def test_mac_addresses(run: Run, controlled: Controlled, tmp_path: Path) -> None
     controlled.do(controlled.switch.learn, "52:54:00:00:00:02", "vm1")
     rows = [line.split() for line in run("fdb", "show").out.splitlines()]
     assert rows == [
-        ["MAC", "VLAN", "PORT", "TYPE", "AGE"],
-        ["52:54:00:00:00:02", "0", "vm1", "learned", "9", "s"],
-        ["52:54:00:00:00:01", "7", "vm1", "static", "-"],
+        ["MAC", "VLAN", "NETWORK", "PORT", "TYPE", "AGE"],
+        ["52:54:00:00:00:02", "0", "default", "vm1", "learned", "9", "s"],
+        ["52:54:00:00:00:01", "7", "default", "vm1", "static", "-"],
     ]
     assert len(run("--json", "fdb", "show").json) == 2
     assert run("fdb", "flush", "vm1").out == "deleted 1 learned addresses\n"
     assert run("fdb", "flush", "--json").json == {"removed": 0}
     assert run("fdb", "del", "52:54:00:00:00:01", "--vlan", "7").code == 0
     assert run("fdb", "show", "--json").json == []
+
+
+def test_networks(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+    added = run("network", "add", "core", "--learning", "off", "--fdb-size", "64")
+    assert (added.code, added.out) == (0, "added network core\n")
+    settings = controlled.do(lambda: controlled.switch.tables().items)
+    assert [(each.name, each.learning, each.fdb_size) for each in settings] == [("core", False, 64)]
+    run("add-port", "vm1", str(tmp_path / "vm1"), "--network", "core")
+    assert controlled.do(lambda: controlled.switch.settings.ports[0].network) == "core"
+    assert run("set-port", "vm1", "--network", "").out == "port vm1: network default\n"
+    assert controlled.do(lambda: controlled.switch.settings.ports[0].network) is None
+    rows = [re.split("  +", line) for line in run("network", "list").out.splitlines()]
+    assert rows[0] == ["NAME", "PORTS", "ADDRESSES", "AT MOST", "AGING", "LEARNING"]
+    assert rows[2] == ["core", "0", "2", "64", "never", "hub"]
+    shown = run("network", "show", "default").out
+    assert "2 known, 65536 at most" in shown
+    assert "ports      vm1" in shown
+    assert run("network", "show", "core", "--json").json["ports"] == []
+    assert run("network", "add", "core").code == 5
+    assert run("network", "del", "core", "--json").json == {"removed": ["core"]}
+    assert run("network", "del", "core").code == 4
+    assert run("fdb", "show", "--network", "core").code == 4
+
+
+def test_cables(run: Run, tmp_path: Path) -> None:
+    for name in ("r1", "r2"):
+        run("add-port", name, str(tmp_path / name))
+    assert run("link", "add", "r1", "r2").out == "added link r1--r2\n"
+    assert run("link", "add", "r1", "r2", "--name", "c", "--json").json == {
+        "name": "c", "ports": ["r1", "r2"],
+    }  # fmt: skip
+    assert [line.split() for line in run("link", "list").out.splitlines()] == [
+        ["NAME", "PORT", "OTHER"], ["r1--r2", "r1", "r2"], ["c", "r1", "r2"],
+    ]  # fmt: skip
+    assert run("link", "del", "c").out == "deleted link c\n"
+    assert run("link", "del", "c").code == 4
+    assert run("link", "add", "r1", "nobody").code == 4
 
 
 def test_counters(run: Run, tmp_path: Path) -> None:

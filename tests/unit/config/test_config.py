@@ -11,7 +11,14 @@ import pytest
 
 from vswitch.config.keys import RUNTIME_KEYS, PortKeys, Row, RuntimeKeys, UplinkKeys, rows
 from vswitch.config.read import ConfigFileError, load, parse, port_settings, uplink_settings
-from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.config.settings import (
+    LinkSettings,
+    NetworkSettings,
+    PortSettings,
+    Settings,
+    SwitchSettings,
+    UplinkSettings,
+)
 from vswitch.errors import ConfigError
 from vswitch.ports.features import offered, withheld
 from vswitch.vhost_user.protocol import Feature
@@ -62,6 +69,30 @@ def lines(text: str, file: Path | str = "p.toml") -> list[str]:
 def port(**values: object) -> str:
     keys = {"name": '"vm1"', "socket": '"/run/vm1"', **values}
     return "[[port]]\n" + "".join(f"{k} = {v}\n" for k, v in keys.items() if v is not None)
+
+
+def link(*ends: str) -> str:
+    return f"[[link]]\nports = {json.dumps(ends)}\n"
+
+
+def test_networks_and_links() -> None:
+    settings = parse(
+        port(network='"core"') + '[[network]]\nname = "core"\nlearning = false\n'
+        '[[uplink]]\nname = "a"\n[[uplink]]\nname = "b"\nnetwork = "default"\n'
+        '[[uplink]]\nname = "c"\n' + link("a", "c")
+    )  # fmt: skip
+    assert settings.ports[0].network == "core"
+    assert settings.networks == [NetworkSettings(name="core", learning=False)]
+    assert [each.network for each in settings.uplinks] == [None, "default", None]
+    assert settings.links == [LinkSettings(ports=["a", "c"])]
+    assert settings.links[0].title == "a--c"
+
+
+def test_a_table_that_cannot_be_read_is_not_missed_as_well() -> None:
+    """A network whose name is wrong is one mistake, not another for each port in it."""
+    text = port(network='"core"') + '[[network]]\nname = "co re"\n' + link("vm8", "vm9")
+    (line,) = lines(text)
+    assert line.startswith('network "co re".name: may contain only')
 
 
 def test_everything_that_can_be_set_is_read(tmp_path: Path) -> None:
@@ -161,7 +192,10 @@ def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
         ("port = [1]", "port: must be tables, [[port]] (got [1])"),
         ("uplink = 'tap'", 'uplink: must be tables, [[uplink]] (got "tap")'),
         ("[uplnik]\nname='a'", 'uplnik: unknown key (did you mean "uplink"?)'),
-        ("frobnicate = 1", "frobnicate: unknown key (known are switch, port, uplink)"),
+        (
+            "frobnicate = 1",
+            "frobnicate: unknown key (known are switch, network, port, uplink, link)",
+        ),
         (port(queues=129), 'port "vm1".queues: must be at most 128 (got 129)'),
         (port(mtu=67), 'port "vm1".mtu: must be at least 68 (got 67)'),
         (port(mtu=65536), 'port "vm1".mtu: must be at most 65535 (got 65536)'),
@@ -215,6 +249,29 @@ def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
         (
             '[uplink]\nname = "a"\nbridge = "a"',
             'uplink "a".bridge: must be another interface than the uplink itself (got "a")',
+        ),
+        (port(network='"core"'), 'port "vm1".network: there is no such [[network]] (there are def'),
+        (
+            '[[network]]\nname = "a"\n[[network]]\nname = "a"',
+            "network[2].name: is already the name of network[1] (got",
+        ),
+        ('[[network]]\nname = "a"\nfdb_size = 15', 'network "a".fdb_size: must be at least 16'),
+        (
+            port() + link("vm1", "vm2"),
+            "link[1].ports: there is no port or uplink \"vm2\" (got ['vm1'",
+        ),
+        (port() + link("vm1", "vm1"), "link[1].ports: has the same end twice (got"),
+        (port() + link("vm1"), "link[1].ports: must be the names of its two ends (got"),
+        (
+            port() + '[uplink]\nname = "up"\nnetwork = "default"\n' + link("vm1", "up"),
+            'link[1].ports: "up" is in network "default": a cable is in none (got',
+        ),
+        (
+            port()
+            + '[[uplink]]\nname="b"\n[[uplink]]\nname="c"\n'
+            + link("vm1", "b")
+            + link("vm1", "c"),
+            'link[2].ports: "vm1" is an end of link[1] already (got',
         ),
         ("[switch\nname = 1", "line 1, column 8: Expected ']' at the end of a table declaration"),
         ("x = ", "line 1: Invalid value at the end of the file"),
@@ -303,7 +360,7 @@ def test_the_examples_are_valid(file: Path) -> None:
 
 def test_the_commented_example_names_every_key() -> None:
     text = (CONFIG / "ports.toml").read_text()
-    models = (SwitchSettings, PortSettings, UplinkSettings)
+    models = (SwitchSettings, NetworkSettings, PortSettings, UplinkSettings, LinkSettings)
     for key in {key for model in models for key in model.model_fields}:
         assert f"\n{key} = " in text or f"\n# {key} = " in text, key
     assert load(CONFIG / "ports.toml").switch == SwitchSettings()

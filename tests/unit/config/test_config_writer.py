@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vswitch.config.read import load, parse
-from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
+from vswitch.config.settings import (
+    LinkSettings,
+    NetworkSettings,
+    PortSettings,
+    Settings,
+    SwitchSettings,
+    UplinkSettings,
+)
 from vswitch.config.write import render, save
 from vswitch.errors import ConfigError
 
@@ -45,9 +52,12 @@ def switches(draw: st.DrawFn) -> SwitchSettings:
 
 @st.composite
 def configurations(draw: st.DrawFn) -> Settings:
+    networks = draw(st.lists(NAME, unique=True, max_size=3))
     names = draw(st.lists(NAME, unique=True, max_size=5))
+    # The first two ends of each cable are in no network.
+    cables = draw(st.integers(0, len(names) // 2))
     sockets = draw(st.lists(SOCKET, unique=True, min_size=len(names), max_size=len(names)))
-    ports = []
+    ports: list[PortSettings] = []
     for name, socket in zip(names, sockets, strict=True):
         server = draw(st.booleans())
         ports.append(
@@ -62,11 +72,29 @@ def configurations(draw: st.DrawFn) -> Settings:
                 features=draw(st.sampled_from([[], ["-CSUM"], ["-IN_ORDER", "VERSION_1"]])),
                 queues=draw(st.integers(1, 128)),
                 mtu=draw(MTU),
+                network=draw(st.sampled_from([None, "default", *networks]))
+                if len(ports) >= 2 * cables
+                else None,
             )
         )
     uplinks = draw(st.lists(INTERFACE, unique=True, max_size=3))
     return Settings(
         switch=draw(switches()),
+        networks=[
+            NetworkSettings(
+                name=name,
+                learning=draw(st.booleans()),
+                mac_aging_s=draw(st.sampled_from([None, 0, 300])),
+                fdb_size=draw(st.none() | st.integers(16, 1_048_576)),
+            )
+            for name in networks
+        ],
+        links=[
+            LinkSettings(
+                name=draw(st.sampled_from([None, f"link{i}"])), ports=names[2 * i : 2 * i + 2]
+            )
+            for i in range(cables)
+        ],
         ports=ports,
         uplinks=[
             UplinkSettings(name=name, mtu=draw(MTU), bridge=draw(st.sampled_from([None, "br.0"])))

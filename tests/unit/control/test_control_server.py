@@ -521,6 +521,7 @@ def test_everything_that_changes_something_is_refused_to_those_who_may_look(
         assert denied == set(METHODS) - READ_ONLY
         assert denied == {
             "add_port", "del_port", "add_uplink", "del_uplink", "worker_pin", "worker_rebalance",
+            "add_network", "del_network", "add_link", "del_link",
             "set_port", "set_link", "fdb_add", "fdb_del", "fdb_flush", "log_level", "save", "stop",
         }  # fmt: skip
         assert client.call("ping") == "pong", "the connection goes on"

@@ -144,7 +144,7 @@ def test_a_client_that_knows_no_pages_gets_all_of_it(many: Controlled, method: s
     some = pages(raw, method)
     assert len(some) > 5
     if method == "settings":
-        assert set(whole) == {"switch", "ports", "uplinks"}
+        assert set(whole) == {"switch", "networks", "ports", "uplinks", "links"}
         for kind, number in (("ports", N_PORTS), ("uplinks", 1)):
             assert whole[kind] == [each for page in some for each in page[kind]]
             assert len(whole[kind]) == number

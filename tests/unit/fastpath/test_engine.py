@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vswitch.fastpath.main.engine import Engine
+from vswitch.fastpath.main.fdb import GROWS_MAX
 from vswitch.fastpath.main.mapping import Memory
 from vswitch.fastpath.main.parts import RingError
 from vswitch.fastpath.main.port import Port
@@ -299,13 +300,13 @@ def test_idle_workers_sleep_and_busy_polling_does_not() -> None:
 
 def test_port_numbers_come_back_and_end() -> None:
     engine = Engine()
-    ports = [engine.add_port(f"p{n}") for n in range(1024)]
-    assert [port.id for port in ports] == list(range(1024))
-    with pytest.raises(OSError, match="all 1024 ports are in use"):
+    ports = [engine.add_port(f"p{n}") for n in range(4096)]
+    assert [port.id for port in ports] == list(range(4096))
+    with pytest.raises(OSError, match="all 4096 ports are in use"):
         engine.add_port("one more")
     engine.remove_port(ports[7])
     settle(engine)
-    with pytest.raises(OSError, match="all 1024"):
+    with pytest.raises(OSError, match="all 4096"):
         engine.add_port("too early")
     engine.forget(ports[7])
     assert engine.add_port("again").id == 7
@@ -371,7 +372,7 @@ def test_events_of_learning_arrive_when_asked_for() -> None:
 
 
 def test_an_event_flood_is_bounded_and_counted() -> None:
-    engine = Engine(fdb_size=4096)
+    engine = Engine(fdb_size=2 * GROWS_MAX)  # a table that has room from the start
     engine.report_macs = True
     port = engine.add_port("p")
     with workers(engine):

@@ -9,7 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vswitch.fastpath.main.fdb import GONE_A_TURN, SLOTS_A_TURN, Fdb, key_mac, mac_key
+from vswitch.fastpath.main.fdb import (
+    GONE_A_TURN,
+    GROWS_MAX,
+    SLOTS_A_TURN,
+    Fdb,
+    Shares,
+    key_mac,
+    mac_key,
+)
 
 LIMIT = 64
 # So few that most steps are about one that is there already, often at another port.
@@ -316,3 +324,125 @@ def test_static_entries_are_counted_a_port() -> None:
     fdb.delete(mac(1))
     assert fdb.pinned(3) == 0
     assert fdb.find(mac(1)) is None
+
+
+def many(count: int) -> list[int]:
+    return [
+        mac_key(f"52:54:00:{n >> 16:02x}:{n >> 8 & 255:02x}:{n & 255:02x}") for n in range(count)
+    ]
+
+
+def filled(fdb: Fdb, keys: list[int]) -> list[object]:
+    """Have these learned, with the tables that are needed for it; those that were replaced."""
+    old: list[object] = []
+    for n, key in enumerate(keys):
+        if not fdb.learn(key, n % 7):
+            # In a crowded bucket: with the next table there is room.
+            old.append(fdb.grow())
+            assert fdb.learn(key, n % 7)
+        elif fdb.must_grow:
+            old.append(fdb.grow())
+    return old
+
+
+def test_a_table_grows_with_what_is_in_it() -> None:
+    fdb = Fdb(65536, grows=True)
+    assert fdb.memory_len == 8192
+    pinned = mac_key("52:54:00:ff:00:01")
+    fdb.add_static(pinned, 9)
+    keys = many(30000)
+    fdb.tick = 3
+    old = filled(fdb, keys)
+    assert len(old) == 4
+    assert fdb.memory_len == Fdb(65536).memory_len
+    assert fdb.grow() is None
+    fdb.tick = 10
+    found = {key: (port, static, age) for key, port, static, age in fdb.entries()}
+    assert found.pop(pinned) == (9, True, 9)
+    assert found == {key: (n % 7, False, 7) for n, key in enumerate(keys)}
+    assert sum(fdb.learned(port) for port in range(7)) == len(keys)
+
+
+def test_a_table_for_very_many_is_made_whole() -> None:
+    assert Fdb(GROWS_MAX + 1, grows=True).memory_len == Fdb(GROWS_MAX + 1).memory_len
+
+
+@pytest.mark.parametrize("page", [5, 64, 1000])
+def test_a_listing_has_all_once_although_the_table_grows(page: int) -> None:
+    fdb = Fdb(65536, grows=True)
+    early = many(200)
+    filled(fdb, early)
+    late = iter(many(5000)[200:])
+    found: list[int] = []
+    start: int | None = 0
+    while start is not None:
+        entries, start = fdb.page(start, page)
+        assert len(entries) <= page
+        found += [key for key, *_ in entries]
+        filled(fdb, [key for key, _ in zip(late, range(100), strict=False)])
+    assert fdb.memory_len > 8192
+    counts = {key: found.count(key) for key in early}
+    # Where a page ended within a bucket that was divided, three of its entries may come again.
+    assert set(counts.values()) <= {1, 2}
+    assert sum(counts.values()) <= len(early) + 3 * 4
+
+
+def test_aging_reaches_all_although_the_table_grows() -> None:
+    fdb = Fdb(65536, grows=True)
+    early = many(200)
+    filled(fdb, early)
+    fdb.tick += 5
+    late = many(6000)[200:]
+    gone, following = fdb.age_on(0, 5)
+    assert following is None or len(gone) < len(early)
+    filled(fdb, late)
+    while following is not None:
+        more, following = fdb.age_on(following, 5)
+        gone += more
+    assert {key for key, _ in gone} == set(early)
+    assert len(fdb) == len(late)
+
+
+def test_learning_beside_a_table_that_grows() -> None:
+    """Two workers' threads learn; nothing is lost, counted twice or put behind another port."""
+    fdb = Fdb(65536, grows=True)
+    keys = many(20000)
+    stop = threading.Event()
+    wrong: list[tuple[int, int | None]] = []
+
+    def learn(port: int) -> None:
+        for key in keys[port::2]:
+            while not fdb.learn(key, port) or fdb.lookup(key) is None:
+                pass  # somebody else is writing, or there is no room yet
+            found = fdb.lookup(key)
+            if found != port:
+                wrong.append((key, found))
+
+    def grow() -> None:
+        while not stop.is_set():
+            kept.append(fdb.grow())
+
+    kept: list[object] = []
+    learners = [threading.Thread(target=learn, args=(port,)) for port in (0, 1)]
+    grower = threading.Thread(target=grow)
+    for thread in (grower, *learners):
+        thread.start()
+    for thread in learners:
+        thread.join()
+    stop.set()
+    grower.join()
+    assert wrong == []
+    assert fdb.learned(0) == fdb.learned(1) == len(keys) // 2
+    assert {key: port for key, port, *_ in fdb.entries()} == {
+        key: n % 2 for n, key in enumerate(keys)
+    }
+
+
+def test_networks_share_what_is_counted_a_port() -> None:
+    shares = Shares()
+    one, other = Fdb(64, shares=shares), Fdb(64, shares=shares)
+    one.limit(3, 2)
+    for key in many(3):
+        one.learn(key, 3)
+    assert (one.learned(3), len(one), len(other)) == (2, 2, 0)
+    assert other.learned(3) == 2, "a port is in one of them at a time"

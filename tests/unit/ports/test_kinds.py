@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import pytest
 
 from tests.support.frames import ETHERTYPE_TEST
-from vswitch.api import Event, PortInfo
+from vswitch.api import Changes, Event, PortInfo
 from vswitch.config import kind_names
 from vswitch.config.settings import PortSettings, Settings, SwitchSettings, UplinkSettings
 from vswitch.dataplane.events import WorkerEvent
@@ -89,7 +89,7 @@ class MadeUpPort:
     def hear(self, event: str, value: int) -> None:
         self.note("hear", event, value)
 
-    def change(self, changes: dict[str, int | None]) -> None:
+    def change(self, changes: Changes) -> None:
         self.note("change", changes)
 
     async def set_link(self, up: bool) -> bool:
@@ -120,7 +120,7 @@ class Bench:
         found: dict[str, str] = {}
         after: int | None = 0
         while after is not None:
-            page = self.switch.fdb(after)
+            page = self.switch.fdb(after=after)
             found |= {entry["mac"]: entry["port"] for entry in page.items}
             after = page.next
         return found
@@ -138,7 +138,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Any], list[A
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         near.setblocking(False)
         far.setblocking(False)
-        made.append(MadeUpPort(settings, near, parts.join(settings.name, near.fileno()), parts))
+        made.append(MadeUpPort(settings, near, parts.join(settings, near.fileno()), parts))
         ends.append(far)
         return made[-1]
 

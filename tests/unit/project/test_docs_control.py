@@ -18,7 +18,9 @@ from vswitch.api import (
     EventLoopInfo,
     EventName,
     FdbEntry,
+    LinkInfo,
     LongestTurn,
+    NetworkInfo,
     PortInfo,
     PortStats,
     RingInfo,
@@ -28,7 +30,7 @@ from vswitch.api import (
 from vswitch.cli import common
 from vswitch.cli.ctl import cli as ctl
 from vswitch.cli.main import cli as main
-from vswitch.config.keys import PortKeys, RuntimeKeys, UplinkKeys, rows
+from vswitch.config.keys import NetworkKeys, PortKeys, RuntimeKeys, UplinkKeys, rows
 from vswitch.control import protocol, server, subscriptions
 from vswitch.control.methods import METHODS, READ_ONLY
 
@@ -47,7 +49,10 @@ def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Com
             yield from commands(sub, f"{name} {each}")
 
 
-KEYS = {**rows(PortKeys), **rows(UplinkKeys), **rows(RuntimeKeys)}
+KEYS = {**rows(PortKeys), **rows(UplinkKeys), **rows(RuntimeKeys), **rows(NetworkKeys)}
+WITH_KEYS = tuple(
+    f"vswitchctl {name}" for name in ("add-port", "set-port", "uplink add", "network add")
+)
 EXPLAINED = "[config/ports.toml](../config/ports.toml)"
 """Where each of them is, as test_config.py sees to."""
 ALL = [*commands(main, "vswitch"), *commands(ctl, "vswitchctl")]
@@ -72,7 +77,7 @@ def test_every_command_has_a_section_an_example_and_its_options(
     for parameter in command.params:
         if not isinstance(parameter, click.Option) or "--json" in parameter.opts:
             continue
-        if parameter.name in KEYS:
+        if name in WITH_KEYS and parameter.name in KEYS:
             assert EXPLAINED in text
             continue
         for option in parameter.opts:
@@ -95,7 +100,7 @@ def test_every_method_and_its_parameters(method: str) -> None:
     text = section(PROTOCOL, method)
     model, _ = METHODS[method]
     for parameter in model.model_fields:
-        if issubclass(model, RuntimeKeys) and parameter in KEYS:
+        if issubclass(model, (RuntimeKeys, NetworkKeys)) and parameter in KEYS:
             assert EXPLAINED in text
         else:
             assert f"`{parameter}`" in text, parameter
@@ -106,7 +111,7 @@ def test_every_event_and_every_key_of_a_result() -> None:
     events = PROTOCOL.partition("\n## Events\n")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([\w-]+)` \|", events, re.M)) == set(get_args(EventName))
     kinds = (PortInfo, RingInfo, PortStats, FdbEntry, WorkerInfo, EventLoopInfo, TurnsInfo)
-    for kind in (*kinds, LongestTurn):
+    for kind in (*kinds, LongestTurn, NetworkInfo, LinkInfo):
         for key in kind.__annotations__:
             assert f"`{key}`" in PROTOCOL, key
 

@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "vswitch.api",
         "vswitch.config.settings",
         "vswitch.config.keys",
+        "vswitch.config.relations",
         "vswitch.config.feature_names",
         "vswitch.dataplane",
         "vswitch.fastpath",

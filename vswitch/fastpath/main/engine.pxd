@@ -1,11 +1,13 @@
-from vswitch.fastpath.main.fdb cimport Fdb
+from vswitch.fastpath.main.fdb cimport Shares
+from vswitch.fastpath.main.network cimport Network
 from vswitch.fastpath.shared.worker cimport Shared
 from vswitch.fastpath.sys.notify cimport vs_notifier
 
 
 cdef class Engine:
     cdef Shared *shared
-    cdef readonly Fdb fdb
+    cdef Shares shares
+    cdef readonly Network default  # the network of ports that are told no other
     cdef readonly list workers
     cdef readonly dict ports   # by number
     cdef list retired          # (ticket, per-worker epochs or None, what goes then)

@@ -1,6 +1,7 @@
 from typing import Any, Self
 
 from vswitch.fastpath.main.fdb import Fdb
+from vswitch.fastpath.main.network import Network
 from vswitch.fastpath.main.port import Port
 from vswitch.fastpath.main.ring import Ring
 from vswitch.fastpath.main.worker import Worker
@@ -14,7 +15,11 @@ class Engine:
         idle_ns: int | None = 50_000,
         aio: bool = True,
         uring: bool = True,
+        learning: bool = True,
     ) -> Self: ...
+    @property
+    def default(self) -> Network: ...
+    def add_network(self, name: str, fdb_size: int = 65536, learning: bool = True) -> Network: ...
     @property
     def fdb(self) -> Fdb: ...
     @property

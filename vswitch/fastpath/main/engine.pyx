@@ -15,7 +15,8 @@ import os
 from vswitch.fastpath.main.fdb import NO_LIMIT
 from vswitch.fastpath.shared.words import DROP_REASONS, EVENT_NAMES
 
-from vswitch.fastpath.main.fdb cimport Fdb
+from vswitch.fastpath.main.fdb cimport Shares
+from vswitch.fastpath.main.network cimport Network
 from vswitch.fastpath.main.port cimport Port
 from vswitch.fastpath.main.ring cimport Ring
 from vswitch.fastpath.main.view cimport Shown, build_view
@@ -53,15 +54,19 @@ FOREVER = (1 << 64) - 1
 
 
 cdef class Engine:
-    """Ports, workers and the FDB.
+    """Ports, networks and workers.
 
+    `fdb_size` and `learning` are those of the network that ports are in which join no other.
     `idle_ns` is how long a worker looks for work in vain before it sleeps; None polls for ever.
     Without `aio`, frontends are notified as where the kernel has no AIO (notify.h), without `uring`
     frames are written to TAPs as where it has no io_uring (uring.h).
     Methods are for one thread, the main one.
     """
 
-    def __cinit__(self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True, bint uring=True):
+    def __cinit__(
+        self, int workers=1, fdb_size=65536, idle_ns=50_000, bint aio=True, bint uring=True,
+        bint learning=True,
+    ):
         self.notifier.file = -1
         if not 1 <= workers <= MAX_WORKERS:
             raise ValueError(f"{workers} workers; between 1 and {MAX_WORKERS} are possible")
@@ -72,8 +77,8 @@ cdef class Engine:
         self.shared.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.shared.event_fd < 0:
             raise OSError(errno, os.strerror(errno))
-        self.fdb = Fdb(fdb_size)
-        self.shared.fdb = self.fdb.c
+        self.shares = Shares()
+        self.default = self.add_network("default", fdb_size, learning)
         self.shared.idle_ns = FOREVER if idle_ns is None else idle_ns
         self.shared.n_workers = workers
         self.workers = []
@@ -114,7 +119,16 @@ cdef class Engine:
     def report_macs(self, bint value):
         vs_store32(&self.shared.report_macs, value)
 
-    # Ports and rings
+    # Networks, ports and rings
+
+    @property
+    def fdb(self):
+        """That of the default network."""
+        return self.default.fdb
+
+    def add_network(self, str name, fdb_size=65536, bint learning=True):
+        """A network without ports. It is gone when its last reference is, and its last port has left."""
+        return Network(name, fdb_size, learning, self.shares)
 
     def add_port(self, str name, int tap_fd=-1):
         """A new port with the lowest free number; a TAP when `tap_fd` is given.
@@ -134,7 +148,8 @@ cdef class Engine:
                 if worker.c.uring.fd < 0 and not self.uring_error:
                     self.uring_error = vs_uring_open(&worker.c.uring)
         port = Port(name, number, tap_fd >= 0, tap_fd)
-        self.fdb.limit(number, NO_LIMIT)
+        port.join(self.default)
+        self.default.fdb.limit(number, NO_LIMIT)
         for worker in self.workers:
             memset(&worker.c.counters[number], 0, sizeof(Counters))
         if tap_fd >= 0:
@@ -150,12 +165,14 @@ cdef class Engine:
             worker.unwatch(port.c.tap_fd)
         port.rings.clear()
         port.removed = True
-        self.fdb.flush(port.id, True)
+        if port.network is not None:
+            port.network.fdb.flush(port.id, True)
 
     def forget(self, Port port):
         """Give a removed port's number free, after quiescence."""
         # Workers may have learned from the port until they passed their quiescent point.
-        self.fdb.flush(port.id, True)
+        if port.network is not None:
+            port.network.fdb.flush(port.id, True)
         port.journal.release()
         del self.ports[port.id]
 

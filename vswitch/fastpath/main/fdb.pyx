@@ -15,6 +15,7 @@ from vswitch.fastpath.sys.atomics cimport (
     vs_load_acquire64,
     vs_pause,
     vs_store32,
+    vs_store_release_ptr,
     vs_trylock,
     vs_unlock,
 )
@@ -23,10 +24,13 @@ from vswitch.fastpath.worker.fdb cimport (
     FDB_NO_ROOM,
     FDB_PORT_FULL,
     FdbResult,
+    fdb_bucket,
     fdb_find,
+    fdb_hash,
     fdb_insert,
     fdb_learn,
     fdb_lookup,
+    fdb_must_grow,
     fdb_pinned,
     fdb_port,
     fdb_prefetch,
@@ -44,7 +48,12 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     HUGE_PAGE = 2 << 20
+    FIRST_BUCKETS = 128  # of a table that grows: 8 KiB
+    GROWTH = 4  # each table is so many times as large as the one before
+    ORDER_BITS = 24  # of a place in the order of a listing; the largest table has 2**19 buckets
 
+GROWS_MAX = 1 << 17
+"""Entries; a table for more is made whole, for to copy one would hold up the event loop."""
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 NO_LIMIT = 0xFFFFFFFF  # entries of a port: as many as the table takes
 SWEEP = 4096  # places looked at before the lock is given up for a moment
@@ -85,22 +94,28 @@ cdef uint64_t _key(uint64_t key) except? 1:
     return key
 
 
-cdef class Fdb:
-    """(VLAN, MAC) to port number. `size` is the most entries it takes.
+cdef uint64_t backwards(uint64_t at, int bits) noexcept:
+    """The bucket, of 2**bits, that is at a place of the order in which they are listed."""
+    cdef uint64_t number = 0
+    cdef int bit
+    for bit in range(bits):
+        number |= (at >> (ORDER_BITS - 1 - bit) & 1) << bit
+    return number
 
-    Memory is 24 to 48 bytes an entry, taken at the start; huge pages if the kernel has some, since a
-    look-up among a million addresses would miss the TLB each time.
-    """
 
-    def __cinit__(self, size=65536):
-        cdef uint64_t buckets = 1
+cdef class Shares:
+    """How many addresses each port has in the network that it is in, and how many it may have."""
+
+    def __cinit__(self):
+        memset(self.learned, 0, sizeof(self.learned))
         memset(self.statics, 0, sizeof(self.statics))
-        # Half as many places more than entries: two choices of four places fill a table that far.
-        while buckets * 4 < <uint64_t>size * 3 // 2:
-            buckets *= 2
-        self.c = <FdbC *>calloc(1, sizeof(FdbC))
-        if self.c == NULL:
-            raise MemoryError
+        memset(self.learned_max, 0xFF, sizeof(self.learned_max))  # NO_LIMIT
+
+
+cdef class Table:
+    """What an Fdb looks into, of `buckets` buckets, a power of two."""
+
+    def __cinit__(self, uint64_t buckets, uint32_t grow_at):
         # A bucket is a cache line, and lies in one.
         cdef size_t length = buckets * sizeof(FdbBucket)
         cdef bint huge = length >= HUGE_PAGE
@@ -111,17 +126,106 @@ cdef class Fdb:
             madvise(self.c.buckets, length, MADV_HUGEPAGE)  # without it, it is slower and that is all
         memset(self.c.buckets, 0xFF, length)  # FDB_EMPTY
         self.c.mask = buckets - 1
+        self.c.grow_at = grow_at
+
+    def __dealloc__(self):
+        free(self.c.buckets)
+
+    cdef bint take(self, const FdbC *fdb, const FdbEntryC *entry, int which) noexcept nogil:
+        """Copy an entry of a smaller table, from a bucket for its hash; False if there is no room.
+
+        Nobody else sees this table yet.
+        """
+        cdef FdbBucket *bucket = fdb_bucket(&self.c, fdb_hash(fdb, entry.key), which)
+        cdef int i
+        for i in range(4):
+            if bucket.entries[i].key == FDB_EMPTY:
+                bucket.entries[i] = entry[0]
+                return True
+        return False
+
+
+cdef class Fdb:
+    """(VLAN, MAC) to port number, of one network. `size` is the most entries it takes.
+
+    Memory is 24 to 48 bytes for each of these, huge pages if the kernel has some, since a look-up among
+    a million addresses would miss the TLB each time. It is taken at the start; or, with `grows`,
+    8 KiB are, and more by `grow` when they are needed. `shares` is that of all networks together.
+    """
+
+    def __cinit__(self, uint64_t size=65536, bint grows=False, Shares shares=None):
+        cdef uint64_t buckets = 1
+        # Half as many places more than entries: two choices of four places fill a table that far.
+        while buckets * 4 < size * 3 // 2:
+            buckets *= 2
+        self.buckets_max = buckets
+        self.c = <FdbC *>calloc(1, sizeof(FdbC))
+        if self.c == NULL:
+            raise MemoryError
+        if grows and size <= GROWS_MAX:
+            buckets = min(buckets, <uint64_t>FIRST_BUCKETS)
+        self.table = self._of(buckets)
+        self.c.table = &self.table.c
+        self.shares = Shares() if shares is None else shares
+        self.c.learned = self.shares.learned
+        self.c.learned_max = self.shares.learned_max
         self.c.limit = size
-        for port in range(MAX_PORTS):
-            self.c.learned_max[port] = NO_LIMIT
         self.c.seed = int.from_bytes(os.urandom(8), "little")
         self.c.generation = 1
         self.c.tick = 1
 
     def __dealloc__(self):
-        if self.c != NULL:
-            free(self.c.buckets)
-            free(self.c)
+        free(self.c)
+
+    cdef Table _of(self, uint64_t buckets):
+        """A table of so many buckets, that is to be replaced when half of its places are taken."""
+        return Table(buckets, 2 * buckets if buckets < self.buckets_max else 0)
+
+    @property
+    def must_grow(self):
+        """Whether it has as many entries as are good for its present table."""
+        return bool(fdb_must_grow(self.c))
+
+    def grow(self):
+        """Go on with a larger table, if it is time to; returns the old one, which workers may use.
+
+        While it is copied workers learn nothing, as whenever somebody else is writing.
+        """
+        cdef Table old = self.table, table
+        cdef uint64_t buckets = old.c.mask + 1
+        if not self.must_grow:
+            vs_store32(&self.c.asked, 0)
+            return None
+        buckets = min(buckets * GROWTH, self.buckets_max)
+        self._lock()
+        table = self._of(buckets)
+        while not self._copy(old, table):
+            # Once in the age of the universe: all places of an address are taken.
+            buckets *= 2
+            table = self._of(buckets)
+        # Release: the table with its entries before the pointer to it; pairs with fdb_table.
+        vs_store_release_ptr(&self.c.table, &table.c)
+        vs_store32(&self.c.crowded, 0)
+        vs_store32(&self.c.asked, 0)
+        vs_unlock(&self.c.lock)
+        self.table = table
+        return old
+
+    cdef bint _copy(self, Table old, Table table) noexcept:
+        """Copy all entries; False if one found no room."""
+        cdef uint64_t i, b
+        cdef bint which
+        cdef FdbEntryC *entry
+        for b in range(old.c.mask + 1):
+            for i in range(4):
+                entry = &old.c.buckets[b].entries[i]
+                if entry.key == FDB_EMPTY:
+                    continue
+                # In the same of its two buckets: a listing goes on in the order of their lower bits.
+                which = fdb_bucket(&old.c, fdb_hash(self.c, entry.key), 0) != &old.c.buckets[b]
+                if not table.take(self.c, entry, which) and not table.take(self.c, entry, not which):
+                    return False
+        return True
 
     cdef void _lock(self) noexcept nogil:
         # Workers only try the lock and hold it for one insertion, so this wait is short.
@@ -156,12 +260,12 @@ cdef class Fdb:
 
     def pinned(self, uint16_t port):
         """How many static entries a port has."""
-        return self.statics[_port(port)]
+        return self.shares.statics[_port(port)]
 
     @property
     def slots(self):
-        """Places of the table; those of `page` and the like are counted from 0."""
-        return 4 * (self.c.mask + 1)
+        """Places of the present table; those of `flush_on` and `age_on` are counted from 0."""
+        return 4 * (self.table.c.mask + 1)
 
     def limit(self, uint16_t port, uint32_t most):
         """Let a port have `most` dynamic entries; those it has beyond that stay until they age."""
@@ -188,8 +292,8 @@ cdef class Fdb:
 
     @property
     def memory_len(self):
-        """Bytes of the table, whatever is in it."""
-        return (self.c.mask + 1) * sizeof(FdbBucket)
+        """Bytes of the present table, whatever is in it."""
+        return (self.table.c.mask + 1) * sizeof(FdbBucket)
 
     def learn(self, uint64_t key, uint16_t port):
         """What a worker does with a source address; False when table or port had no room."""
@@ -232,10 +336,10 @@ cdef class Fdb:
         self._lock()
         entry = fdb_find(self.c, key)
         if entry != NULL and fdb_pinned(entry.val):
-            self.statics[fdb_port(entry.val)] -= 1
+            self.shares.statics[fdb_port(entry.val)] -= 1
         result = fdb_insert(self.c, key, port, True, vs_load32(&self.c.tick), &old)
         if result != FDB_NO_ROOM:
-            self.statics[port] += 1
+            self.shares.statics[port] += 1
         # A worker may have noted the address as its port's own.
         vs_store32(&self.c.generation, self.c.generation + 1)
         vs_unlock(&self.c.lock)
@@ -255,7 +359,7 @@ cdef class Fdb:
     cdef void _remove(self, FdbEntryC *entry) noexcept:
         """Delete an entry; the caller holds the lock."""
         if fdb_pinned(entry.val):
-            self.statics[fdb_port(entry.val)] -= 1
+            self.shares.statics[fdb_port(entry.val)] -= 1
         fdb_remove(self.c, entry)
 
     def flush(self, port=None, statics=False):
@@ -277,7 +381,7 @@ cdef class Fdb:
         there are no more such entries.
         """
         cdef int32_t only = -1 if port is None else _port(port)
-        if only >= 0 and not vs_load32(&self.c.learned[only]) and not (statics and self.statics[only]):
+        if only >= 0 and not vs_load32(&self.c.learned[only]) and not (statics and self.shares.statics[only]):
             return 0, None
         return self._sweep(start, only, statics, 0, None)
 
@@ -299,7 +403,8 @@ cdef class Fdb:
         return gone, start_again
 
     cdef _sweep(self, uint64_t start, int32_t port, bint statics, uint32_t limit, list gone):
-        cdef uint64_t i, val, places = 4 * (self.c.mask + 1), end, part
+        # Should the table grow between two of these, what was behind `start` still is.
+        cdef uint64_t i, val, places = 4 * (self.table.c.mask + 1), end, part
         cdef uint32_t tick = vs_load32(&self.c.tick), removed = 0
         cdef FdbEntryC *entry
         end = min(start + SLOTS_A_TURN, places)
@@ -308,7 +413,7 @@ cdef class Fdb:
             self._lock()
             for i in range(start, part):
                 start = i + 1
-                entry = &self.c.buckets[i >> 2].entries[i & 3]
+                entry = &self.table.c.buckets[i >> 2].entries[i & 3]
                 if entry.key == FDB_EMPTY:
                     continue
                 val = vs_load64(&entry.val)
@@ -338,23 +443,34 @@ cdef class Fdb:
     def page(self, uint64_t start, uint64_t most):
         """Entries as `entries` has them, from one place on: SLOTS_A_TURN places, `most` entries.
 
-        Returns them and where to go on, None at the end. An entry keeps its place, so one that is
-        there all the time is found once.
+        Returns them and where to go on, None at the end. An entry that is there all the time is found
+        once, although the table may grow meanwhile: buckets come in the order of their numbers read
+        backwards, so that those that a bucket becomes are next to each other. (Twice, if it
+        grows while a page ends within a bucket.)
         """
-        cdef uint64_t i, key, val, places = 4 * (self.c.mask + 1), end
+        cdef uint64_t key, val, mask = self.table.c.mask, at = start >> 2, bucket
         cdef uint32_t tick = vs_load32(&self.c.tick)
+        cdef uint64_t looked = 0, i = start & 3
+        cdef int bits = 0
         cdef FdbEntryC *entry
         found = []
-        end = min(start + SLOTS_A_TURN, places)
-        for i in range(start, end):
-            if <uint64_t>len(found) >= most:
-                end = i
-                break
-            entry = &self.c.buckets[i >> 2].entries[i & 3]
-            key = vs_load_acquire64(&entry.key)
-            if key != FDB_EMPTY and fdb_read(entry, key, &val):
-                found.append((
-                    key, fdb_port(val), bool(fdb_pinned(val)),
-                    max(0, <int32_t>(tick - fdb_tick(val))),
-                ))
-        return found, end if end < places else None
+        while mask >> bits:
+            bits += 1
+        # `at` has the number backwards in its upper bits: the same place in a table of any size.
+        while at >> ORDER_BITS == 0:
+            bucket = backwards(at, bits)
+            while i < 4:
+                if <uint64_t>len(found) >= most or looked >= <uint64_t>SLOTS_A_TURN:
+                    return found, at << 2 | i
+                entry = &self.table.c.buckets[bucket].entries[i]
+                key = vs_load_acquire64(&entry.key)
+                if key != FDB_EMPTY and fdb_read(entry, key, &val):
+                    found.append((
+                        key, fdb_port(val), bool(fdb_pinned(val)),
+                        max(0, <int32_t>(tick - fdb_tick(val))),
+                    ))
+                i += 1
+                looked += 1
+            i = 0
+            at += <uint64_t>1 << (ORDER_BITS - bits)
+        return found, None

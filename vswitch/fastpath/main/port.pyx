@@ -4,7 +4,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from vswitch.fastpath.main.journal cimport Journal
-from vswitch.fastpath.shared.port cimport INGRESS_STORM, KIND_TAP, KIND_VHOST, N_STORM, PortC
+from vswitch.fastpath.main.network cimport Network
+from vswitch.fastpath.shared.port cimport (
+    INGRESS_CABLE,
+    INGRESS_HUB,
+    INGRESS_STORM,
+    KIND_TAP,
+    KIND_VHOST,
+    N_STORM,
+    PortC,
+)
 from vswitch.fastpath.shared.sizes cimport MAX_PORTS, MAX_QUEUE_PAIRS, MAX_WIRE_LEN
 from vswitch.fastpath.shared.virtio cimport OFFLOAD_CSUM, OFFLOAD_VALID
 from vswitch.fastpath.sys.atomics cimport vs_load8, vs_load32, vs_store8, vs_store32, vs_store64
@@ -36,6 +45,29 @@ cdef class Port:
         self.c.tap_fd = tap_fd
         self.c.max_len = MAX_WIRE_LEN
         self.journal = Journal(2 * MAX_QUEUE_PAIRS)
+
+    # Where its frames go: changed before workers see the port, or while it is paused and they do not.
+
+    def join(self, Network network not None):
+        """Be a port of a network, and of no other, nor the end of a cable."""
+        self.peer = None
+        self.network = network
+        self.c.fdb = network.fdb.c
+        self._stage(INGRESS_CABLE, False)
+        self._stage(INGRESS_HUB, not network.learning)
+        for ring in self.rings.values():
+            ring.forget_flows()
+
+    def connect(self, Port peer):
+        """Be the end of a cable whose other end is `peer`; None: nobody is there."""
+        self.network = None
+        self.peer = peer
+        self._stage(INGRESS_HUB, False)
+        self._stage(INGRESS_CABLE, True)
+
+    cdef int _stage(self, uint8_t stage, bint on) except -1:
+        vs_store8(&self.c.ingress, self.c.ingress & ~stage | (stage if on else 0))
+        return 0
 
     def use_journal(self, Journal journal not None):
         """Have rings that start from now on make their notes there."""
@@ -81,7 +113,6 @@ cdef class Port:
         a second, 64 at least.
         """
         cdef uint64_t period
-        cdef uint8_t others = self.c.ingress & ~INGRESS_STORM
         for kind, rate in zip(range(N_STORM), rates, strict=True):
             # A limit that is being replaced may let a burst more through, no frame too few.
             period = 0 if rate is None else max(1, 1_000_000_000 // rate)
@@ -92,8 +123,7 @@ cdef class Port:
                 )
                 vs_store64(&self.c.storm_full_ns[kind], 0)
                 vs_store64(&self.c.storm_period_ns[kind], period)
-        limited = any(rate is not None for rate in rates)
-        vs_store8(&self.c.ingress, others | (INGRESS_STORM if limited else 0))
+        self._stage(INGRESS_STORM, any(rate is not None for rate in rates))
 
     @property
     def mac_limit_told(self):

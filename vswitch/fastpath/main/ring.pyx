@@ -286,6 +286,14 @@ cdef class Ring:
         self.journal = journal
         self.c.journal = journal.slot(self.c.index)
 
+    def forget_flows(self):
+        """Where its last frames came from and went is void: its port is in another network.
+
+        Only while no worker polls it.
+        """
+        self.c.src_key = self.c.dst_key = FDB_EMPTY
+        self.c.src_generation = self.c.dst_generation = 0
+
     def forget_journal(self):
         """Notes of what the ring was are void: the frontend was told, or it is another ring."""
         self.c.journal.identity = 0

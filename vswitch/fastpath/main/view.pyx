@@ -19,7 +19,7 @@ cdef class Shown:
 
 
 cdef View *build_view(dict ports, uint32_t n_workers) except NULL:
-    """A view of ports, by number, for free(3); without those that are removed."""
+    """A view of ports, by number, for free(3); without those that are removed or paused."""
     cdef size_t n_rings = 0, n_ports
     cdef View *view
     cdef char *at
@@ -28,13 +28,13 @@ cdef View *build_view(dict ports, uint32_t n_workers) except NULL:
     cdef PortView *shown
     cdef WorkerView *mine
     cdef int index
-    shown_ports = [p for p in ports.values() if not p.removed]
+    shown_ports = [p for p in ports.values() if not p.removed and not p.paused]
     n_ports = len(shown_ports)
     for port in shown_ports:
         if port.rings:
             n_rings += max(port.rings) + 1
     # View, then pointer arrays: rings by index, receiveqs and transmitqs (at most n_rings
-    # each) and TAPs; then the flood list.
+    # each) and TAPs; then the flood lists.
     view = <View *>calloc(
         1, sizeof(View) + 3 * n_rings * sizeof(void *) + n_ports * sizeof(void *) + 2 * n_ports
     )
@@ -78,9 +78,29 @@ cdef View *build_view(dict ports, uint32_t n_workers) except NULL:
             mine.taps[mine.n_taps] = port.c
             mine.n_taps += 1
     at += mine.n_taps * sizeof(void *)
-    view.flood = <uint16_t *>at
+    add_flood_lists(view, shown_ports, <uint16_t *>at)
     for port in shown_ports:
-        if view.ports[port.c.id].forwarding:
-            view.flood[view.n_flood] = port.c.id
-            view.n_flood += 1
+        view.ports[port.c.id].peer = -1 if port.peer is None else port.peer.c.id
     return view
+
+
+cdef int add_flood_lists(View *view, list shown_ports, uint16_t *at) except -1:
+    """Have all ports of a network share a list of those among them that take frames."""
+    cdef dict of_network = {}
+    cdef Port port
+    cdef const uint16_t *first
+    cdef uint16_t count
+    for port in shown_ports:
+        if port.network is not None:
+            of_network.setdefault(port.network, []).append(port)
+    for members in of_network.values():
+        first = at
+        for port in members:
+            if view.ports[port.c.id].forwarding:
+                at[0] = port.c.id
+                at += 1
+        count = <uint16_t>(at - first)
+        for port in members:
+            view.ports[port.c.id].flood = first
+            view.ports[port.c.id].n_flood = count
+    return 0

@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from vswitch.fastpath.shared.fdb cimport FdbC
+
 # What storm control tells apart.
 cdef enum StormKind:
     STORM_BROADCAST
@@ -12,6 +14,8 @@ cdef enum StormKind:
 # What frames from a port pass besides being forwarded: nothing for most ports.
 cdef enum IngressStage:
     INGRESS_STORM = 0x01   # worker/storm.pxd: some kind of frame is limited
+    INGRESS_HUB = 0x02     # its network learns no addresses
+    INGRESS_CABLE = 0x04   # it is one end of a cable: what comes leaves the other
 
 cdef enum PortKind:
     KIND_VHOST
@@ -27,6 +31,7 @@ cdef struct PortC:
     uint32_t tap_lost      # atomic; the interface was deleted under us
     uint8_t mac_limit_told # atomic; main heard that addresses are refused
     uint8_t ingress        # atomic; INGRESS_*, looked at for each burst
+    FdbC *fdb              # main; of its network, or of the last one; changed while no worker sees it
     # A token bucket a kind, see worker/storm.pxd.
     uint64_t storm_period_ns[N_STORM]  # atomic; time that a frame takes up, 0: not limited
     uint64_t storm_burst_ns[N_STORM]   # atomic; ... and that the bucket holds

@@ -1,7 +1,7 @@
 """How much there may be of what the fast path has room for."""
 
 cdef enum:
-    MAX_PORTS = 1024
+    MAX_PORTS = 4096       # as many numbers as an entry of the FDB has room for
     MAX_WORKERS = 64
     MAX_QUEUE_PAIRS = 128
     MAX_RING_SIZE = 32768  # entries (VIRTIO 1.2, 2.7 and 2.8.10.1)

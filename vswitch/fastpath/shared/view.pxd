@@ -1,6 +1,6 @@
 """What a worker forwards by: made by the main thread, and never changed once it is published."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 
 from vswitch.fastpath.shared.port cimport PortC
 from vswitch.fastpath.shared.ring cimport RingC
@@ -13,6 +13,9 @@ cdef struct PortView:
     uint8_t forwarding     # takes frames: has a receiveq, or is a TAP that is up
     RingC **rings          # by vring index, NULL where there is none
     uint16_t n_rings
+    uint16_t n_flood
+    const uint16_t *flood  # ids of the ports of its network that take frames
+    int32_t peer           # id of the port at the other end of its cable; -1 if that is missing
 
 cdef struct WorkerView:
     RingC **transmitqs
@@ -23,7 +26,5 @@ cdef struct WorkerView:
 
 cdef struct View:          # main; immutable once published
     uint32_t n_workers
-    uint32_t n_flood
-    uint16_t *flood        # ids of the forwarding ports
     PortView ports[MAX_PORTS]
     WorkerView workers[MAX_WORKERS]

@@ -72,6 +72,7 @@ cdef enum EventKind:
     EVENT_TAP_LOST
     EVENT_MAC_LIMIT
     EVENT_IOTLB_MISS
+    EVENT_FDB_GROWS
     N_EVENTS
 
 cdef struct EventC:

@@ -128,6 +128,7 @@ EVENT_NAMES = rows(
     (EVENT_TAP_LOST, "tap-lost"),
     (EVENT_MAC_LIMIT, "mac-limit"),
     (EVENT_IOTLB_MISS, "iotlb-miss"),
+    (EVENT_FDB_GROWS, "fdb-grows"),
 )
 
 # What vswitch/bounds.py has for those who know nothing of the fast path.

@@ -5,7 +5,6 @@ The package says what *main* and *atomic* mean.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.fdb cimport FdbC
 from vswitch.fastpath.shared.memory cimport Seg
 from vswitch.fastpath.shared.ring cimport RingC, UsedChain
 from vswitch.fastpath.shared.sizes cimport (
@@ -61,7 +60,6 @@ cdef struct Shared:        # one an engine
     void *view             # atomic; View *
     void *inject           # atomic; Inject *, newest first
     uint64_t pad0[6]
-    FdbC *fdb              # main
     uint64_t idle_ns       # main; UINT64_MAX: never sleep
     uint32_t n_workers
     uint32_t report_macs   # atomic; somebody wants to hear of learned and moved addresses

@@ -26,7 +26,7 @@
 #define VS_SIGBUS_BETWEEN() /* where tests/unit/fastpath/sigbus_slots.c has a slot change */
 #endif
 
-#define VS_SIGBUS_SLOTS 65536 /* MAX_PORTS ports of MAX_REGIONS regions */
+#define VS_SIGBUS_SLOTS 262144 /* MAX_PORTS ports of MAX_REGIONS regions */
 
 struct vs_region_slot {
     uint32_t version; /* odd while the rest changes */

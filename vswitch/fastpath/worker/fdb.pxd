@@ -13,13 +13,14 @@ between, and each order that is asked for here.
 
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.fdb cimport FdbBucket, FdbC, FdbEntryC
+from vswitch.fastpath.shared.fdb cimport FdbBucket, FdbC, FdbEntryC, FdbTable
 from vswitch.fastpath.sys.atomics cimport (
     vs_cas64,
     vs_likely,
     vs_load32,
     vs_load64,
     vs_load_acquire64,
+    vs_load_acquire_ptr,
     vs_lowest_bit,
     vs_prefetch,
     vs_store32,
@@ -34,13 +35,13 @@ cdef extern from * nogil:
     """
     /* The key of an empty place: the broadcast address in VLAN 4095. */
     #define VS_FDB_EMPTY UINT64_MAX
-    /* The round of a place: 20 bits between port and flag, which are what a value has to tell, and the
-     * tick. That a place is emptied and filled a million times in the course of one look-up is not
+    /* The round of a place: 19 bits between port and flag, which are what a value has to tell, and the
+     * tick. That a place is emptied and filled half a million times in the course of one look-up is not
      * to be feared: the main thread alone empties places. */
-    #define VS_FDB_ROUND 0xFFFFF000ULL
-    #define VS_FDB_NEXT_ROUND 0x1000ULL
-    #define VS_FDB_STATIC 0x800ULL
-    #define VS_FDB_PORT 0x7FFULL
+    #define VS_FDB_ROUND 0xFFFFE000ULL
+    #define VS_FDB_NEXT_ROUND 0x2000ULL
+    #define VS_FDB_STATIC 0x1000ULL
+    #define VS_FDB_PORT 0xFFFULL
     """
     const uint64_t FDB_EMPTY "VS_FDB_EMPTY"
     const uint64_t FDB_ROUND "VS_FDB_ROUND"
@@ -82,23 +83,30 @@ cdef inline uint64_t fdb_hash(const FdbC *fdb, uint64_t key) noexcept nogil:
     return h ^ (h >> 29)
 
 
-cdef inline FdbBucket *fdb_bucket(const FdbC *fdb, uint64_t h, int which) noexcept nogil:
+cdef inline const FdbTable *fdb_table(const FdbC *fdb) noexcept nogil:
+    """The present table. Acquire: with its entries; pairs with the release store in Fdb.grow."""
+    return <const FdbTable *>vs_load_acquire_ptr(&fdb.table)
+
+
+cdef inline FdbBucket *fdb_bucket(const FdbTable *table, uint64_t h, int which) noexcept nogil:
+    """The first or second bucket for a hash; a larger table has the same lower bits of its number."""
     if which:
         h = (h >> 32) ^ (h << 7)
-    return &fdb.buckets[h & fdb.mask]
+    return &table.buckets[h & table.mask]
 
 
 cdef inline void fdb_prefetch(const FdbC *fdb, uint64_t key) noexcept nogil:
     """Fetch the line in which an address is most likely, a stage ahead of looking it up."""
-    vs_prefetch(fdb_bucket(fdb, fdb_hash(fdb, key), 0))
+    vs_prefetch(fdb_bucket(fdb_table(fdb), fdb_hash(fdb, key), 0))
 
 
 cdef inline FdbEntryC *fdb_find(const FdbC *fdb, uint64_t key) noexcept nogil:
+    cdef const FdbTable *table = fdb_table(fdb)
     cdef uint64_t h = fdb_hash(fdb, key)
     cdef FdbBucket *bucket
     cdef uint32_t found, which
     for which in range(2):
-        bucket = fdb_bucket(fdb, h, which)
+        bucket = fdb_bucket(table, h, which)
         # All four, without a branch that would depend on an address. Acquire: pairs with the release
         # store of the key in fdb_insert.
         found = (
@@ -138,10 +146,11 @@ cdef inline int32_t fdb_lookup(const FdbC *fdb, uint64_t key) noexcept nogil:
 cdef inline FdbResult fdb_insert(
     FdbC *fdb, uint64_t key, uint16_t port, bint pinned, uint32_t tick, int32_t *old_port
 ) noexcept nogil:
-    """Add or change an entry; the caller holds `fdb.lock`.
+    """Add or change an entry; the caller holds `fdb.lock`, so that the table stays.
 
     Static entries do not count towards what a port may have.
     """
+    cdef const FdbTable *table = fdb_table(fdb)
     cdef FdbEntryC *entry = fdb_find(fdb, key)
     cdef FdbEntryC *free_entry = NULL
     cdef FdbBucket *bucket
@@ -171,7 +180,7 @@ cdef inline FdbResult fdb_insert(
     if fdb.count < fdb.limit:
         h = fdb_hash(fdb, key)
         for which in range(2):
-            bucket = fdb_bucket(fdb, h, which)
+            bucket = fdb_bucket(table, h, which)
             used = 0
             for i in range(4):
                 if bucket.entries[i].key != FDB_EMPTY:
@@ -186,6 +195,8 @@ cdef inline FdbResult fdb_insert(
                 break  # with room left here, the first bucket is where look-ups begin
     if free_entry == NULL:
         fdb.full += 1
+        if fdb.count < fdb.limit:
+            vs_store32(&fdb.crowded, 1)
         return FDB_NO_ROOM
     # Release: who sees this value sees that the address before it is deleted. Pairs with fdb_read.
     vs_store_release64(
@@ -223,6 +234,20 @@ cdef inline FdbResult fdb_learn(
     result = fdb_insert(fdb, key, port, False, tick, old_port)
     vs_unlock(&fdb.lock)
     return result
+
+
+cdef inline bint fdb_must_grow(const FdbC *fdb) noexcept nogil:
+    """Whether there is to be a larger table: this one is half full, or has no place for an address."""
+    cdef uint32_t grow_at = fdb_table(fdb).grow_at
+    return grow_at != 0 and (vs_load32(&fdb.count) >= grow_at or vs_load32(&fdb.crowded))
+
+
+cdef inline bint fdb_asks(FdbC *fdb) noexcept nogil:
+    """The same, if the main thread was not told before."""
+    if vs_likely(not fdb_must_grow(fdb)) or vs_load32(&fdb.asked):
+        return False
+    vs_store32(&fdb.asked, 1)
+    return True
 
 
 cdef inline void fdb_remove(FdbC *fdb, FdbEntryC *entry) noexcept nogil:

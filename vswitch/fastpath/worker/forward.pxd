@@ -9,10 +9,10 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vswitch.fastpath.shared.ethernet cimport VS_MAC_MASK, is_tag, vlan_bits
 from vswitch.fastpath.shared.fdb cimport FdbC
 from vswitch.fastpath.shared.frame cimport gather_bytes
-from vswitch.fastpath.shared.port cimport INGRESS_STORM, PortC
+from vswitch.fastpath.shared.port cimport INGRESS_CABLE, INGRESS_HUB, INGRESS_STORM, PortC
 from vswitch.fastpath.shared.ring cimport RingC
 from vswitch.fastpath.shared.sizes cimport ETH_HLEN, VLAN_HLEN
-from vswitch.fastpath.shared.view cimport View
+from vswitch.fastpath.shared.view cimport PortView, View
 from vswitch.fastpath.shared.words cimport (
     DROP_BAD_SOURCE,
     DROP_EGRESS_DOWN,
@@ -20,6 +20,7 @@ from vswitch.fastpath.shared.words cimport (
     DROP_OVERSIZE,
     DROP_RUNT,
     DROP_SAME_PORT,
+    EVENT_FDB_GROWS,
     EVENT_MAC_LEARNED,
     EVENT_MAC_LIMIT,
     EVENT_MAC_MOVED,
@@ -48,6 +49,7 @@ from vswitch.fastpath.worker.fdb cimport (
     FdbResult,
     fdb_learn,
     fdb_lookup,
+    fdb_asks,
     fdb_prefetch,
 )
 from vswitch.fastpath.worker.offload cimport check_offload
@@ -61,13 +63,18 @@ cdef enum:
 cdef inline vs_apart learn(
     WorkerC *w, uint64_t key, PortC *port, RingC *ring, uint32_t tick
 ) noexcept nogil:
-    cdef FdbC *fdb = w.shared.fdb
+    cdef FdbC *fdb = port.fdb
     cdef int32_t old_port = -1
     # Read before learning: a change that comes in between makes the note stale at once.
     cdef uint32_t generation = vs_load32(&fdb.generation)
-    cdef FdbResult result = fdb_learn(fdb, key, port.id, tick, &old_port)
+    cdef FdbResult result
+    if vs_unlikely(w.stages & INGRESS_HUB):
+        return
+    result = fdb_learn(fdb, key, port.id, tick, &old_port)
     if result == FDB_BUSY:
         return  # the next frame tries again
+    if vs_unlikely(fdb_asks(fdb)):
+        post_event(w, EVENT_FDB_GROWS, port.id, 0, 0)
     if vs_unlikely(result == FDB_NO_ROOM or result == FDB_PORT_FULL):
         w.counters[port.id].macs_refused += 1
         if result == FDB_PORT_FULL and not vs_load8(&port.mac_limit_told):
@@ -85,7 +92,9 @@ cdef inline vs_apart learn(
         ring.src_generation = generation + (1 if result == FDB_MOVED else 0)
 
 
-cdef inline void prefetch_lookups(WorkerC *w, const RingC *ring, uint16_t n) noexcept nogil:
+cdef inline void prefetch_lookups(
+    WorkerC *w, const PortC *port, const RingC *ring, uint16_t n
+) noexcept nogil:
     """Fetch where the destinations of a burst are in the FDB.
 
     A hint only: what the guest makes of its frame meanwhile is looked up all the same.
@@ -101,7 +110,7 @@ cdef inline void prefetch_lookups(WorkerC *w, const RingC *ring, uint16_t n) noe
                 if is_tag(vs_get16(frame.seg.ptr + 12)):
                     key |= vlan_bits(frame.seg.ptr)
                 if key != ring.dst_key:
-                    fdb_prefetch(w.shared.fdb, key)
+                    fdb_prefetch(port.fdb, key)
 
 
 cdef inline bint admit(
@@ -143,7 +152,8 @@ cdef inline bint admit(
         return False
     dst[0] = vs_get64(head) & VS_MAC_MASK
     src[0] = vs_get64(head + 6) & VS_MAC_MASK
-    if vs_unlikely(src[0] & 1 or src[0] == 0):
+    # To a cable all addresses are alike.
+    if vs_unlikely((src[0] & 1 or src[0] == 0) and not w.stages & INGRESS_CABLE):
         counters.drops[DROP_BAD_SOURCE] += 1
         return False
     src[0] |= vlan
@@ -152,13 +162,13 @@ cdef inline bint admit(
 
 
 cdef inline int32_t find_port(
-    WorkerC *w, RingC *ring, uint64_t key, uint32_t generation
+    WorkerC *w, const FdbC *fdb, RingC *ring, uint64_t key, uint32_t generation
 ) noexcept nogil:
     """The port that an address is behind, -1 if that is not known."""
     cdef int32_t out
     if vs_likely(ring != NULL and ring.dst_key == key and ring.dst_generation == generation):
         return ring.dst_port
-    out = fdb_lookup(w.shared.fdb, key)
+    out = fdb_lookup(fdb, key)
     w.lookups += 1
     if ring != NULL and out >= 0:
         ring.dst_key = key
@@ -179,20 +189,21 @@ cdef inline uint8_t with_addresses(
 cdef inline vs_apart flood(
     WorkerC *w, const View *view, PortC *port, uint8_t i, Counters *counters
 ) noexcept nogil:
-    """Multicast, broadcast and unknown: to everyone else.
+    """Multicast, broadcast and unknown: to everyone else in the network.
 
     The reserved groups 01:80:C2:00:00:0x are no exception; labs run LACP, LLDP, STP and 802.1X
     between guests.
     """
+    cdef const PortView *mine = &view.ports[port.id]
     cdef uint32_t k
     cdef bint sent = False
     if vs_unlikely(w.stages & INGRESS_STORM):
         if not storm_stage(port, w.head, counters):
             return
         i = with_addresses(w, view, i)
-    for k in range(view.n_flood):
-        if view.flood[k] != port.id:
-            send_to(w, view, view.flood[k], i)
+    for k in range(mine.n_flood):
+        if mine.flood[k] != port.id:
+            send_to(w, view, mine.flood[k], i)
             sent = True
     if vs_unlikely(not sent):
         counters.drops[DROP_NO_DESTINATION] += 1
@@ -202,7 +213,7 @@ cdef inline bint classify(
     WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
 ) noexcept nogil:
     """Decide where frame `i` goes; whether it is to be flooded. `ring` is NULL for what comes from a TAP."""
-    cdef FdbC *fdb = w.shared.fdb
+    cdef FdbC *fdb = port.fdb
     cdef uint64_t dst, src
     cdef uint32_t generation, tick
     cdef int32_t out
@@ -217,7 +228,7 @@ cdef inline bint classify(
         learn(w, src, port, ring, tick)
     if dst & 1:
         return True
-    out = find_port(w, ring, dst, generation)
+    out = find_port(w, fdb, ring, dst, generation)
     if vs_unlikely(out < 0):
         return True
     if vs_unlikely(out == port.id):
@@ -227,6 +238,22 @@ cdef inline bint classify(
     else:
         send_to(w, view, <uint16_t>out, i)
     return False
+
+
+cdef inline void cross(
+    WorkerC *w, const View *view, PortC *port, RingC *ring, uint8_t i, Counters *counters
+) noexcept nogil:
+    """Frame `i` came from one end of a cable: it leaves by the other."""
+    cdef int32_t peer = view.ports[port.id].peer
+    cdef uint64_t dst, src
+    if not admit(w, port, ring, &w.frames[i], &dst, &src, counters):
+        return
+    if vs_unlikely(peer < 0):
+        counters.drops[DROP_NO_DESTINATION] += 1
+    elif vs_unlikely(not view.ports[peer].forwarding):
+        counters.drops[DROP_EGRESS_DOWN] += 1
+    else:
+        send_to(w, view, <uint16_t>peer, i)
 
 
 cdef inline uint32_t forward_burst(
@@ -245,13 +272,17 @@ cdef inline uint32_t forward_burst(
     counters.ingress_frames += n
     counters.ingress_bytes += total
     if ring != NULL and vs_unlikely(ring.lookups > MANY_LOOKUPS):
-        prefetch_lookups(w, ring, n)
+        prefetch_lookups(w, port, ring, n)
     w.needs = w.copies = 0
     w.lookups = 0
     w.stages = vs_load8(&port.ingress)
-    for i in range(n):
-        if classify(w, view, port, ring, <uint8_t>i, counters):
-            flood(w, view, port, <uint8_t>i, counters)
+    if vs_unlikely(w.stages & INGRESS_CABLE):
+        for i in range(n):
+            cross(w, view, port, ring, <uint8_t>i, counters)
+    else:
+        for i in range(n):
+            if classify(w, view, port, ring, <uint8_t>i, counters):
+                flood(w, view, port, <uint8_t>i, counters)
     if ring != NULL:
         ring.lookups = w.lookups
     deliver_lists(w, view)
