@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "systemd"
 SYSTEMD = Path("/lib/systemd/systemd")
-PATIENCE_S = 100.0
+PATIENCE_S = 280.0
 CONFIGURATION = """
 [[port]]
 name = "vm1"

@@ -17,7 +17,7 @@ if [ -z "$INSIDE" ]; then
 	# This shell stays outside, to clean up.
 	(
 		echo $BASHPID >"$group/cgroup.procs"
-		INSIDE=1 exec timeout -s KILL 80 unshare --mount --pid --uts --ipc --net --cgroup --fork --kill-child "$0" "$@"
+		INSIDE=1 exec timeout -s KILL 250 unshare --mount --pid --uts --ipc --net --cgroup --fork --kill-child "$0" "$@"
 	) || true
 	# What was in there may take a moment to be gone.
 	while [ -e "$group" ]; do
