@@ -57,7 +57,7 @@ EventName = Literal[
 ]
 
 
-Changes = dict[str, int | str | None]
+Changes = dict[str, int | str | list[str] | None]
 """New values of settings by their names; None is what it is when nothing is said."""
 
 
@@ -265,11 +265,10 @@ class WorkerInfo(TypedDict):
 class Unsaved(TypedDict):
     """What runs otherwise than the file says after `save`, for the file has no word for it.
 
-    `static_macs` is the number of static MAC addresses, `links_down` names the ports whose link was
+    `links_down` names the ports whose link was
     set down, `log_level` is what it was set to at run time, if it was.
     """
 
-    static_macs: int
     links_down: list[str]
     log_level: NotRequired[str]
 

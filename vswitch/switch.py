@@ -175,11 +175,6 @@ class Switch:
 
     def unsaved(self) -> Unsaved:
         return Unsaved(
-            static_macs=sum(
-                port.fast.network.fdb.pinned(port.fast.id)
-                for port in self._ports
-                if port.fast.network is not None
-            ),
             links_down=[port.name for port in self._ports if port.fast.link_down],
         )
 
@@ -235,6 +230,7 @@ class Switch:
         port = kind_of(settings).make(settings, self._parts)
         self._ports.enter(port)
         try:
+            self._fdb_entries.pin_all(port)
             await port.open()
         except BaseException:
             self._ports.remove(port)  # nobody is to see it while it goes
@@ -290,7 +286,7 @@ class Switch:
                 network = self._networks.find(cast("str | None", changes["network"]))
                 self._cables.check_free(name, "it can be in no network")
                 await self._networks.move(port.fast, network, self._handover)
-                port.change(changes)
+                port.change(changes | {"static_macs": []})
         else:
             port.change(changes)
         log.info(
@@ -349,6 +345,8 @@ class Switch:
                         hint=f'have it leave: vswitchctl set-port {end.name} --network ""',
                     )
             self._cables.add(settings)
+            for end in ends:
+                end.change({"static_macs": []})
             await withdraw(self._handover, *(end.fast for end in ends))
             self._cables.plug(ends[0].fast)
             await show(self._handover, *(end.fast for end in ends))

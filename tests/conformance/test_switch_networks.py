@@ -236,6 +236,31 @@ ports = ["c", "d"]
 """
 
 
+def test_static_addresses_of_a_port(wire: Wire, core: str) -> None:
+    """From its first frame on, as `fdb add` makes them, and as `save` writes them."""
+    a = guest(wire, "a", 1)
+    wire.port("b", static_macs=["52:54:00:00:00:09", "52:54:00:00:00:09 vlan 7"])
+    wire.port("c", network=core, static_macs=["52:54:00:00:00:09"])
+    assert {(e["network"], e["vlan"], e["port"], e["static"]) for e in wire.client.fdb()} == {
+        ("default", 0, "b", True), ("default", 7, "b", True), ("core", 0, "c", True),
+    }  # fmt: skip
+    a.send([frame("52:54:00:00:00:09", A)])
+    wire.wait_drops("a", {"egress-down": 1})
+    with pytest.raises(ExistsError, match="is a static entry of port b"):
+        wire.port("d", static_macs=["52:54:00:00:00:09"])
+    with pytest.raises(NotFoundError):
+        wire.info("d")
+    wire.client.fdb_del("52:54:00:00:00:09", vlan=7)
+    wire.client.fdb_add("52:54:00:00:00:0A", "b", vlan=3)
+    by_name = {each["name"]: each["static_macs"] for each in wire.client.settings()["ports"]}
+    assert by_name == {
+        "a": [], "b": ["52:54:00:00:00:09", "52:54:00:00:00:0a vlan 3"], "c": ["52:54:00:00:00:09"],
+    }  # fmt: skip
+    wire.client.set_port("c", network=None)
+    assert {e["port"] for e in wire.client.fdb() if e["static"]} == {"b"}
+    assert wire.client.settings()["ports"][2]["static_macs"] == []
+
+
 def test_a_file_with_networks_and_links(start: Callable[..., Wire]) -> None:
     """From the first frame on; and `save` writes what came and went."""
     wire = start(tables=TABLES)

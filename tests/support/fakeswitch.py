@@ -84,7 +84,6 @@ class FakeSwitch:
 
     def unsaved(self) -> Unsaved:
         return {
-            "static_macs": sum(entry["static"] for entry in self._fdb.values()),
             "links_down": [name for name, link in self._links.items() if link == "down"],
         }
 

@@ -60,8 +60,6 @@ def save(state: State, path: str | None, force: bool) -> None:
 
 
 def _in_words(unsaved: Unsaved) -> Iterator[str]:
-    if unsaved["static_macs"]:
-        yield f"{unsaved['static_macs']} static MAC addresses (vswitchctl fdb show)"
     if unsaved["links_down"]:
         yield f"link down of {', '.join(unsaved['links_down'])} (vswitchctl set-link)"
     if "log_level" in unsaved:

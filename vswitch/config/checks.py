@@ -21,6 +21,8 @@ CPU_MAX = 1023
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _OCTAL = re.compile(r"0?[0-7]{3}")
+_STATIC_MAC = re.compile(r"([0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5})(?: vlan (\d{1,4}))?")
+VLAN_MAX = 4094
 
 
 def bad(reason: str) -> PydanticCustomError:
@@ -122,6 +124,32 @@ def check_offloads(value: object) -> OffloadSetting:
     if value and "csum" not in value:
         raise bad(f'must have "csum" as well: {value[0]} is not possible without')
     return value
+
+
+def static_mac(text: str) -> tuple[str, int]:
+    """Address and VLAN of an element of `static_macs`; raises if it is none."""
+    found = _STATIC_MAC.fullmatch(text)
+    if found is None:
+        raise bad(f'has {text!r}: write "52:54:00:12:34:56" or "52:54:00:12:34:56 vlan 10"')
+    mac, vlan = found[1].lower().replace("-", ":"), int(found[2] or 0)
+    if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        raise bad(f"has {mac}, which is no address of a station")
+    if vlan > VLAN_MAX:
+        raise bad(f"has VLAN {vlan}, which is above {VLAN_MAX}")
+    return mac, vlan
+
+
+def written_mac(mac: str, vlan: int) -> str:
+    """An element of `static_macs`, as it is written."""
+    return f"{mac} vlan {vlan}" if vlan else mac
+
+
+def check_static_macs(value: list[str]) -> list[str]:
+    """Addresses in one spelling, none of them twice."""
+    found = [written_mac(*static_mac(text)) for text in value]
+    if len(set(found)) != len(found):
+        raise bad("names an address twice")
+    return found
 
 
 def check_features(words: object, info: ValidationInfo) -> list[str]:

@@ -112,6 +112,10 @@ class PortKeys(_Keys):
     worker: Annotated[
         int | None, Key("worker that polls all of its queues, from 0", 0, WORKERS_MAX - 1)
     ] = None
+    static_macs: Annotated[
+        list[str],
+        Key("addresses that are behind it for good: 52:54:00:12:34:56, or with ` vlan 10`"),
+    ] = []  # noqa: RUF012 - a model has a copy of it
 
 
 class UplinkKeys(_Keys):
@@ -127,6 +131,10 @@ class UplinkKeys(_Keys):
         OffloadSetting,
         Key("offloads left to the kernel: on, off, or some of " + ",".join(OFFLOADS)),
     ] = True
+    static_macs: Annotated[
+        list[str],
+        Key("addresses that are behind it for good: 52:54:00:12:34:56, or with ` vlan 10`"),
+    ] = []  # noqa: RUF012 - a model has a copy of it
 
 
 class NetworkKeys(_Keys):

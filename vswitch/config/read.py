@@ -50,7 +50,7 @@ _MODELS: dict[Kind, type[BaseModel]] = {
     "link": LinkSettings,
 }
 _TABLES = ("switch", *_MODELS)
-_RELATED = ("name", "socket", "worker", "network", "ports")
+_RELATED = ("name", "socket", "worker", "network", "ports", "static_macs")
 """Keys that have to do with other tables."""
 _NEEDED = {"name": "x", "socket": "/x", "ports": ["x", "y"]}
 _NAMED: tuple[Kind, ...] = ("port", "uplink", "network")

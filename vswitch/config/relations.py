@@ -55,6 +55,7 @@ def find_clashes(
         *_workers(workers, tables),
         *_networks(tables, complete),
         *_links(tables, complete),
+        *_static_macs(tables),
     ]
 
 
@@ -126,6 +127,22 @@ def _links(tables: Tables, complete: bool) -> Iterator[Clash]:
                     yield Clash("link", i, "ports", reason)
             elif complete:
                 yield Clash("link", i, "ports", f'there is no port or uplink "{name}"')
+
+
+def _static_macs(tables: Tables) -> Iterator[Clash]:
+    """An address is behind one port of a network; at the end of a cable there are none."""
+    ends = {name for link in tables.links for name in link.get("ports", ())}
+    seen: dict[tuple[str, str], str] = {}
+    for kind, i, table in tables.ends:
+        macs, label = table.get("static_macs") or (), f"{kind}[{i}]"
+        if macs and table.get("name") in ends:
+            yield Clash(kind, i, "static_macs", "it is the end of a cable, which has no addresses")
+            continue
+        network = table.get("network") or DEFAULT_NETWORK
+        for mac in macs:
+            other = seen.setdefault((network, mac), label)
+            if other != label:
+                yield Clash(kind, i, "static_macs", f"{mac} is one of {other} already")
 
 
 def _same_file_key(path: Path) -> str:

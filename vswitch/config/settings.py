@@ -135,6 +135,7 @@ class PortSettings(RuntimeKeys, PortKeys, _Model):
     _permissions = field_validator("permissions")(_if_told(checks.check_permissions))
     _offloads = field_validator("offloads", mode="plain")(checks.check_offloads)
     _features = field_validator("features", mode="plain")(checks.check_features)
+    _static_macs = field_validator("static_macs")(checks.check_static_macs)
 
     @field_validator("owner", "group", "permissions")
     @classmethod
@@ -161,6 +162,7 @@ class UplinkSettings(RuntimeKeys, UplinkKeys, _Model):
     _name = field_validator("name")(checks.check_interface_name)
     _bridge = field_validator("bridge")(_if_told(checks.check_interface_name))
     _offloads = field_validator("offloads", mode="plain")(checks.check_offloads)
+    _static_macs = field_validator("static_macs")(checks.check_static_macs)
 
     @field_validator("bridge")
     @classmethod

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vswitch.api import FdbEntry, Page
+from vswitch.config.checks import static_mac, written_mac
 from vswitch.dataplane import addresses
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
 from vswitch.fastpath.main.fdb import Fdb, key_mac, mac_key
+from vswitch.ports.kinds import SwitchPort
 from vswitch.ports.networks import Networks
 from vswitch.ports.table import PortTable
 
@@ -48,12 +50,23 @@ class FdbEntries:
         return Page(found, left[1].serial << _PLACE_BITS if len(left) > 1 else None)
 
     def add(self, mac: str, port: str, vlan: int) -> None:
-        key = _key(mac, vlan)
         target = self._ports.find(port)
+        self._pin(target, mac, vlan)
+        told = [*target.settings.static_macs]
+        if (text := written_mac(mac, vlan)) not in told:
+            target.change({"static_macs": [*told, text]})
+
+    def pin_all(self, port: SwitchPort) -> None:
+        """Add what a port's settings say. Raises as `add` does, and then some may be there."""
+        for text in port.settings.static_macs:
+            self._pin(port, *static_mac(text))
+
+    def _pin(self, target: SwitchPort, mac: str, vlan: int) -> None:
+        key = _key(mac, vlan)
         network = self._networks.of(target.fast)
         if network is None:
             raise ExistsError(
-                f'"{port}" is the end of a cable, which has no addresses',
+                f'"{target.name}" is the end of a cable, which has no addresses',
                 hint="vswitchctl link list has its other end",
             )
         fdb = network.fdb
@@ -90,7 +103,13 @@ class FdbEntries:
             raise ExistsError(
                 f"{mac} (VLAN {vlan}) is in several networks: {names}", hint="name one: --network"
             )
+        number, static = having[0].fdb.find(key) or (-1, False)
         having[0].fdb.delete(key)
+        port = self._ports.by_id(number)
+        if static and port is not None:
+            text = written_mac(*key_mac(key))
+            left = [one for one in port.settings.static_macs if one != text]
+            port.change({"static_macs": left})
 
     async def flush(self, port: str | None, network: str | None) -> int:
         """Of a port, of a network, or all; of a port in another network there is nothing."""

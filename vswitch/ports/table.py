@@ -91,7 +91,11 @@ class PortTable:
                 f'there is a port or uplink "{new.name}" already', hint="choose another name"
             )
         there = Tables(*(
-            [dict(one) for one in (*(port.settings for port in self), new) if one.table == table]
+            [
+                {key: getattr(one, key) for key in ("name", "socket") if hasattr(one, key)}
+                for one in (*(port.settings for port in self), new)
+                if one.table == table
+            ]
             for table in ("ports", "uplinks")
         ))  # fmt: skip
         for kind, _, key, reason in find_clashes(self._control, None, there, complete=False):

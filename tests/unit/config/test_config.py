@@ -88,6 +88,19 @@ def test_networks_and_links() -> None:
     assert settings.links[0].title == "a--c"
 
 
+def test_an_address_may_be_static_in_two_networks_and_vlans() -> None:
+    mac = "52:54:00:00:00:01"
+    settings = parse(
+        port(static_macs=f'["{mac}", "{mac} vlan 7"]')
+        + port(name='"vm2"', socket='"/b"', static_macs=f'["{mac} vlan 8"]')
+        + port(name='"vm3"', socket='"/c"', static_macs=f'["{mac}"]', network='"core"')
+        + '[[network]]\nname = "core"\n'
+    )
+    assert [each.static_macs for each in settings.ports] == [
+        [mac, f"{mac} vlan 7"], [f"{mac} vlan 8"], [mac],
+    ]  # fmt: skip
+
+
 def test_a_table_that_cannot_be_read_is_not_missed_as_well() -> None:
     """A network whose name is wrong is one mistake, not another for each port in it."""
     text = port(network='"core"') + '[[network]]\nname = "co re"\n' + link("vm8", "vm9")
@@ -272,6 +285,33 @@ def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
             + link("vm1", "b")
             + link("vm1", "c"),
             'link[2].ports: "vm1" is an end of link[1] already (got',
+        ),
+        (
+            port(static_macs='["52:54:00:00:00"]'),
+            'port "vm1".static_macs: has \'52:54:00:00:00\': write "52:54:00:12:34:56" or',
+        ),
+        (
+            port(static_macs='["01:00:5e:00:00:01"]'),
+            'port "vm1".static_macs: has 01:00:5e:00:00:01,',
+        ),
+        (
+            port(static_macs='["52:54:00:00:00:01 vlan 4095"]'),
+            'port "vm1".static_macs: has VLAN 4095, which is above 4094 (got',
+        ),
+        (
+            port(static_macs='["52:54:00:00:00:01", "52-54-00-00-00-01"]'),
+            'port "vm1".static_macs: names an address twice (got',
+        ),
+        (
+            port(static_macs='["52:54:00:00:00:01"]')
+            + '[uplink]\nname = "up"\nstatic_macs = ["52:54:00:00:00:01"]',
+            'uplink "up".static_macs: 52:54:00:00:00:01 is one of port[1] already (got',
+        ),
+        (
+            port(static_macs='["52:54:00:00:00:01"]')
+            + '[uplink]\nname = "up"\n'
+            + link("vm1", "up"),
+            'port "vm1".static_macs: it is the end of a cable, which has no addresses (got',
         ),
         ("[switch\nname = 1", "line 1, column 8: Expected ']' at the end of a table declaration"),
         ("x = ", "line 1: Invalid value at the end of the file"),

@@ -162,9 +162,11 @@ def test_saving_beside_an_editor(client: Client, tmp_path: Path) -> None:
     client.set_link("vm2", False)
     assert client.worker_pin("vm1", 0) == 0
     assert client.save() == file
-    assert client.unsaved == {"static_macs": 1, "links_down": ["vm2"]}
+    assert client.unsaved == {"links_down": ["vm2"]}
     [vm1, _] = client.settings()["ports"]
     assert vm1["worker"] == 0
+    assert vm1["static_macs"] == ["52:54:00:00:00:01"]
+    assert file.read_text().count('static_macs = ["52:54:00:00:00:01"]') == 1
     assert file.read_text().count("worker = 0") == 1
     client.worker_pin("vm1", None)
     client.save()

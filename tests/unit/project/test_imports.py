@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *BASE,
         "vswitch.api",
         "vswitch.config.settings",
+        "vswitch.config.checks",
         "vswitch.config.keys",
         "vswitch.config.relations",
         "vswitch.config.feature_names",
