@@ -18,6 +18,8 @@ from tests.support.rig import ALL, Rig, stepping
 from vswitch.fastpath.main.mapping import Memory
 from vswitch.lab.guest import SoftwareGuest
 from vswitch.lab.guest.raw import DESC_F_NEXT, RawDesc
+from vswitch.lab.guest.vnet import NEEDS_CSUM, VnetHeader
+from vswitch.ports import offloads
 from vswitch.vhost_user.protocol import Feature
 
 BURST = 64
@@ -190,6 +192,19 @@ def test_addresses_of_the_decision_are_those_of_what_is_finished(size: int) -> N
             assert finished == [replace(made, dst=UNKNOWN).whole()]
 
 
+def test_a_burst_of_floods_is_one_batch_of_its_receiver() -> None:
+    """There is room for as many as a burst may have, with addresses of ours."""
+    with stepping() as rig:
+        sender, own = rig.guest(1, Feature(0))
+        own.set_storm((1000, 1000, 1000))
+        receiver, port = rig.guest(2, Feature(0))
+        sent = [frame(BROADCAST, sender.mac, tag) for tag in range(BURST)]
+        sender.send(sent)
+        assert rig.turn() == BURST
+        assert receiver.poll_frames(100) == sent
+        assert rig.engine.stats(port)["calls"] == 1
+
+
 @pytest.mark.parametrize("limited", [False, True])
 def test_frames_in_as_many_pieces_as_there_may_be(limited: bool) -> None:
     """They are the sender's doing: no receiver sits out turns for them.
@@ -197,16 +212,19 @@ def test_frames_in_as_many_pieces_as_there_may_be(limited: bool) -> None:
     With storm control they are more than there is room for with addresses of ours: what stands on
     lists leaves first, and all is in order. A TAP takes one piece less than such a frame has then.
     """
+    header = VnetHeader(flags=NEEDS_CSUM, csum_start=14, csum_offset=2).pack()
     with stepping() as rig, tap_end() as (ours, theirs):
-        sender, own = rig.guest(1, Feature(0), queue_size=4096, max_frame_len=4096)
+        sender, own = rig.guest(1, queue_size=8192, max_frame_len=4096)
         if limited:
             own.set_storm((1000, 1000, 1000))
         tap = rig.engine.add_port("tap", ours)
-        receiver, _ = rig.guest(2, Feature(0))
-        sent = [frame(BROADCAST, sender.mac, tag, 2 * PIECES + 14) for tag in range(3)]
-        chains = []
-        for data in sent:
-            address = put(sender, bytes(HEADER_LEN) + data)
+        tap.offloads = offloads.CSUM
+        receiver, _ = rig.guest(2, max_frame_len=4096)
+        short = frame(BROADCAST, sender.mac, 0)
+        sent = [short, *(frame(BROADCAST, sender.mac, tag, 2 * PIECES + 14) for tag in range(1, 5))]
+        chains = [[(put(sender, header + short), HEADER_LEN + len(short))]]
+        for data in sent[1:]:
+            address = put(sender, header + data)
             chain = [(address, HEADER_LEN + 14)]
             chain += [(address + HEADER_LEN + 14 + 2 * k, 2) for k in range(PIECES)]
             chains.append(chain)
@@ -214,6 +232,7 @@ def test_frames_in_as_many_pieces_as_there_may_be(limited: bool) -> None:
         while rig.turn():
             pass
         assert receiver.poll_frames(10) == sent
-        assert [theirs.recv(5000)[HEADER_LEN:] for _ in sent] == sent
+        assert [theirs.recv(5000) for _ in sent] == [header + data for data in sent]
+        assert rig.engine.stats(tap)["egress_frames"] == len(sent)
         rig.engine.remove_port(tap)
         rig.settle()

@@ -74,21 +74,6 @@ cdef inline void tap_flush(WorkerC *w, Counters *counters) noexcept nogil:
     w.n_tap_iovecs = 0
 
 
-cdef inline void tap_write_gathered(
-    WorkerC *w, PortC *port, const Frame *frame, Counters *counters
-) noexcept nogil:
-    """Write a variant that with its header is in more pieces than the kernel takes (IOV_MAX)."""
-    cdef ssize_t done
-    tap_flush(w, counters)
-    w.copied += frame.len
-    w.work += frame.nseg
-    w.burst_calls += TAP_CALLS
-    memcpy(w.linear, frame.hdr, VNET_HDR_MAX)
-    gather_bytes(w, frame, w.linear + VNET_HDR_MAX, frame.len)
-    done = write(port.tap_fd, w.linear, VNET_HDR_MAX + frame.len)
-    tap_written(counters, frame.len, errno if done < 0 else 0)
-
-
 cdef inline void tap_write(
     WorkerC *w, PortC *port, const Frame *frame, bint queue, Counters *counters
 ) noexcept nogil:
@@ -96,17 +81,19 @@ cdef inline void tap_write(
 
     The kernel does the copy of a long one, straight from where it lies; memory that a frontend has
     taken away meanwhile is EFAULT there, not a signal. A short one goes through memory of our own:
-    that costs less than telling the kernel of two pieces.
+    that costs less than telling the kernel of two pieces. So does one in more pieces than the kernel takes
+    with a header (IOV_MAX): a variant of one with MAX_CHAIN.
     """
+    cdef bint gathered = frame.nseg > MAX_CHAIN
     cdef bint small = frame.nseg == 1 and frame.len <= TAP_SHORT_LEN - VNET_HDR_MAX
     cdef uint32_t slot, k
     cdef char *whole
     cdef iovec *iov
     cdef ssize_t done
-    if vs_unlikely(frame.nseg > MAX_CHAIN):
-        tap_write_gathered(w, port, frame, counters)
-        return
-    if w.uring.queued == VS_URING_SLOTS or w.n_tap_iovecs + 1 + frame.nseg > TAP_IOVECS:
+    if (
+        w.uring.queued == VS_URING_SLOTS or w.n_tap_iovecs + 1 + frame.nseg > TAP_IOVECS
+        or vs_unlikely(gathered)
+    ):
         tap_flush(w, counters)
     w.copied += frame.len
     w.work += frame.nseg
@@ -116,6 +103,10 @@ cdef inline void tap_write(
     if small:
         memcpy(whole, frame.hdr, VNET_HDR_MAX)
         memcpy(whole + VNET_HDR_MAX, frame.seg.ptr, frame.len)
+    elif vs_unlikely(gathered):
+        whole = w.linear  # where a frame that is being finished is in two pieces at most
+        memcpy(whole, frame.hdr, VNET_HDR_MAX)
+        gather_bytes(w, frame, whole + VNET_HDR_MAX, frame.len)
     else:
         iov[0].iov_base = <void *>frame.hdr
         iov[0].iov_len = VNET_HDR_MAX
@@ -124,7 +115,7 @@ cdef inline void tap_write(
         for k in range(<uint32_t>(frame.nseg - 1)):
             iov[2 + k].iov_base = w.segs[frame.more + k].ptr
             iov[2 + k].iov_len = w.segs[frame.more + k].len
-    if queue:
+    if queue and not gathered:
         w.tap_lens[slot] = frame.len
         if small:
             vs_uring_write(&w.uring, port.tap_fd, whole, VNET_HDR_MAX + frame.len)
@@ -133,7 +124,7 @@ cdef inline void tap_write(
             w.n_tap_iovecs += 1 + frame.nseg
         return
     w.burst_calls += TAP_CALLS
-    if small:
+    if small or gathered:
         done = write(port.tap_fd, whole, VNET_HDR_MAX + frame.len)
     else:
         done = writev(port.tap_fd, iov, 1 + frame.nseg)
