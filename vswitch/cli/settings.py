@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from vswitch.cli.options import given, keys
+from vswitch.cli.patterns import expanded
 from vswitch.cli.state import State, command, complete_ports, pass_state
 from vswitch.config.keys import LogLevel, PortKeys, RuntimeKeys
+from vswitch.errors import VswitchError
+
+if TYPE_CHECKING:
+    from vswitch.api import PortInfo
 
 
 @command("add-port")
-@click.argument("name")
+@click.argument("names", nargs=-1, metavar="NAME...")
 @click.argument("socket", type=click.Path())
 @click.option("--client", is_flag=True, help="Connect to SOCKET, where the frontend listens.")
 @keys(PortKeys, RuntimeKeys, without=("name", "socket", "mode"))
 @pass_state
-def add_port(state: State, /, name: str, socket: str, client: bool, **options: Any) -> None:
-    """Add the port NAME with the vhost-user socket SOCKET."""
-    with state.connect() as switch:
-        port = switch.add_port(
-            name, socket, mode="client" if client else "server", **given(options)
+def add_port(
+    state: State, /, names: tuple[str, ...], socket: str, client: bool, **options: Any
+) -> None:
+    """Add the port NAME with the vhost-user socket SOCKET.
+
+    Or several: r[1-4]-eth[0-3] stands for sixteen, and {name} in SOCKET for the name of each.
+    """
+    if not names:
+        raise click.UsageError("Missing argument 'SOCKET'.")
+    found = expanded(names)
+    if len(found) > 1 and "{name}" not in socket:
+        raise click.UsageError(
+            f"{len(found)} ports cannot have one socket: put {{name}} into it, "
+            "for example /run/vswitch/{name}.sock"
         )
-    state.done(port, f"added port {name} ({port['state']}, {port['socket']})")
+    mode = "client" if client else "server"
+    ports: list[PortInfo] = []
+    with state.connect() as switch:
+        try:
+            for name in found:
+                path = socket.replace("{name}", name)
+                ports.append(switch.add_port(name, path, mode=mode, **given(options)))
+        except VswitchError as exc:
+            if ports:
+                last = found[len(ports) - 1]
+                exc.message += f"; added before that: {len(ports)} ports, up to {last}"
+            raise
+    if len(found) == 1:
+        [port] = ports
+        state.done(port, f"added port {port['name']} ({port['state']}, {port['socket']})")
+    else:
+        state.done(ports, f"added {len(ports)} ports: {found[0]} to {found[-1]}")
 
 
 @command("set-port")

@@ -256,6 +256,22 @@ def test_mac_addresses(run: Run, controlled: Controlled, tmp_path: Path) -> None
     assert run("fdb", "show", "--json").json == []
 
 
+def test_many_ports_at_once(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+    done = run("add-port", "r[1-2]-eth[0-1]", "h1", f"{tmp_path}/{{name}}.sock", "--mtu", "9000")
+    assert (done.code, done.out) == (0, "added 5 ports: r1-eth0 to h1\n")
+    ports = controlled.do(lambda: controlled.switch.settings.ports)
+    assert [(port.name, port.socket.name, port.mtu) for port in ports] == [
+        (name, f"{name}.sock", 9000) for name in ("r1-eth0", "r1-eth1", "r2-eth0", "r2-eth1", "h1")
+    ]
+    added = run("add-port", "a", "b", f"{tmp_path}/{{name}}", "--json").json
+    assert [port["name"] for port in added] == ["a", "b"]
+    assert "5 ports cannot have one socket" in run("add-port", "x[1-5]", f"{tmp_path}/x").err
+    done = run("add-port", "v[1-3]", "a", "w", f"{tmp_path}/{{name}}")
+    assert done.code == 5
+    assert 'port "a" exists; added before that: 3 ports, up to v3' in done.err
+    assert "runs backwards" in run("add-port", "v[3-1]", f"{tmp_path}/{{name}}").err
+
+
 def test_networks(run: Run, controlled: Controlled, tmp_path: Path) -> None:
     added = run("network", "add", "core", "--learning", "off", "--fdb-size", "64")
     assert (added.code, added.out) == (0, "added network core\n")
