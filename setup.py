@@ -68,6 +68,7 @@ EXTENSIONS = [
     extension("vswitch.fastpath.main.ahead"),
     extension("vswitch.fastpath.main.engine"),
     extension("vswitch.fastpath.main.fdb"),
+    extension("vswitch.fastpath.main.fdb_table"),
     extension("vswitch.fastpath.main.iotlb"),
     extension("vswitch.fastpath.main.joined"),
     extension("vswitch.fastpath.main.journal"),

@@ -14,10 +14,10 @@ from vswitch.fastpath.main.fdb import (
     GROWS_MAX,
     SLOTS_A_TURN,
     Fdb,
-    Shares,
     key_mac,
     mac_key,
 )
+from vswitch.fastpath.main.fdb_table import Shares
 
 LIMIT = 64
 # So few that most steps are about one that is there already, often at another port.

@@ -1,4 +1,4 @@
-from vswitch.fastpath.main.fdb cimport Shares
+from vswitch.fastpath.main.fdb_table cimport Shares
 from vswitch.fastpath.main.network cimport Network
 from vswitch.fastpath.shared.worker cimport Shared
 from vswitch.fastpath.sys.notify cimport vs_notifier

@@ -15,7 +15,7 @@ import os
 from vswitch.fastpath.main.fdb import NO_LIMIT
 from vswitch.fastpath.shared.words import DROP_REASONS, EVENT_NAMES
 
-from vswitch.fastpath.main.fdb cimport Shares
+from vswitch.fastpath.main.fdb_table cimport Shares
 from vswitch.fastpath.main.network cimport Network
 from vswitch.fastpath.main.port cimport Port
 from vswitch.fastpath.main.ring cimport Ring

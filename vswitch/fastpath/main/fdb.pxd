@@ -1,18 +1,7 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-from vswitch.fastpath.shared.fdb cimport FdbC, FdbEntryC, FdbTable
-from vswitch.fastpath.shared.sizes cimport MAX_PORTS
-
-
-cdef class Shares:
-    cdef uint32_t learned[MAX_PORTS]
-    cdef uint32_t learned_max[MAX_PORTS]
-    cdef uint32_t statics[MAX_PORTS]  # the main thread's alone, who makes and removes them
-
-
-cdef class Table:
-    cdef FdbTable c
-    cdef bint take(self, const FdbC *fdb, const FdbEntryC *entry, int which) noexcept nogil
+from vswitch.fastpath.main.fdb_table cimport Shares, Table
+from vswitch.fastpath.shared.fdb cimport FdbC, FdbEntryC
 
 
 cdef class Fdb:

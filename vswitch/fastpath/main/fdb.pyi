@@ -1,6 +1,8 @@
 from array import array
 from typing import Self
 
+from vswitch.fastpath.main.fdb_table import Shares, Table
+
 NO_LIMIT: int
 SLOTS_A_TURN: int
 GONE_A_TURN: int
@@ -8,11 +10,6 @@ GROWS_MAX: int
 
 def mac_key(mac: str, vlan: int = 0) -> int: ...
 def key_mac(key: int) -> tuple[str, int]: ...
-
-class Shares:
-    def __new__(cls) -> Self: ...
-
-class Table: ...
 
 class Fdb:
     tick: int

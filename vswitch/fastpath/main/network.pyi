@@ -1,6 +1,7 @@
 from typing import Self
 
-from vswitch.fastpath.main.fdb import Fdb, Shares
+from vswitch.fastpath.main.fdb import Fdb
+from vswitch.fastpath.main.fdb_table import Shares
 
 class Network:
     def __new__(cls, name: str, fdb_size: int, learning: bool, shares: Shares) -> Self: ...

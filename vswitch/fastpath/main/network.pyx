@@ -1,6 +1,7 @@
 """Networks: broadcast domains, each with a table of addresses of its own."""
 
-from vswitch.fastpath.main.fdb cimport Fdb, Shares
+from vswitch.fastpath.main.fdb cimport Fdb
+from vswitch.fastpath.main.fdb_table cimport Shares
 
 
 cdef class Network:

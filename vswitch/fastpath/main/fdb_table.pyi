@@ -1,0 +1,6 @@
+from typing import Self
+
+class Shares:
+    def __new__(cls) -> Self: ...
+
+class Table: ...
