@@ -43,9 +43,7 @@ from vswitch.dataplane.handover import HandOver
 from vswitch.dataplane.placement import Placement
 from vswitch.dataplane.threads import WorkerThreads
 from vswitch.dataplane.ticker import Ticker
-from vswitch.errors import ExistsError
 from vswitch.fastpath.main.engine import Engine
-from vswitch.fastpath.main.fdb import Fdb
 from vswitch.ports import every_kind as every_kind
 from vswitch.ports import rounds
 from vswitch.ports.cables import Cables
@@ -54,8 +52,9 @@ from vswitch.ports.fault_process import unavailable
 from vswitch.ports.fdb_entries import FdbEntries
 from vswitch.ports.journals import Journals
 from vswitch.ports.kinds import Parts, SwitchPort, kind_of
-from vswitch.ports.networks import Networks, grow, show, withdraw
+from vswitch.ports.networks import Networks
 from vswitch.ports.table import PORT_WEIGHT, PortTable
+from vswitch.ports.topology import Topology
 from vswitch.relay.process import Relay
 
 log = logging.getLogger("vswitch.switch")
@@ -96,7 +95,10 @@ class Switch:
             journals=None if journals is None else Journals(journals),
             notify=self._events.emit,
         )
-        self._fdb_entries = FdbEntries(self._networks, self._ports, self._grow)
+        self._topology = Topology(
+            self._engine, self._handover, self._networks, self._cables, self._ports, self._events
+        )
+        self._fdb_entries = FdbEntries(self._networks, self._ports, self._topology.grow)
         self._ticker = Ticker(
             self._networks.clock,
             lambda: self._networks.age(self._events.aged),
@@ -280,15 +282,12 @@ class Switch:
         return port.info()
 
     async def set_port(self, name: str, changes: Changes) -> PortInfo:
-        port = self._ports.find(name)
         if "network" in changes:
             async with self._lock:
-                network = self._networks.find(cast("str | None", changes["network"]))
-                self._cables.check_free(name, "it can be in no network")
-                await self._networks.move(port.fast, network, self._handover)
-                port.change(changes | {"static_macs": []})
-        else:
-            port.change(changes)
+                network = cast("str | None", changes["network"])
+                await self._topology.move(self._ports.find(name), network)
+        port = self._ports.find(name)
+        port.change(changes)
         log.info(
             "port %s: %s", name, ", ".join(f"{k} = {v or 'default'}" for k, v in changes.items())
         )
@@ -305,29 +304,18 @@ class Switch:
         if event.kind == "fdb-grows":
             port = self._ports.by_id(event.port)
             if port is not None and port.fast.network is not None:
-                self._grow(port.fast.network.fdb)
+                self._topology.grow(port.fast.network.fdb)
         else:
             self._events.hear(event)
-
-    def _grow(self, fdb: Fdb) -> None:
-        grow(fdb, self._handover)
-        self._handover.publish()
 
     # Networks and cables
 
     async def add_network(self, settings: NetworkSettings) -> NetworkInfo:
-        network = self._networks.add(settings)
-        log.info("network %s: added", network.name)
-        self._events.send(
-            Event(event="network-added", time=time.time(), port=None, network=network.name)
-        )
-        return self._networks.info(network)
+        return self._topology.add_network(settings)
 
     async def del_network(self, name: str) -> None:
         async with self._lock:
-            self._networks.remove(name)
-        log.info("network %s: removed", name)
-        self._events.send(Event(event="network-removed", time=time.time(), port=None, network=name))
+            self._topology.del_network(name)
 
     def networks(self, after: int = 0, most: int = PAGE_MAX) -> Page[NetworkInfo]:
         return self._networks.page(after, most)
@@ -337,36 +325,11 @@ class Switch:
 
     async def add_link(self, settings: LinkSettings) -> LinkInfo:
         async with self._lock:
-            ends = [self._ports.find(name) for name in settings.ports]
-            for end in ends:
-                if end.settings.network is not None:
-                    raise ExistsError(
-                        f'"{end.name}" is in network "{end.settings.network}": a cable is in none',
-                        hint=f'have it leave: vswitchctl set-port {end.name} --network ""',
-                    )
-            self._cables.add(settings)
-            for end in ends:
-                end.change({"static_macs": []})
-            await withdraw(self._handover, *(end.fast for end in ends))
-            self._cables.plug(ends[0].fast)
-            await show(self._handover, *(end.fast for end in ends))
-        log.info("link %s: between %s and %s", settings.title, *settings.ports)
-        self._events.send(
-            Event(event="link-added", time=time.time(), port=None, cable=settings.title)
-        )
-        return LinkInfo(name=settings.title, ports=settings.ports)
+            return await self._topology.add_link(settings)
 
     async def del_link(self, name: str) -> None:
         async with self._lock:
-            link = self._cables.remove(name)
-            ends = [self._ports.find(end) for end in link.ports]
-            await withdraw(self._handover, *(end.fast for end in ends))
-            for end in ends:
-                end.fast.join(self._engine.default)
-                end.change({"network": None})  # its limits are those of a network again
-            await show(self._handover, *(end.fast for end in ends))
-        log.info("link %s: removed", name)
-        self._events.send(Event(event="link-removed", time=time.time(), port=None, cable=name))
+            await self._topology.del_link(name)
 
     def links(self, after: int = 0, most: int = PAGE_MAX) -> Page[LinkInfo]:
         return self._cables.page(after, most)

@@ -256,6 +256,10 @@ def test_static_addresses_of_a_port(wire: Wire, core: str) -> None:
     assert by_name == {
         "a": [], "b": ["52:54:00:00:00:09", "52:54:00:00:00:0a vlan 3"], "c": ["52:54:00:00:00:09"],
     }  # fmt: skip
+    wire.client.set_port("c", network=core)
+    assert {e["port"] for e in wire.client.fdb() if e["static"]} == {"b", "c"}, (
+        "it is there already"
+    )
     wire.client.set_port("c", network=None)
     assert {e["port"] for e in wire.client.fdb() if e["static"]} == {"b"}
     assert wire.client.settings()["ports"][2]["static_macs"] == []

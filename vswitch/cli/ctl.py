@@ -21,7 +21,11 @@ class _Root(LazyGroup, Group):
 _LAZY = {
     name: LazyCommand(f"vswitch.cli.{module}:{name.replace('-', '_')}", line)
     for name, module, line in (
-        ("add-port", "settings", "Add the port NAME with the vhost-user socket SOCKET."),
+        (
+            "add-port",
+            "settings",
+            "Add the port NAME with the vhost-user socket SOCKET.",
+        ),
         ("del-port", "ports", "Delete ports; their guests lose the link."),
         ("events", "running", "Follow what happens on the switch: all events, or those named."),
         ("fdb", "fdb", "MAC addresses: show, add, delete, flush."),
