@@ -72,7 +72,7 @@ class PageParams(_Params):
     Without `limit` the answer is all there is.
     """
 
-    after: Annotated[int, Field(ge=0, lt=2**48)] = 0
+    after: Annotated[int, Field(ge=0, lt=2**53)] = 0
     limit: Annotated[int, Field(ge=1, le=PAGE_MAX)] | None = None
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from vswitch.ports.kinds import SwitchPort
 from vswitch.ports.networks import Networks
 from vswitch.ports.table import PortTable
 
-_PLACE_BITS = 26
+_PLACE_BITS = 32
 """Of a place in an FDB, as Fdb.page has it."""
 
 

@@ -386,22 +386,27 @@ cdef class Fdb:
         Returns them and where to go on, None at the end. An entry that is there all the time is found
         once, although the table may grow meanwhile: buckets come in the order of their numbers read
         backwards, so that those that a bucket becomes are next to each other. (Twice, if it
-        grows while a page ends within a bucket.)
+        grows while a page ends within a bucket, which is looked at again then.)
         """
-        cdef uint64_t key, val, mask = self.table.c.mask, at = start >> 2, bucket
+        cdef uint64_t key, val, mask = self.table.c.mask, bucket
+        cdef uint64_t at = start >> 2 & (1 << ORDER_BITS) - 1
         cdef uint32_t tick = vs_load32(&self.c.tick)
         cdef uint64_t looked = 0, i = start & 3
         cdef int bits = 0
         cdef FdbEntryC *entry
         found = []
+        if start >> (ORDER_BITS + 2) > ORDER_BITS:
+            return found, None  # no place of any table
         while mask >> bits:
             bits += 1
+        if start >> (ORDER_BITS + 2) != <uint64_t>bits:
+            i = 0  # it has grown: the first entries of this bucket may be others than they were
         # `at` has the number backwards in its upper bits: the same place in a table of any size.
         while at >> ORDER_BITS == 0:
             bucket = backwards(at, bits)
             while i < 4:
                 if <uint64_t>len(found) >= most or looked >= <uint64_t>SLOTS_A_TURN:
-                    return found, at << 2 | i
+                    return found, <uint64_t>bits << (ORDER_BITS + 2) | at << 2 | i
                 entry = &self.table.c.buckets[bucket].entries[i]
                 key = vs_load_acquire64(&entry.key)
                 if key != FDB_EMPTY and fdb_read(entry, key, &val):
