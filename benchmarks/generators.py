@@ -209,7 +209,7 @@ class TestpmdGenerator(Generator):
         ]
         options = ["--forward-mode=io", "--total-num-mbufs=8192"]
         options += [f"--eth-peer={i},{MACS[1 - i]}" for i in range(2)]
-        self._testpmd = Testpmd(self.cpu, vdevs, options, memory_mib=self.hugepages_mib)
+        self._testpmd = Testpmd([self.cpu], vdevs, options, memory_mib=self.hugepages_mib)
 
     def arrange(self, case: Case) -> None:
         self._testpmd.command(f"set txpkts {case.frame_len}")

@@ -209,7 +209,7 @@ class TestpmdIo(Switch):
         tso = int(self.setup.tso)
         vdevs = [f"net_vhost{i},iface={path},tso={tso}" for i, path in enumerate(self.sockets)]
         options = ["--forward-mode=io", "--total-num-mbufs=32768"]
-        self._testpmd = Testpmd(self.cpu, vdevs, options, memory_mib=self.hugepages_mib)
+        self._testpmd = Testpmd([self.cpu], vdevs, options, memory_mib=self.hugepages_mib)
         self._testpmd.command("start")
 
     @property

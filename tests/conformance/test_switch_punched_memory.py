@@ -20,6 +20,7 @@ import pytest
 from tests.support.frames import BROADCAST, frame, mac
 from tests.support.running import RunningSwitch, Wire, teach
 from vswitch.lab.guest import SoftwareGuest
+from vswitch.lab.guest.packets import format_mac
 from vswitch.lab.guest.raw import DESC_F_WRITE, RawDesc
 from vswitch.vhost_user.protocol import MemRegion
 
@@ -153,12 +154,19 @@ def test_a_switch_of_its_own(run_dir: Path, side: str) -> None:
             stack.callback(wires[-1].close)
             name = f"vswp{os.getpid() % 100000}-{next(_numbers)}"
             wires[-1].client.add_uplink(name, bridge=bridge)
+            # It would have something of its own to say, when it likes.
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
             stack.callback(wires[-1].client.del_uplink, name)
             wires[-1].wait_state(name, "up")
         theirs, ours = wires
         a = theirs.guest("a", 1)
         b, c = ours.guest("b", 2), ours.guest("c", 3)
-        teach(b, c)
+        for each in (b, c):
+            # Behind what host and bridge said before they were told not to.
+            hello = frame(BROADCAST, format_mac(each.mac), 60, 999)
+            each.send([hello])
+            while (c if each is b else b).recv(1) != [hello]:
+                pass
         a.send([frame(BROADCAST, A)])
         while frame(BROADCAST, A) not in b.recv(1):
             pass

@@ -26,4 +26,5 @@ def test_qemu_listens_and_either_side_may_come_first(testbed: Testbed) -> None:
         testbed.wait_state("vm3", "ready")
         assert vm3.ping(vm1.ip, count=3)
         assert vm2.ping(vm3.ip, count=3)
-        assert testbed.show("vm3")["connects"] == 2
+        # A QEMU that is being killed may still be connected to once.
+        assert testbed.show("vm3")["connects"] >= 2

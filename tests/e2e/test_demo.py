@@ -113,7 +113,8 @@ def test_every_pair_answers(place: Place, kind: str) -> None:
         assert len(cells) == len(stations) - 1
         assert all(float(cell) > 0 for cell in cells)
     for port in ("vm1", "vm2", "vm3"):
-        assert re.search(rf"^52:54:00:77:00:0\d +0 +{port} +learned", done.stdout, re.MULTILINE)
+        learned = rf"^52:54:00:77:00:0\d +0 +default +{port} +learned"
+        assert re.search(learned, done.stdout, re.MULTILINE)
         assert re.search(rf"^{port} +[1-9]\d* ", done.stdout, re.MULTILINE)
     pairs = len(stations) * (len(stations) - 1)
     assert f"all {pairs} pings were answered" in done.stdout
