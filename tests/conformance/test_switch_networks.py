@@ -207,12 +207,12 @@ def test_events(wire: Wire) -> None:
 
 TABLES = """
 [[network]]
-name = "default"
-learning = false
-
-[[network]]
 name = "core"
 mac_aging_s = 0
+
+[[network]]
+name = "default"
+learning = false
 
 [[port]]
 name = "a"

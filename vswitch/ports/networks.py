@@ -53,7 +53,8 @@ class Networks:
         self._started = time.monotonic()
         own = [one for one in declared if one.name == DEFAULT_NETWORK]
         self._enter(own[0] if own else NetworkSettings(name=DEFAULT_NETWORK), engine.default)
-        self._is_default_declared = bool(own)
+        self._default_at = declared.index(own[0]) if own else None
+        """Where the file has a table for the default one, if it has one."""
         for settings in declared:
             if settings.name != DEFAULT_NETWORK:
                 self.add(settings)
@@ -81,11 +82,10 @@ class Networks:
     @property
     def settings(self) -> list[NetworkSettings]:
         """What a file would have of them."""
-        return [
-            each.settings
-            for each in self
-            if each.name != DEFAULT_NETWORK or self._is_default_declared
-        ]
+        found = [each.settings for each in self if each.name != DEFAULT_NETWORK]
+        if self._default_at is not None:
+            found.insert(self._default_at, self.find(None).settings)
+        return found
 
     def find(self, name: str | None) -> Network:
         """The network of this name; None: the default one. Raises NotFoundError."""
@@ -109,7 +109,7 @@ class Networks:
                 continue
             if len(items) == min(most, PAGE_MAX):
                 return Page(items, network.serial)
-            if network.name != DEFAULT_NETWORK or self._is_default_declared:
+            if network.name != DEFAULT_NETWORK or self._default_at is not None:
                 items.append(network.settings)
         return Page(items, None)
 
