@@ -82,12 +82,12 @@ def _names(tables: Tables) -> Iterator[Clash]:
 def _sockets(control: Path | None, tables: Tables) -> Iterator[Clash]:
     sockets: dict[str, str] = {}
     if control is not None:
-        sockets[_same_file_key(control)] = "switch.control"
+        sockets[same_file_key(control)] = "switch.control"
     for i, port in enumerate(tables.ports, 1):
         name, socket = port.get("name"), port.get("socket")
         if socket is None:
             continue
-        key = _same_file_key(socket)
+        key = same_file_key(socket)
         if key in sockets:
             yield Clash("port", i, "socket", f"is already the socket of {sockets[key]}")
         else:
@@ -145,6 +145,6 @@ def _static_macs(tables: Tables) -> Iterator[Clash]:
                 yield Clash(kind, i, "static_macs", f"{mac} is one of {other} already")
 
 
-def _same_file_key(path: Path) -> str:
+def same_file_key(path: Path) -> str:
     """Equal for two spellings of one path (`//`, `..`, links among its directories)."""
     return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vswitch.api import PAGE_MAX, Page
-from vswitch.config.relations import Tables, find_clashes
+from vswitch.config.relations import same_file_key
 from vswitch.config.settings import AnySettings
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.fastpath.main.port import Port
@@ -27,7 +27,12 @@ class PortTable:
     """
 
     def __init__(self, control: Path | None) -> None:
-        self._control = control
+        self._sockets: dict[str, str] = {}
+        """Whose each socket is, by where its path led when it was opened."""
+        self._socket_keys: dict[str, str] = {}
+        """The same of each port: no other is looked at when one is added."""
+        if control is not None:
+            self._sockets[same_file_key(control)] = "switch.control"
         self._ports: dict[str, SwitchPort] = {}
         self._by_id: dict[int, SwitchPort] = {}
         self._serials: dict[str, int] = {}
@@ -44,11 +49,16 @@ class PortTable:
         self._ports[port.name] = port
         self._serials[port.name] = next(self._next_serial)
         self._by_id[port.fast.id] = port
+        if (socket := _socket_of(port.settings)) is not None:
+            key = self._socket_keys[port.name] = same_file_key(socket)
+            self._sockets[key] = f'port "{port.name}"'
 
     def remove(self, port: SwitchPort) -> None:
         self._by_id.pop(port.fast.id, None)
         self._ports.pop(port.name, None)
         self._serials.pop(port.name, None)
+        if (key := self._socket_keys.pop(port.name, None)) is not None:
+            del self._sockets[key]
 
     def by_id(self, number: int) -> SwitchPort | None:
         """The port with a number of the engine's; None for one that is just being removed."""
@@ -90,17 +100,10 @@ class PortTable:
             raise ExistsError(
                 f'there is a port or uplink "{new.name}" already', hint="choose another name"
             )
-        there = Tables(*(
-            [
-                {key: getattr(one, key) for key in ("name", "socket") if hasattr(one, key)}
-                for one in (*(port.settings for port in self), new)
-                if one.table == table
-            ]
-            for table in ("ports", "uplinks")
-        ))  # fmt: skip
-        for kind, _, key, reason in find_clashes(self._control, None, there, complete=False):
+        socket = _socket_of(new)
+        if socket is not None and (owner := self._sockets.get(same_file_key(socket))) is not None:
             raise ExistsError(
-                f'{kind} "{new.name}": {key} {getattr(new, key)} {reason}',
+                f'port "{new.name}": socket {socket} is already the socket of {owner}',
                 hint="choose another path",
             )
 
@@ -122,6 +125,11 @@ class PortTable:
             room -= weight
             last = self._serials[name]
         return Page(items, None)
+
+
+def _socket_of(settings: AnySettings) -> Path | None:
+    """The path of a kind that has a socket."""
+    return getattr(settings, "socket", None)
 
 
 def no_guests_port(name: str) -> NotFoundError:
