@@ -21,8 +21,10 @@ CPU_MAX = 1023
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _OCTAL = re.compile(r"0?[0-7]{3}")
-_STATIC_MAC = re.compile(r"([0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5})(?: vlan (\d{1,4}))?")
+MAC = r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}"
+"""A pattern of addresses as people may write them."""
 VLAN_MAX = 4094
+_STATIC_MAC = re.compile(rf"({MAC})(?: vlan (\d{{1,4}}))?")
 
 
 def bad(reason: str) -> PydanticCustomError:
@@ -126,14 +128,26 @@ def check_offloads(value: object) -> OffloadSetting:
     return value
 
 
+def spelled_mac(text: str) -> str:
+    """An address as everybody here writes it, from one that MAC matches."""
+    return text.lower().replace("-", ":")
+
+
+def why_no_station(mac: str) -> str | None:
+    """Why nothing can be behind a port with this address; None: something can."""
+    if int(mac[:2], 16) & 1:
+        return "is a group address, which is flooded and belongs to no port"
+    return "is no address of a station" if mac == "00:00:00:00:00:00" else None
+
+
 def static_mac(text: str) -> tuple[str, int]:
     """Address and VLAN of an element of `static_macs`; raises if it is none."""
     found = _STATIC_MAC.fullmatch(text)
     if found is None:
         raise bad(f'has {text!r}: write "52:54:00:12:34:56" or "52:54:00:12:34:56 vlan 10"')
-    mac, vlan = found[1].lower().replace("-", ":"), int(found[2] or 0)
-    if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
-        raise bad(f"has {mac}, which is no address of a station")
+    mac, vlan = spelled_mac(found[1]), int(found[2] or 0)
+    if (why := why_no_station(mac)) is not None:
+        raise bad(f"has {mac}, which {why}")
     if vlan > VLAN_MAX:
         raise bad(f"has VLAN {vlan}, which is above {VLAN_MAX}")
     return mac, vlan

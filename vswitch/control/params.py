@@ -17,32 +17,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vswitch.api import PAGE_MAX, EventName
+from vswitch.config.checks import MAC, VLAN_MAX, bad, spelled_mac, why_no_station
 from vswitch.config.keys import LogLevel, RuntimeKeys
 from vswitch.config.read import problems_of
 from vswitch.control.protocol import PROTOCOL_VERSION
 from vswitch.errors import ConfigError
 
-_MAC = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}")
 _PROBLEMS_MAX = 16  # told of one request
 _P = TypeVar("_P", bound=BaseModel)
 
 
 def _check_mac(value: str) -> str:
     """A unicast MAC address in lower case with colons."""
-    if not _MAC.fullmatch(value):
-        raise PydanticCustomError("vswitch", "must be a MAC address such as 52:54:00:12:34:56")
-    mac = value.lower().replace("-", ":")
-    if int(mac[:2], 16) & 1:
-        raise PydanticCustomError(
-            "vswitch", "is a group address, which is flooded and belongs to no port"
-        )
-    if mac == "00:00:00:00:00:00":
-        raise PydanticCustomError("vswitch", "is no address of a station")
+    if not re.fullmatch(MAC, value):
+        raise bad("must be a MAC address such as 52:54:00:12:34:56")
+    mac = spelled_mac(value)
+    if (why := why_no_station(mac)) is not None:
+        raise bad(why)
     return mac
 
 
 Mac = Annotated[str, AfterValidator(_check_mac)]
-Vlan = Annotated[int, Field(ge=0, le=4094)]
+Vlan = Annotated[int, Field(ge=0, le=VLAN_MAX)]
 
 
 class _Params(BaseModel):
