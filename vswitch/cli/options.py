@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from vswitch.cli.state import complete_networks
 from vswitch.config.feature_names import OF_OFFLOADS, OFFERED
 from vswitch.config.keys import (
     RUNTIME_KEYS,
@@ -49,7 +50,7 @@ def _complete_features(_ctx: click.Context, _: click.Parameter, incomplete: str)
     return [before + comma + name for name in names if name.startswith(last)]
 
 
-_COMPLETIONS = {"features": _complete_features}
+_COMPLETIONS = {"features": _complete_features, "network": complete_networks}
 
 
 def _spelling(row: Row) -> dict[str, Any]:

@@ -592,19 +592,34 @@ def test_words_are_completed(line: str, offered: str) -> None:
     assert done.stdout.split() == [f"plain,{word}" for word in offered.split()]
 
 
-def test_names_of_ports_are_completed(run: Run, controlled: Controlled, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vswitchctl show v", ["vm1", "vm2"]),
+        ("vswitchctl add-port --network c", ["core"]),
+        ("vswitchctl set-port vm1 --network c", ["core"]),
+        ("vswitchctl network del c", ["core"]),
+        ("vswitchctl link del v", ["vm1--vm2"]),
+    ],
+)
+def test_names_are_completed(
+    run: Run, controlled: Controlled, tmp_path: Path, line: str, offered: list[str]
+) -> None:
     for name in ("vm1", "vm2", "router"):
         run("add-port", name, str(tmp_path / name))
-    words = {"_VSWITCHCTL_COMPLETE": "bash_complete", "COMP_WORDS": "vswitchctl show v"}
+    run("network", "add", "core")
+    run("link", "add", "vm1", "vm2")
+    words = {"_VSWITCHCTL_COMPLETE": "bash_complete", "COMP_WORDS": line}
+    last = str(len(line.split()) - 1)
     done = subprocess.run(
         [sys.executable, "-c", "from vswitch.cli.ctl import main; main()"],
-        env=environment(VSWITCH_SOCKET=str(controlled.path), COMP_CWORD="2", **words),
+        env=environment(VSWITCH_SOCKET=str(controlled.path), COMP_CWORD=last, **words),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.stdout.split() == ["plain,vm1", "plain,vm2"]
+    assert done.stdout.split() == [f"plain,{name}" for name in offered]
     assert "_VSWITCHCTL_COMPLETE" in run("completion", "bash").out
 
 
