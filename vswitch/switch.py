@@ -287,7 +287,7 @@ class Switch:
                 network = cast("str | None", changes["network"])
                 await self._topology.move(self._ports.find(name), network)
         port = self._ports.find(name)
-        port.change(changes)
+        port.change({key: value for key, value in changes.items() if key != "network"})
         log.info(
             "port %s: %s", name, ", ".join(f"{k} = {v or 'default'}" for k, v in changes.items())
         )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Literal, cast
 
 from vswitch.api import Changes, EventName, MemoryRegion, PortInfo, PortState, RingInfo
-from vswitch.config.keys import RUNTIME_KEYS
 from vswitch.config.settings import PortSettings
 from vswitch.dataplane import addresses
 from vswitch.dataplane.handover import HandOver
@@ -215,8 +214,7 @@ class VhostPort:
     def change(self, changes: Changes) -> None:
         """Go on with other limits, or with another worker, which is the placement's to obey."""
         self.settings = self.settings.model_copy(update=changes)
-        if not changes.keys().isdisjoint(RUNTIME_KEYS):
-            limits.apply(self.settings, self.fast)
+        limits.changed(self.settings, self.fast, changes)
 
     @property
     def link(self) -> Literal["up", "down"]:

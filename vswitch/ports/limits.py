@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vswitch.config.keys import LIMIT_KEYS
+from vswitch.api import Changes
+from vswitch.config.keys import LIMIT_KEYS, RUNTIME_KEYS
 from vswitch.config.settings import AnySettings
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port
@@ -34,6 +35,12 @@ def apply(settings: AnySettings, port: Port) -> None:
     port.mac_limit_told = False
     rates = [getattr(settings, f"storm_{kind}") for kind in STORM_KINDS]
     port.set_storm(rates, settings.storm_burst)
+
+
+def changed(settings: AnySettings, port: Port, changes: Changes) -> None:
+    """The same if one of them has changed; what a bucket has left stays when none has."""
+    if not changes.keys().isdisjoint(RUNTIME_KEYS):
+        apply(settings, port)
 
 
 def storm_info(settings: AnySettings) -> dict[str, int | None]:

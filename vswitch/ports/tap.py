@@ -67,7 +67,7 @@ class TapPort:
     def change(self, changes: Changes) -> None:
         """Go on with other limits."""
         self.settings = self.settings.model_copy(update=changes)
-        limits.apply(self.settings, self.fast)
+        limits.changed(self.settings, self.fast, changes)
 
     def check_memory(self) -> None:
         """Nobody shares memory with it."""
