@@ -319,6 +319,18 @@ def test_many_networks_and_cables(start: Callable[..., Wire]) -> None:
     assert networks["n7"] == ["p14", "p15"]
     assert networks["default"] == []
     assert len(wire.client.links()) == 150
+    for n in range(300):
+        wire.client.fdb_add("52:54:00:00:00:01", f"p{n}", vlan=n % 2)
+    # Of tables that are so small a page has several, and ends within one or between two.
+    assert fdb(wire) == {(f"n{n // 2}", "52:54:00:00:00:01", f"p{n}") for n in range(300)}
+    assert len(wire.client.fdb()) == 300
+    some = wire.client._call("fdb", after=0, limit=7)
+    assert len(some["items"]) == 7
+    rest = wire.client._call("fdb", after=some["next"], limit=250)
+    assert len({(e["network"], e["vlan"]) for e in some["items"] + rest["items"]}) == len(
+        some["items"] + rest["items"]
+    )
+    assert wire.client.fdb_flush() == 0
     settings = wire.client.settings()
     assert [len(settings[kind]) for kind in ("networks", "ports", "links")] == [300, 600, 150]
     wire.client.save()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import count
 
-from vswitch.api import PAGE_MAX, LinkInfo, Page
+from vswitch.api import LinkInfo, Page
 from vswitch.config.settings import LinkSettings
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.fastpath.main.port import Port
+from vswitch.ports import pages
 
 
 class Cables:
@@ -103,13 +104,5 @@ class Cables:
 
     def declared(self, after: int, most: int) -> Page[LinkSettings]:
         """The same, as a file would have them."""
-        items: list[LinkSettings] = []
-        last = after
-        for title, link in self._by_title.items():
-            if self._serials[title] <= after:
-                continue
-            if len(items) == min(most, PAGE_MAX):
-                return Page(items, last)
-            items.append(link)
-            last = self._serials[title]
-        return Page(items, None)
+        rows = ((self._serials[title], link) for title, link in self._by_title.items())
+        return pages.page(rows, after, most, lambda link: (link, 1))

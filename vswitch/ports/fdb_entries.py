@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from vswitch.api import FdbEntry, Page
 from vswitch.config.checks import static_mac, written_mac
 from vswitch.dataplane import addresses
 from vswitch.errors import ConfigError, ExistsError, NotFoundError, VswitchError
-from vswitch.fastpath.main.fdb import Fdb, key_mac, mac_key
+from vswitch.fastpath.main.fdb import SLOTS_A_TURN, Fdb, key_mac, mac_key
 from vswitch.ports.kinds import SwitchPort
-from vswitch.ports.networks import Networks
+from vswitch.ports.networks import NETWORKS_A_TURN, Networks
 from vswitch.ports.table import PortTable
 
 _PLACE_BITS = 32
@@ -26,28 +27,35 @@ class FdbEntries:
         self._ports = ports
 
     def page(self, network: str | None, after: int, most: int) -> Page[FdbEntry]:
-        """A page begins within one network, and ends there."""
+        """Of small networks a page has several, and no more places of them than of a large one."""
         serial, start = after >> _PLACE_BITS, after & (1 << _PLACE_BITS) - 1
         some = self._networks if network is None else [self._networks.find(network)]
-        left = [one for one in some if one.serial >= serial]
-        if not left:
-            return Page([], None)
-        here = left[0]
-        entries, following = here.fdb.page(start if here.serial == serial else 0, most)
-        found = []
-        for key, number, static, age in entries:
-            port = self._ports.by_id(number)
-            if port is None:
-                continue  # it is just being removed
-            mac, vlan = key_mac(key)
-            found.append(
-                FdbEntry(
-                    mac=mac, vlan=vlan, network=here.name, port=port.name, static=static, age_s=age
-                )
-            )
-        if following is not None:
-            return Page(found, here.serial << _PLACE_BITS | following)
-        return Page(found, left[1].serial << _PLACE_BITS if len(left) > 1 else None)
+        found: list[FdbEntry] = []
+        looked = 0
+        for here in some:
+            if here.serial < serial:
+                continue
+            if len(found) == most or looked >= SLOTS_A_TURN:
+                return Page(found, here.serial << _PLACE_BITS)
+            first = start if here.serial == serial else 0
+            entries, following = here.fdb.page(first, most - len(found))
+            found += filter(None, (self._entry(here.name, *entry) for entry in entries))
+            if following is not None:
+                return Page(found, here.serial << _PLACE_BITS | following)
+            looked += here.fdb.slots
+        return Page(found, None)
+
+    def _entry(
+        self, network: str, key: int, number: int, static: bool, age: int
+    ) -> FdbEntry | None:
+        """An entry in words; None if its port is just being removed."""
+        port = self._ports.by_id(number)
+        if port is None:
+            return None
+        mac, vlan = key_mac(key)
+        return FdbEntry(
+            mac=mac, vlan=vlan, network=network, port=port.name, static=static, age_s=age
+        )
 
     def add(self, mac: str, port: str, vlan: int) -> None:
         target = self._ports.find(port)
@@ -63,7 +71,7 @@ class FdbEntries:
 
     def _pin(self, target: SwitchPort, mac: str, vlan: int) -> None:
         key = _key(mac, vlan)
-        network = self._networks.of(target.fast)
+        network = target.fast.network
         if network is None:
             raise ExistsError(
                 f'"{target.name}" is the end of a cable, which has no addresses',
@@ -115,7 +123,12 @@ class FdbEntries:
         """Of a port, of a network, or all; of a port in another network there is nothing."""
         some = [self._networks.find(network)] if network is not None else list(self._networks)
         if port is None:
-            return sum([await addresses.flush(one.fdb, None) for one in some])
+            removed = 0
+            for number, one in enumerate(some, 1):
+                removed += await addresses.flush(one.fdb, None)
+                if number % NETWORKS_A_TURN == 0:
+                    await asyncio.sleep(0)
+            return removed
         fast = self._ports.find(port).fast
         if fast.network not in [one.fast for one in some]:
             return 0

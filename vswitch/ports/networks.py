@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from vswitch.api import PAGE_MAX, NetworkInfo, Page
+from vswitch.api import NetworkInfo, Page
 from vswitch.config.keys import DEFAULT_NETWORK
 from vswitch.config.settings import NetworkSettings, SwitchSettings
 from vswitch.dataplane import addresses
@@ -17,7 +17,10 @@ from vswitch.fastpath.main import network as fastpath
 from vswitch.fastpath.main.engine import Engine
 from vswitch.fastpath.main.fdb import Fdb
 from vswitch.fastpath.main.port import Port
+from vswitch.ports import pages
 
+NETWORKS_A_TURN = 64
+"""That are gone through before it is everybody else's turn."""
 _NAMED_MAX = 8
 """Ports that an error names."""
 
@@ -49,7 +52,7 @@ class Networks:
         self._switch = switch
         self._engine = engine
         self._by_name: dict[str, Network] = {}
-        self._next_serial = count(0)
+        self._next_serial = count(1)
         self._started = time.monotonic()
         own = [one for one in declared if one.name == DEFAULT_NETWORK]
         self._enter(own[0] if own else NetworkSettings(name=DEFAULT_NETWORK), engine.default)
@@ -97,38 +100,24 @@ class Networks:
                 hint=f"vswitchctl network list lists them; add it: vswitchctl network add {name}",
             ) from None
 
-    def of(self, port: Port) -> Network | None:
-        """The network that a port is in; None for the end of a cable."""
-        return None if port.network is None else self._by_name[port.network.name]
-
     def declared(self, after: int, most: int) -> Page[NetworkSettings]:
-        """What a file would have of them, from number `after` on, `most` of them."""
-        items: list[NetworkSettings] = []
-        for network in self:
-            if network.serial < after:
-                continue
-            if len(items) == min(most, PAGE_MAX):
-                return Page(items, network.serial)
-            if network.name != DEFAULT_NETWORK or self._default_at is not None:
-                items.append(network.settings)
-        return Page(items, None)
+        """What a file would have of them, from those behind number `after` on, `most` of them."""
+        rows = (
+            (network.serial, network.settings)
+            for network in self
+            if network.name != DEFAULT_NETWORK or self._default_at is not None
+        )
+        return pages.page(rows, after, most, lambda settings: (settings, 1))
 
     def page(self, after: int, most: int) -> Page[NetworkInfo]:
-        """Networks from the one on that was added after number `after`, `most` of them.
-
-        A page is full with PAGE_MAX of them and their ports together.
-        """
-        items: list[NetworkInfo] = []
-        room = PAGE_MAX
+        """Networks from those behind number `after` on, `most` of them."""
         members = self._members()
-        for network in self:
-            if network.serial < after:
-                continue
-            if room <= 0 or len(items) == most:
-                return Page(items, network.serial)
-            items.append(self._info(network, members[network.name]))
-            room -= 1 + len(items[-1]["ports"])
-        return Page(items, None)
+
+        def one(network: Network) -> tuple[NetworkInfo, int]:
+            ports = members[network.name]
+            return self._info(network, ports), 1 + len(ports)
+
+        return pages.page(((each.serial, each) for each in self), after, most, one)
 
     def info(self, network: Network) -> NetworkInfo:
         return self._info(network, self._members()[network.name])
@@ -209,9 +198,11 @@ class Networks:
 
     def age(self, gone: Callable[[int, int], None]) -> Iterator[None]:
         """A round through the FDBs; `gone` gets the key and port number of what is forgotten."""
-        for network in self:
+        for number, network in enumerate(self, 1):
             if aging_s := self._aging_s(network):
                 yield from addresses.age(network.fdb, aging_s, gone)
+            if number % NETWORKS_A_TURN == 0:
+                yield
 
     def grow(self, handover: HandOver) -> None:
         """Give larger tables to FDBs whose workers asked for one, should the event be lost."""

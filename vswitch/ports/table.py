@@ -7,11 +7,12 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from vswitch.api import PAGE_MAX, Page
+from vswitch.api import Page
 from vswitch.config.relations import same_file_key
 from vswitch.config.settings import AnySettings
 from vswitch.errors import ExistsError, NotFoundError
 from vswitch.fastpath.main.port import Port
+from vswitch.ports import pages
 from vswitch.ports.kinds import SwitchPort
 
 T = TypeVar("T")
@@ -112,19 +113,8 @@ class PortTable:
 
         It also says what that weighs: a page is full with `most` of them, or PAGE_MAX of weight.
         """
-        items: list[T] = []
-        room = PAGE_MAX
-        last = after
-        for name, port in self._ports.items():
-            if self._serials[name] <= after:
-                continue
-            if room <= 0 or len(items) == most:
-                return Page(items, last)
-            item, weight = one(port)
-            items.append(item)
-            room -= weight
-            last = self._serials[name]
-        return Page(items, None)
+        rows = ((self._serials[name], port) for name, port in self._ports.items())
+        return pages.page(rows, after, most, one)
 
 
 def _socket_of(settings: AnySettings) -> Path | None:
